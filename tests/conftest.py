@@ -1,0 +1,53 @@
+"""Fixtures that every test module may use: tiny random models and the published reference values."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import UNet2DConditionModel
+
+REFERENCE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'reference'
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def reference() -> Callable[[str], Path]:
+    """`reference(name)` is the folder of one published system's values; the test is skipped where it is absent."""
+
+    def find(name: str) -> Path:
+        if not (REFERENCE / name).is_dir():
+            pytest.skip(f'reference data absent: {REFERENCE / name}')
+        return REFERENCE / name
+
+    return find
+
+
+@pytest.fixture
+def tiny_unet() -> Callable[..., UNet2DConditionModel]:
+    """Make a tiny UNet of SD1.5's topology: `tiny_unet(seed=0, **config)`."""
+    return tiny.unet
+
+
+@pytest.fixture
+def tiny_sdxl_unet() -> Callable[..., UNet2DConditionModel]:
+    """Make a tiny UNet of SDXL's topology: `tiny_sdxl_unet(seed=0, **config)`."""
+    return tiny.sdxl_unet
+
+
+@pytest.fixture(scope='session')
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete diffusers folder of SD1.5's kind. Read only."""
+    return tiny.save_sd15(tmp_path_factory.mktemp('models') / 'tiny-sd15')
+
+
+@pytest.fixture(scope='session')
+def tiny_sdxl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete diffusers folder of SDXL's kind. Read only."""
+    return tiny.save_sdxl(tmp_path_factory.mktemp('models') / 'tiny-sdxl')

@@ -1,0 +1,121 @@
+"""Tiny random Stable Diffusion parts: the block topology and layer names of the real ones, a few channels wide."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+BETAS = {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012, 'steps_offset': 1}
+BOS, EOS = '<|startoftext|>', '<|endoftext|>'
+MERGES = [('p', 'h'), ('o', 'f</w>'), ('h', 'o'), ('ph', 'o')]
+
+
+def unet(seed: int = 0, **config) -> UNet2DConditionModel:
+    """SD1.5's topology: 197 sites; `config` overrides single fields."""
+    torch.manual_seed(seed)
+    defaults = {
+        'block_out_channels': (32, 32, 64, 64),
+        'cross_attention_dim': 32,
+        'attention_head_dim': 4,
+        'norm_num_groups': 16,
+        'sample_size': 8,
+    }
+    return UNet2DConditionModel(**{**defaults, **config}).eval()
+
+
+def sdxl_unet(seed: int = 0, **config) -> UNet2DConditionModel:
+    """SDXL's topology: 612 sites (1, 2 and 10 transformer blocks), pooled text and time ids as added conditions."""
+    defaults = {
+        'block_out_channels': (32, 32, 64),
+        'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+        'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+        'transformer_layers_per_block': (1, 2, 10),
+        'attention_head_dim': (2, 4, 8),
+        'cross_attention_dim': 64,
+        'use_linear_projection': True,
+        'addition_embed_type': 'text_time',
+        'addition_time_embed_dim': 8,
+        'projection_class_embeddings_input_dim': 32 + 6 * 8,  # pooled text and six time ids
+        'sample_size': 16,
+    }
+    return unet(seed, **{**defaults, **config})
+
+
+def vae(seed: int = 0, **config) -> AutoencoderKL:
+    """A KL autoencoder of factor 8."""
+    torch.manual_seed(seed)
+    defaults = {
+        'block_out_channels': (8, 8, 16, 16),
+        'down_block_types': ('DownEncoderBlock2D',) * 4,
+        'up_block_types': ('UpDecoderBlock2D',) * 4,
+        'layers_per_block': 1,
+        'norm_num_groups': 4,
+        'latent_channels': 4,
+        'sample_size': 64,
+    }
+    return AutoencoderKL(**{**defaults, **config}).eval()
+
+
+def tokenizer(pad_token: str = EOS) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with four merges: nearly one token per letter, so that prompts soon pass 77 tokens."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(c + '</w>' for c in letters), *(a + b for a, b in MERGES), BOS, EOS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=MERGES, pad_token=pad_token, model_max_length=77)
+
+
+def text_encoder(words: CLIPTokenizer, projection: bool = False, seed: int = 0) -> CLIPTextModel:
+    """A CLIP text model of width 32; with `projection` the kind that SDXL has second."""
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def save_sd15(folder: Path) -> Path:
+    """Write a complete pipeline folder of SD1.5's kind."""
+    words = tokenizer()
+    StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(words),
+        tokenizer=words,
+        unet=unet(),
+        scheduler=PNDMScheduler.from_config({**BETAS, 'skip_prk_steps': True, 'clip_sample': False}),  # as SD1.5 has it
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_sdxl(folder: Path) -> Path:
+    """Write a complete pipeline folder of SDXL's kind, its VAE marked as one that overflows in half precision."""
+    words, words_2 = tokenizer(), tokenizer(pad_token='!')
+    StableDiffusionXLPipeline(
+        vae=vae(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=text_encoder(words),
+        text_encoder_2=text_encoder(words_2, projection=True, seed=1),
+        tokenizer=words,
+        tokenizer_2=words_2,
+        unet=sdxl_unet(),
+        scheduler=EulerDiscreteScheduler(timestep_spacing='leading', **BETAS),
+    ).save_pretrained(folder)
+    return folder
