@@ -1,0 +1,6 @@
+"""Necks: the backbone's maps -> one map per level, fine -> coarse."""
+
+from .aggregation import AggregationNeck, MixingWeights
+from .concat import ConcatNeck
+
+__all__ = ['AggregationNeck', 'ConcatNeck', 'MixingWeights']

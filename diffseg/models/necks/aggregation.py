@@ -1,0 +1,208 @@
+"""Learned mixing of activations over layers and timesteps, after Diffusion Hyperfeatures (DHF, arXiv 2305.14334)."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from .levels import Size, check_fine_to_coarse, finest, parse_sizes, resize, split_levels
+
+
+@dataclass(frozen=True)
+class MixingWeights:
+    """How much of each (timestep, layer) goes into one level.
+
+    Attributes:
+        timesteps: T labels.
+        layers: L labels.
+        weights: shape (T, L), on the CPU; not negative, and one in sum.
+    """
+
+    timesteps: tuple[str, ...]
+    layers: tuple[str, ...]
+    weights: Tensor
+
+    def __str__(self) -> str:
+        """A text table, one line per layer and one column per timestep."""
+        label, cell = max(map(len, self.layers)), max(6, *map(len, self.timesteps))
+        rows = [(' ' * label, self.timesteps)]
+        rows += [
+            (f'{layer:{label}}', [f'{w:.4f}' for w in column])
+            for layer, column in zip(self.layers, self.weights.T.tolist(), strict=True)
+        ]
+        return '\n'.join('  '.join([head, *(f'{text:>{cell}}' for text in cells)]) for head, cells in rows)
+
+
+class ConvNorm(nn.Conv2d):
+    """Convolution without bias, then group norm; size-preserving."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, num_groups: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+        self.norm = nn.GroupNorm(num_groups, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
+        return self.norm(super().forward(x))
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck with group norm, as DHF projects each layer.
+
+    The norm before the sum starts at one, not at zero, so that the block passes its branch on from the first step.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+        super().__init__()
+        width = out_channels // 4
+        self.conv1 = ConvNorm(in_channels, width, 1, num_groups)
+        self.conv2 = ConvNorm(width, width, 3, num_groups)
+        self.conv3 = ConvNorm(width, out_channels, 1, num_groups)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else ConvNorm(in_channels, out_channels, 1, num_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
+        y = self.conv2(self.conv1(x).relu()).relu()
+        return (self.conv3(y) + self.shortcut(x)).relu()
+
+
+class LevelAggregation(nn.Module):
+    """One level: a bottleneck per layer, shared over timesteps, and the softmax-weighted sum of what they give."""
+
+    def __init__(self, channels: Sequence[int], timesteps: int, out_channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+        self.bottleneck_layers = nn.ModuleList(nn.Sequential(Bottleneck(c, out_channels, num_groups)) for c in channels)
+        self.mixing_weights = nn.Parameter(torch.ones(timesteps * len(channels)))  # index s*L + l
+
+    def weights(self) -> Tensor:
+        """Softmax over all timesteps and layers together, shape (T, L)."""
+        return self.mixing_weights.softmax(0).view(self.timesteps, len(self.bottleneck_layers))
+
+    def forward(self, maps: Sequence[Tensor], size: Size, resize_first: bool) -> Tensor:
+        """Mix.
+
+        Layers go one by one, and those of one size are summed before they are resized, which being linear gives the
+        same as resizing each.
+
+        Args:
+            maps: L maps with shapes (B, T*C, h, w).
+            size: height and width of the result.
+            resize_first: resize the maps instead of the projections.
+
+        Returns:
+            Shape (B, out_channels, *size).
+        """
+        weights = self.weights()
+        sums: dict[Size, Tensor | float] = defaultdict(float)  # size -> (B, P, h, w)
+        for layer, x in enumerate(maps):
+            x = x.unflatten(1, (self.timesteps, -1)).flatten(0, 1)  # (B*T, C, h, w)
+            if resize_first:
+                x = resize(x, size)
+            y = self.bottleneck_layers[layer](x).unflatten(0, (-1, self.timesteps))  # (B, T, P, h, w)
+            sums[y.shape[-2:]] = sums[y.shape[-2:]] + torch.einsum('t,btphw->bphw', weights[:, layer].to(y.dtype), y)
+        return sum(resize(y, size) for y in sums.values())
+
+
+@MODELS.register_module()
+class AggregationNeck(BaseModule):
+    """Mix activations over layers and timesteps into one map per level, with learned weights.
+
+    Each layer has a bottleneck, shared over timesteps, and each level one softmax over all its (timestep, layer)
+    pairs. With one level, `num_groups` and `out_channels` as there, and `resize='before'`, this is DHF's aggregation
+    network, and a published state dict of it loads as it is.
+
+    Args:
+        levels: the channels C of every layer of every level, fine -> coarse, in the backbone's order of layers.
+        timesteps: how many timesteps T every map holds.
+        out_channels: channels P of every level's map; DHF has 384.
+        num_groups: groups of every group norm.
+        output_sizes: for each level a side or (height, width) in cells; by default the finest map of the level. DHF
+            has [64].
+        resize: bring the maps of a level to one size 'after' the bottlenecks, which then run at each map's own size
+            (SD1.5's twelve residual layers at 512 pixels: a fifth of the operations), or 'before' them, as DHF
+            does. The same where all maps have one size already.
+        layer_names: names of the layers of every level, for `mixing_weights`.
+        timestep_names: names of the timesteps, for `mixing_weights`.
+
+    Raises:
+        ValueError: `out_channels / 4` channels cannot form `num_groups` groups, or names do not match in number.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Sequence[int]],
+        timesteps: int,
+        out_channels: int,
+        num_groups: int = 32,
+        output_sizes: Sequence[int | Sequence[int]] | None = None,
+        resize: Literal['after', 'before'] = 'after',
+        layer_names: Sequence[Sequence[str]] | None = None,
+        timestep_names: Sequence[str | int] | None = None,
+    ) -> None:
+        super().__init__()
+        if out_channels % (4 * num_groups):
+            raise ValueError(
+                f'out_channels={out_channels} is not a multiple of 4 * num_groups = {4 * num_groups}: the bottlenecks '
+                f'are out_channels / 4 wide and are normalised in num_groups groups'
+            )
+        if resize not in ('after', 'before'):
+            raise ValueError(f"resize={resize!r} is neither 'after' nor 'before'")
+        self.channels = [list(level) for level in levels]
+        self.timesteps = timesteps
+        self.out_channels = out_channels
+        self.output_sizes = parse_sizes(output_sizes, len(self.channels))
+        self.resize_first = resize == 'before'
+        if layer_names is None:
+            layer_names = [[f'layer {i}' for i in range(len(level))] for level in self.channels]
+        if timestep_names is None:
+            timestep_names = [f'step {i}' for i in range(timesteps)]
+        if [len(names) for names in layer_names] != [len(level) for level in self.channels]:
+            raise ValueError(f'layer_names={layer_names} must name every layer of levels={self.channels}')
+        if len(timestep_names) != timesteps:
+            raise ValueError(f'timestep_names={timestep_names} must name {timesteps} timesteps')
+        self.layer_names = [tuple(names) for names in layer_names]
+        self.timestep_names = tuple(map(str, timestep_names))
+        self.levels = nn.ModuleList(
+            LevelAggregation(level, timesteps, out_channels, num_groups) for level in self.channels
+        )
+        self.register_load_state_dict_pre_hook(_accept_single_level)
+
+    def mixing_weights(self) -> list[MixingWeights]:
+        """The table of mixing weights of each level."""
+        return [
+            MixingWeights(self.timestep_names, names, level.weights().detach().float().cpu())
+            for names, level in zip(self.layer_names, self.levels, strict=True)
+        ]
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Mix.
+
+        Args:
+            inputs: L maps with shapes (B, T*C, h, w), timestep-major, level by level.
+
+        Returns:
+            One map per level with shape (B, out_channels, h', w'), fine -> coarse.
+
+        Raises:
+            ValueError: the inputs do not match `levels`, or the levels do not go from fine to coarse.
+        """
+        levels = split_levels(inputs, self.channels, self.timesteps)
+        sizes = [size or finest(maps) for size, maps in zip(self.output_sizes, levels, strict=True)]
+        check_fine_to_coarse(sizes)
+        return tuple(
+            level(maps, size, self.resize_first) for level, maps, size in zip(self.levels, levels, sizes, strict=True)
+        )
+
+
+def _accept_single_level(module: AggregationNeck, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Rename the keys of DHF's aggregation network, which has one level and no name for it, to ours."""
+    if len(module.levels) == 1 and f'{prefix}mixing_weights' in state_dict:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f'{prefix}levels.0.{key.removeprefix(prefix)}'] = state_dict.pop(key)

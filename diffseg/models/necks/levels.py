@@ -1,0 +1,82 @@
+"""What the necks share: sorting the backbone's maps into levels, and the order of levels."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+def parse_sizes(output_sizes: Sequence[int | Sequence[int]] | None, num_levels: int) -> list[Size | None]:
+    """One `(height, width)` or None (the finest map of the level) per level.
+
+    Args:
+        output_sizes: a side or `(height, width)` for each level, in cells.
+        num_levels: how many levels there are.
+
+    Raises:
+        ValueError: there are not as many sizes as levels.
+    """
+    if output_sizes is None:
+        return [None] * num_levels
+    if len(output_sizes) != num_levels:
+        raise ValueError(
+            f'output_sizes has {len(output_sizes)} entries for {num_levels} levels; give one size per level'
+        )
+    return [(size, size) if isinstance(size, int) else (size[0], size[1]) for size in output_sizes]
+
+
+def split_levels(maps: Sequence[Tensor], levels: Sequence[Sequence[int]], timesteps: int) -> list[list[Tensor]]:
+    """Sort maps into levels and verify their channels.
+
+    Args:
+        maps: L maps with shapes (B, T*C, h, w), level by level.
+        levels: the channels C of every map of every level.
+        timesteps: T.
+
+    Raises:
+        ValueError: the number of maps or the channels of one are not what `levels` says.
+    """
+    expected = [channels for level in levels for channels in level]
+    if len(maps) != len(expected):
+        raise ValueError(f'the neck got {len(maps)} maps, but its levels {levels} name {len(expected)}')
+    for i, (x, channels) in enumerate(zip(maps, expected, strict=True)):
+        if x.shape[1] != timesteps * channels:
+            raise ValueError(
+                f'map {i} has {x.shape[1]} channels, but levels and timesteps say {timesteps} * {channels} = '
+                f'{timesteps * channels}; levels={levels} must list the channels of the layers in the order in which '
+                f'the backbone returns them'
+            )
+    remaining = iter(maps)
+    return [[next(remaining) for _ in level] for level in levels]
+
+
+def finest(maps: Sequence[Tensor]) -> Size:
+    """The largest height and width (h, w) among maps with shapes (B, C, h, w)."""
+    return max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps)
+
+
+def check_fine_to_coarse(sizes: Sequence[Size]) -> None:
+    """Verify that no level is finer than the one before it.
+
+    mmseg's heads expect this order (UPerHead pools `inputs[-1]` and predicts at the size of `inputs[0]`).
+    Unlike GDF, whose configs list levels coarse -> fine and so predict at the coarsest size.
+
+    Raises:
+        ValueError: a level is finer than the one before it.
+    """
+    for before, after in pairwise(sizes):
+        if after[0] > before[0] or after[1] > before[1]:
+            raise ValueError(
+                f'levels must go from fine to coarse, but their sizes (height, width) are {list(sizes)}; '
+                f'reorder the levels of the neck and the layers of the backbone'
+            )
+
+
+def resize(x: Tensor, size: Size) -> Tensor:
+    """Bilinear resize of (B, C, h, w) to `size` (height, width)."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode='bilinear', align_corners=False)

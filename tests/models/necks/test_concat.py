@@ -1,0 +1,56 @@
+"""Tests for diffseg.models.necks.concat."""
+
+import pytest
+import torch
+from mmseg.registry import MODELS
+
+from diffseg.models.necks import ConcatNeck
+
+
+def make_maps() -> list[torch.Tensor]:
+    """Two timesteps of layers with 3 and 5 channels in one level and 4 in a coarser one."""
+    return [torch.randn(2, 2 * 3, 6, 10), torch.randn(2, 2 * 5, 3, 5), torch.randn(2, 2 * 4, 3, 5)]
+
+
+def test_groups_and_resizes_to_the_finest_map_of_each_level():
+    neck = MODELS.build({'type': 'ConcatNeck', 'levels': [[3, 5], [4]], 'timesteps': 2})
+    maps = make_maps()
+    fine, coarse = neck(maps)
+    assert fine.shape == (2, neck.out_channels[0], 6, 10) == (2, 16, 6, 10)
+    assert torch.equal(fine[:, :6], maps[0])
+    assert torch.equal(coarse, maps[2])
+    assert not list(neck.parameters())
+
+
+def test_output_sizes():
+    fine, coarse = ConcatNeck([[3, 5], [4]], 2, output_sizes=[8, (4, 2)])(make_maps())
+    assert fine.shape[-2:] == (8, 8) and coarse.shape[-2:] == (4, 2)
+
+
+def test_constant_maps_stay_constant():
+    (out,) = ConcatNeck([[1, 1]])([torch.ones(1, 1, 4, 4), torch.full((1, 1, 3, 2), 2.0)])
+    assert torch.equal(out[0, :, 1, 1], torch.tensor([1.0, 2.0])) and out.unique().numel() == 2
+
+
+@pytest.mark.parametrize(
+    ('levels', 'timesteps', 'message'),
+    [
+        ([[3, 5]], 2, 'got 3 maps'),
+        ([[3, 4], [4]], 2, r'map 1 has 10 channels, .* 2 \* 4 = 8'),
+        ([[3, 5], [4]], 1, 'map 0 has 6 channels'),
+    ],
+)
+def test_inputs_that_do_not_match_the_levels(levels: list[list[int]], timesteps: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        ConcatNeck(levels, timesteps)(make_maps())
+
+
+def test_levels_out_of_order():
+    fine_a, fine_b, coarse = make_maps()
+    with pytest.raises(ValueError, match=r'from fine to coarse.*\(3, 5\), \(6, 10\)'):
+        ConcatNeck([[4], [3, 5]], 2)([coarse, fine_a, fine_b])
+
+
+def test_one_output_size_per_level():
+    with pytest.raises(ValueError, match='one size per level'):
+        ConcatNeck([[3, 5], [4]], 2, output_sizes=[8])
