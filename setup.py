@@ -1,0 +1,53 @@
+"""Packaging of diffseg; `diffseg/.mim` links to `configs` and `tools`, so that wheels carry them where `mim` looks."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r"^__version__ = '(.+)'$", (HERE / 'diffseg' / '__init__.py').read_text(), re.M).group(1)
+
+MM = [
+    'mmsegmentation==1.2.2',
+    'mmengine==0.10.7',
+    'mmcv-lite==2.1.0',
+    'ftfy',  # mmsegmentation imports it without requiring it
+    'regex',  # likewise
+    'setuptools<82',  # mmengine resolves `mmseg::` config paths with pkg_resources
+]
+ONEDL = ['onedl-mmsegmentation>=1.4.2', 'onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6']
+
+# no build/ is left behind, and no stale copy in it can slip into a wheel
+with tempfile.TemporaryDirectory() as build_base:
+    setup(
+        name='diffseg',
+        version=VERSION,
+        description='Diffusion model activations as features for mmsegmentation',
+        long_description=(HERE / 'README.md').read_text(),
+        long_description_content_type='text/markdown',
+        license='Apache-2.0',
+        license_files=['LICENSE'],
+        packages=find_packages(include=['diffseg', 'diffseg.*']),
+        package_data={'diffseg': ['.mim/configs/**/*.py', '.mim/tools/*.py']},
+        python_requires='>=3.10',
+        install_requires=[
+            'torch>=2.6',
+            'diffusers>=0.42,<0.43',
+            'transformers>=5,<6',
+            'accelerate',
+            'numpy',
+            'pillow',
+            'safetensors',
+            'tqdm',
+        ],
+        extras_require={
+            'mm': MM,
+            'onedl': ONEDL,
+            'xformers': ['xformers'],
+            'demo': [*MM, 'matplotlib'],
+            'dev': [*MM, 'matplotlib', 'pytest', 'ruff', 'setuptools>=70.1'],
+        },
+        options={'build': {'build_base': build_base}},
+    )
