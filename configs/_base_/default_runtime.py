@@ -1,0 +1,4 @@
+_base_ = 'mmseg::_base_/default_runtime.py'
+
+custom_imports = dict(imports=['diffseg'])
+randomness = dict(seed=0)
