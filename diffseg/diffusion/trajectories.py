@@ -1,0 +1,354 @@
+"""From a clean latent to the activations at the wanted timesteps: the four published ways of getting there.
+
+=============  =========================================================================  ====================
+`noise`        the latent noised to each t by the closed (VP) formula                     DIFT, GDF
+`clean`        the latent as it is, the UNet told any t                                   CleanDIFT, VPD
+`inversion`    DDIM inversion, from the latent towards noise                              Hyperfeatures, real
+`generation`   DDIM sampling, from noise towards a latent, with classifier-free guidance  Hyperfeatures, synthetic
+=============  =========================================================================  ====================
+
+Timesteps are always those the UNet is called with: 0 (nearly clean) to 999 (noise), and -1 for the clean latent, whose
+cumulative alpha is 1.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any, ClassVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from diffseg.diffusion.activations import ActivationRecorder
+
+CLEAN = -1  # the timestep of a latent without noise
+PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
+
+Condition = Mapping[str, Any]  # keyword arguments of the UNet, the tensors in it (nested or not) one row per latent
+Activations = dict[str, Tensor]
+
+
+def seeded_noise(shape: Sequence[int], seed: int, *key: int | str) -> Tensor:
+    """Standard normal noise that depends on nothing but the arguments.
+
+    It is drawn on the CPU in float32, so it is the same on any device; drawn for one image at a time and shared by all
+    images (as DDPM-Seg does), it is the same at any position of any batch. `key` tells apart the draws of one seed.
+    """
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, 'little'))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def add_noise(latent: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    """Variance-preserving forward process, x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps (DDPM, equation 4)."""
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=latent.dtype, device=latent.device)
+    return alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
+
+
+def ddim_grid(steps: int, training_steps: int = 1000) -> list[int]:
+    """The ascending timesteps of a DDIM run with 'leading' spacing and no offset: 0, 20, ..., 980 for 50 steps."""
+    if not 1 <= steps <= training_steps:
+        raise ValueError(f'{steps} steps; a schedule of {training_steps} timesteps allows 1 to {training_steps}')
+    return [i * (training_steps // steps) for i in range(steps)]
+
+
+class NoiseSchedule:
+    """The cumulative alphas that a model was trained with, and what it was trained to predict.
+
+    Args:
+        alphas_cumprod: abar of timesteps 0, 1, ..., with shape (training steps,).
+        prediction_type: 'epsilon' or 'v_prediction'.
+
+    Raises:
+        ValueError: The prediction type is another one.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = 'epsilon'):
+        if prediction_type not in ('epsilon', 'v_prediction'):
+            raise ValueError(f"prediction type {prediction_type!r}; known are 'epsilon' and 'v_prediction'")
+        self.alphas_cumprod = alphas_cumprod.double().cpu()
+        self.prediction_type = prediction_type
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alpha_bar(self, t: int) -> float:
+        """Cumulative alpha of timestep `t`; 1 for the clean latent's -1."""
+        return 1.0 if t == CLEAN else float(self.alphas_cumprod[t])
+
+    def ddim_step(self, x_t: Tensor, prediction: Tensor, t: int, t_next: int) -> Tensor:
+        """One deterministic DDIM step from `t` to `t_next`, in either direction (DDIM, equation 12 with sigma = 0)."""
+        signal, sigma = self.alpha_bar(t) ** 0.5, (1 - self.alpha_bar(t)) ** 0.5
+        if self.prediction_type == 'epsilon':
+            epsilon = prediction
+            latent = (x_t - sigma * epsilon) / signal
+        else:  # v = sqrt(abar) eps - sqrt(1 - abar) x_0
+            epsilon = signal * prediction + sigma * x_t
+            latent = signal * x_t - sigma * prediction
+        return add_noise(latent, epsilon, self.alpha_bar(t_next))
+
+
+def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) -> dict[str, Any]:
+    """`condition` with `function` applied to every tensor in it."""
+
+    def apply(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return map_condition(function, value)
+        return function(value) if isinstance(value, Tensor) else value
+
+    return {name: apply(value) for name, value in condition.items()}
+
+
+class Denoiser:
+    """The UNet as the trajectories use it: a call reads activations, predicts, or does both at once.
+
+    Args:
+        unet: The UNet to read from.
+        layers: The activations to read.
+        attention: The groups of aggregated attention to read, see `ActivationRecorder`.
+        micro_batch: The largest number of latents in one UNet call; larger batches are cut and joined again.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        layers: Sequence[str],
+        attention: Sequence[str] = (),
+        micro_batch: int | None = None,
+    ):
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f'micro_batch is {micro_batch}; it is a number of latents, 1 or more')
+        self.unet = unet
+        self.micro_batch = micro_batch
+        self._layers = list(layers)
+        both = self._layers if PREDICTION in self._layers else [*self._layers, PREDICTION]
+        self._read = ActivationRecorder(unet, self._layers, attention=attention)
+        self._read_and_predict = ActivationRecorder(unet, both, attention=attention)
+        self._predict = ActivationRecorder(unet, [PREDICTION])
+
+    def read(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Activations:
+        """Activations {name: (N, C, h, w)} of latents (N, 4, h, w) at one timestep, or at one each (N,)."""
+        return self._call(self._read, x_t, timestep, condition)
+
+    def predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
+        """The UNet's prediction (N, 4, h, w) in the dtype of `x_t`."""
+        return self._call(self._predict, x_t, timestep, condition)[PREDICTION].to(x_t.dtype)
+
+    def read_and_predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> tuple[Activations, Tensor]:
+        """What `read` and `predict` return, from one call of the UNet."""
+        found = self._call(self._read_and_predict, x_t, timestep, condition)
+        prediction = found[PREDICTION] if PREDICTION in self._layers else found.pop(PREDICTION)
+        return found, prediction.to(x_t.dtype)
+
+    def _call(
+        self, recorder: ActivationRecorder, x_t: Tensor, timestep: int | Tensor, condition: Condition
+    ) -> Activations:
+        n = len(x_t)
+        x_t = x_t.to(self.unet.dtype)
+        timestep = torch.as_tensor(timestep, device=x_t.device).expand(n)
+        size = self.micro_batch or n
+        chunks = []
+        for rows in (slice(start, start + size) for start in range(0, n, size)):
+            chunks.append(recorder(x_t[rows], timestep[rows], **map_condition(itemgetter(rows), condition)))
+        if len(chunks) == 1:
+            return chunks[0]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+@dataclass(frozen=True)
+class Trajectory(ABC):
+    """Where the wanted timesteps lie and how to get there.
+
+    Raises:
+        ValueError: A timestep is not on this trajectory.
+    """
+
+    schedule: NoiseSchedule
+    timesteps: tuple[int, ...]
+
+    from_image: ClassVar[bool] = True  # whether it starts from an image's latent, or else from noise
+    adds_noise: ClassVar[bool] = False  # whether `__call__` needs `noise`
+
+    def __post_init__(self):
+        allowed, name = self.allowed(), type(self).__name__.lower()
+        values = ', '.join(map(str, allowed) if len(allowed) < 4 else (*map(str, allowed[:2]), '...', str(allowed[-1])))
+        if not self.timesteps:
+            raise ValueError(f'no timesteps asked for; the {name} trajectory has {values}')
+        if wrong := [t for t in self.timesteps if t not in allowed]:
+            raise ValueError(f'timesteps {wrong} are not on the {name} trajectory, which has {values}')
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether `__call__` needs `negative`."""
+        return False
+
+    @abstractmethod
+    def allowed(self) -> Sequence[int]:
+        """The timesteps that can be asked for, in the order of the UNet calls."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        latent: Tensor,
+        condition: Condition,
+        *,
+        noise: Tensor | None = None,
+        negative: Condition | None = None,
+    ) -> Activations:
+        """Read the activations at all wanted timesteps.
+
+        Args:
+            denoiser: The UNet and what to read from it.
+            latent: Where the trajectory starts, with shape (N, 4, h, w).
+            condition: Keyword arguments of the UNet for these latents.
+            noise: Standard normal, with shape (N, T, 4, h, w) or, the same for all timesteps, (N, 1, 4, h, w).
+            negative: Like `condition`, for the prediction that guidance leads away from.
+
+        Returns:
+            {name: (N, T, C, h, w)}, T in the order of `timesteps`.
+        """
+
+
+def _read_at_once(denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], condition: Condition) -> Activations:
+    """Activations of x_t (N, T, 4, h, w), timesteps folded into the batch."""
+    n, t = x_t.shape[:2]
+    folded = torch.tensor(timesteps, device=x_t.device).repeat(n)  # (N*T,)
+    found = denoiser.read(x_t.flatten(0, 1), folded, map_condition(lambda x: x.repeat_interleave(t, 0), condition))
+    return {name: activation.unflatten(0, (n, t)) for name, activation in found.items()}
+
+
+class Noise(Trajectory):
+    """The latent with noise added, by the closed formula at exactly the asked timesteps, all in one UNet call.
+
+    Unlike GDF, whose t = 50 becomes 51 (SD1.5), 49 (SD2.1-base) or 50 (SDXL) in its schedulers.
+    """
+
+    adds_noise = True
+
+    def allowed(self) -> Sequence[int]:
+        """Every timestep of the schedule."""
+        return range(len(self.schedule))
+
+    def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
+        """See `Trajectory`."""
+        alpha_bar = self.schedule.alphas_cumprod[list(self.timesteps)].view(-1, 1, 1, 1)  # (T, 1, 1, 1)
+        return _read_at_once(denoiser, add_noise(latent.unsqueeze(1), noise, alpha_bar), self.timesteps, condition)
+
+
+class Clean(Trajectory):
+    """The latent without noise, whatever timestep the UNet is told: CleanDIFT's 261, Hyperfeatures' one-step -1."""
+
+    def allowed(self) -> Sequence[int]:
+        """Every timestep of the schedule, and -1."""
+        return range(CLEAN, len(self.schedule))
+
+    def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
+        """See `Trajectory`."""
+        x_t = latent.unsqueeze(1).expand(-1, len(self.timesteps), -1, -1, -1)  # (N, T, 4, h, w)
+        return _read_at_once(denoiser, x_t, self.timesteps, condition)
+
+
+@dataclass(frozen=True)
+class _DDIM(Trajectory):
+    """UNet calls along `allowed()`, as far as the last wanted one; that one stops after the last wanted activation.
+
+    Args:
+        steps: Number of steps between the clean latent and noise.
+        guidance: Scale of classifier-free guidance; 1 is none. Activations are the conditional prediction's.
+    """
+
+    steps: int = 50
+    guidance: float = 1.0
+
+    @property
+    def needs_negative(self) -> bool:
+        """True with guidance."""
+        return self.guidance != 1
+
+    def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
+        """See `Trajectory`."""
+        calls = self.allowed()
+        last = max(calls.index(t) for t in self.timesteps)
+        x_t, found = latent, {}
+        for t, t_next in pairwise(calls[: last + 1]):
+            if t in self.timesteps:
+                found[t], prediction = denoiser.read_and_predict(x_t, t, condition)
+            else:
+                prediction = denoiser.predict(x_t, t, condition)
+            if self.needs_negative:
+                unconditional = denoiser.predict(x_t, t, negative)
+                prediction = unconditional + self.guidance * (prediction - unconditional)
+            x_t = self.schedule.ddim_step(x_t, prediction, t, t_next)
+        found[calls[last]] = denoiser.read(x_t, calls[last], condition)
+        names = found[calls[last]]
+        return {name: torch.stack([found[t][name] for t in self.timesteps], dim=1) for name in names}
+
+
+@dataclass(frozen=True)
+class Inversion(_DDIM):
+    """DDIM inversion as Hyperfeatures runs it: the first UNet call is on the clean latent at t = -1."""
+
+    def allowed(self) -> Sequence[int]:
+        """-1, 0, 20, ..., 960 with 50 steps."""
+        return [CLEAN, *ddim_grid(self.steps, len(self.schedule))[:-1]]
+
+
+@dataclass(frozen=True)
+class Generation(_DDIM):
+    """DDIM sampling from noise, the `latent` it starts from."""
+
+    guidance: float = 7.5
+    from_image = False
+
+    def allowed(self) -> Sequence[int]:
+        """980, 960, ..., 0 with 50 steps."""
+        return ddim_grid(self.steps, len(self.schedule))[::-1]
+
+
+TRAJECTORIES: dict[str, type[Trajectory]] = {
+    'noise': Noise,
+    'clean': Clean,
+    'inversion': Inversion,
+    'generation': Generation,
+}
+
+
+def build_trajectory(
+    trajectory: str | Mapping[str, Any], timesteps: Sequence[int], schedule: NoiseSchedule
+) -> Trajectory:
+    """Make a trajectory from its name, or from `dict(type=name, ...)` with its options.
+
+    Raises:
+        ValueError: Unknown name or option, or a timestep that is not on the trajectory.
+    """
+    options = {'type': trajectory} if isinstance(trajectory, str) else dict(trajectory)
+    name = options.pop('type', None)
+    if name not in TRAJECTORIES:
+        raise ValueError(f'unknown trajectory {name!r}; there are {", ".join(TRAJECTORIES)}')
+    kind = TRAJECTORIES[name]
+    known = [field.name for field in fields(kind) if field.name not in ('schedule', 'timesteps')]
+    if wrong := sorted(set(options) - set(known)):
+        raise ValueError(f'the {name} trajectory has no options {wrong}; it has {known}')
+    return kind(schedule, tuple(int(t) for t in timesteps), **options)
+
+
+def dhf_timesteps(save_timestep: Sequence[int], trajectory: str = 'inversion', steps: int = 50) -> list[int]:
+    """Translate the step indices of Hyperfeatures' `save_timestep` (49 clean, 0 noise) into timesteps of the UNet.
+
+    >>> dhf_timesteps([49, 45, 40, 0])
+    [-1, 60, 160, 960]
+    >>> dhf_timesteps([49, 45, 40, 0], 'generation')
+    [0, 80, 180, 980]
+    """
+    grid = ddim_grid(steps)
+    towards_noise = {'inversion': [CLEAN, *grid[:-1]], 'generation': grid}
+    if trajectory not in towards_noise:
+        raise ValueError(f'step indices exist for {" and ".join(towards_noise)}, not for {trajectory!r}')
+    if wrong := [k for k in save_timestep if not 0 <= k < steps]:
+        raise ValueError(f'step indices {wrong} are outside 0 to {steps - 1}')
+    return [towards_noise[trajectory][steps - 1 - k] for k in save_timestep]
