@@ -1,0 +1,317 @@
+"""What can be read inside a UNet, and reading it.
+
+Every readable activation is a `Site`; `sites` lists those of a network under the names of "Not All Diffusion Model
+Activations Have Been Evaluated as Discriminative Features" (its code is generic-diffusion-feature, GDF), 197 for Stable
+Diffusion 1.5 and 612 for SDXL. `ActivationRecorder` reads them with forward hooks.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ATTENTION_CATEGORIES = tuple(f'{part}_{kind}' for part in ('down', 'mid', 'up') for kind in ('cross', 'self'))
+ATTENTION_STRIDES = (2, 4)  # latent cells; GDF aggregates the attention layers between 1/32 and 1/16 of the image size
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a UNet where an activation can be read.
+
+    Attributes:
+        name: GDF's name.
+        path: The module, inside the UNet, that the activation belongs to.
+        channels: Of the activation; None for a map, which has as many as there are keys.
+        stride: Image pixels per cell.
+        kind: What the module gives: 'spatial' (B,C,h,w), 'tokens' (B,h*w,C), 'input' (the module's input is read, with
+            shape (B,C,h,w)) or 'map' (attention, recomputed from the module's queries and keys).
+    """
+
+    name: str
+    path: str
+    channels: int | None
+    stride: int
+    kind: Literal['input', 'spatial', 'tokens', 'map'] = 'spatial'
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the activation for an image of `height` x `width` pixels."""
+        return -(-height // self.stride), -(-width // self.stride)
+
+
+def sites(unet: UNet2DConditionModel, vae_scale_factor: int = 8) -> dict[str, Site]:
+    """List everything that can be read inside a UNet, in order of execution.
+
+    No forward pass is made, so the UNet may be on the meta device. The names (spec of GDF, all indices from 0):
+
+    * `unet-in`, `unet-after-conv-in`, `unet-out`
+    * `{down,up}-level{L}-repeat{R}-res-{increment,out}`: a residual block before and after adding its shortcut
+    * `{down,up}-level{L}-repeat{R}-vit-block{B}-{self-q,self-k,self-v,self-map,cross-q,cross-map,ffn-inner,out}`
+    * `{down,up}-level{L}-repeat{R}-vit-out`
+    * `down-level{L}-downsampler-out`, `up-level{L}-upsampler-out`
+    * `mid-repeat{R}-res-...`, `mid-vit-...`
+
+    Args:
+        unet: The network.
+        vae_scale_factor: Image pixels per latent cell.
+    """
+    return {site.name: site for site in _walk(unet, vae_scale_factor)}
+
+
+def _walk(unet: UNet2DConditionModel, stride: int) -> Iterator[Site]:
+    yield Site('unet-in', 'conv_in', unet.conv_in.in_channels, stride, 'input')
+    yield Site('unet-after-conv-in', 'conv_in', unet.conv_in.out_channels, stride)
+    for level, block in enumerate(unet.down_blocks):
+        name, path = f'down-level{level}', f'down_blocks.{level}'
+        yield from _walk_block(name, path, block, stride)
+        if block.downsamplers is not None:
+            stride *= 2
+            channels = block.resnets[-1].conv2.out_channels
+            yield Site(f'{name}-downsampler-out', f'{path}.downsamplers.0', channels, stride)
+    if unet.mid_block is not None:
+        yield from _walk_block('mid', 'mid_block', unet.mid_block, stride)
+    for level, block in enumerate(unet.up_blocks):
+        name, path = f'up-level{level}', f'up_blocks.{level}'
+        yield from _walk_block(name, path, block, stride)
+        if block.upsamplers is not None:
+            stride //= 2
+            channels = block.resnets[-1].conv2.out_channels
+            yield Site(f'{name}-upsampler-out', f'{path}.upsamplers.0', channels, stride)
+    yield Site('unet-out', 'conv_out', unet.conv_out.out_channels, stride)
+
+
+def _walk_block(name: str, path: str, block: nn.Module, stride: int) -> Iterator[Site]:
+    attentions = dict(enumerate(getattr(block, 'attentions', ())))  # fewer than residual blocks in the middle
+    for repeat, resnet in enumerate(block.resnets):
+        channels = resnet.conv2.out_channels
+        yield Site(f'{name}-repeat{repeat}-res-increment', f'{path}.resnets.{repeat}.conv2', channels, stride)
+        yield Site(f'{name}-repeat{repeat}-res-out', f'{path}.resnets.{repeat}', channels, stride)
+        if attentions.get(repeat) is None:
+            continue
+        vit, vit_path = 'mid-vit' if name == 'mid' else f'{name}-repeat{repeat}-vit', f'{path}.attentions.{repeat}'
+        for b, transformer in enumerate(getattr(attentions[repeat], 'transformer_blocks', ())):
+            yield from _walk_transformer(f'{vit}-block{b}', f'{vit_path}.transformer_blocks.{b}', transformer, stride)
+        yield Site(f'{vit}-out', vit_path, channels, stride)
+
+
+def _walk_transformer(name: str, path: str, block: nn.Module, stride: int) -> Iterator[Site]:
+    channels = block.attn1.inner_dim
+    yield Site(f'{name}-self-q', f'{path}.attn1.to_q', channels, stride, 'tokens')
+    if not block.only_cross_attention:  # else its keys and values are the text's
+        yield Site(f'{name}-self-k', f'{path}.attn1.to_k', channels, stride, 'tokens')
+        yield Site(f'{name}-self-v', f'{path}.attn1.to_v', channels, stride, 'tokens')
+    yield Site(f'{name}-self-map', f'{path}.attn1', None, stride, 'map')
+    if block.attn2 is not None:
+        yield Site(f'{name}-cross-q', f'{path}.attn2.to_q', channels, stride, 'tokens')
+        yield Site(f'{name}-cross-map', f'{path}.attn2', None, stride, 'map')
+    yield Site(f'{name}-ffn-inner', f'{path}.ff.net.0', block.ff.net[2].in_features, stride, 'tokens')
+    yield Site(f'{name}-out', path, channels, stride, 'tokens')
+
+
+def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
+    """Translate aliases and check names.
+
+    The aliases are `dift-{n}`, the output of decoder block n with its upsampler (DIFT's `up_ft_index`), and
+    `dhf-{level}-{repeat}`, a residual increment of the decoder (the layers of Diffusion Hyperfeatures).
+
+    Args:
+        names: Names of sites or aliases.
+        available: The network's names in order of execution, as `sites` gives them.
+
+    Returns:
+        The names of sites in the order asked for.
+
+    Raises:
+        ValueError: For an unknown name, with the nearest known ones, or for one site asked for twice.
+    """
+    available = list(available)
+    resolved = [_translate(name, available) for name in names]
+    for asked, name in zip(names, resolved, strict=True):
+        if name not in available:
+            nearest = ', '.join(get_close_matches(name, available, n=5, cutoff=0))
+            raise ValueError(f'unknown activation {asked!r}; the nearest of the {len(available)} are: {nearest}')
+        if resolved.count(name) > 1:
+            raise ValueError(f'activation {name!r} is asked for twice')
+    return resolved
+
+
+def _translate(name: str, available: Sequence[str]) -> str:
+    if alias := re.fullmatch(r'dift-(\d+)', name):
+        outputs = [site for site in available if site.startswith(f'up-level{alias[1]}-')]
+        return outputs[-1] if outputs else name  # what a block executes last is its output
+    return re.sub(r'^dhf-(\d+)-(\d+)$', r'up-level\1-repeat\2-res-increment', name)
+
+
+class _Tap(NamedTuple):
+    """What one hook stores: the output of the module at `path`, or its input."""
+
+    path: str
+    is_input: bool = False
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose remainder nobody needs."""
+
+
+class ActivationRecorder:
+    """Reads activations from a UNet's forward pass.
+
+    The hooks live for one call only, and the UNet keeps no trace of them. Attention maps are recomputed from queries and
+    keys, so that it does not matter which attention processor runs.
+
+    Args:
+        unet: The network.
+        names: Sites to read, or aliases, see `resolve`.
+        stop_early: End the forward pass with the last activation that is wanted. With gradient checkpointing in use it
+            runs to its end all the same, since checkpointed modules must not be left by an exception.
+        attention: Categories out of `{down,mid,up}_{cross,self}` for GDF's aggregated attention, which adds the key
+            'attn': for each category, the attention probabilities, averaged over heads and over the layers of one
+            size (1/2 and 1/4 of the latent's, in order of execution), resized to the latent (nearest), concatenated.
+
+    Raises:
+        ValueError: For names that the UNet does not have.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        names: Sequence[str],
+        stop_early: bool = True,
+        attention: Sequence[str] = (),
+    ) -> None:
+        available = sites(unet, vae_scale_factor=1)  # strides in latent cells
+        self.unet = unet
+        self.stop_early = stop_early
+        self.sites = [available[name] for name in resolve(names, available)]
+        self.attention = {category: _attention_sites(category, available.values()) for category in attention}
+        self.taps = {tap for site in self._all_sites() for tap in _taps(site)}
+
+    def _all_sites(self) -> list[Site]:
+        return [*self.sites, *(site for layers in self.attention.values() for site in layers)]
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        **unet_kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Run the UNet and return what was asked for.
+
+        Gradients flow through the activations when gradient mode is on.
+
+        Args:
+            x_t: Noised latent with shape (B, 4, h, w), of any size that the UNet takes.
+            timestep: The scheduler's own index, one or (B,).
+            encoder_hidden_states: Text embedding with shape (B, N, D).
+            added_cond_kwargs: SDXL's `text_embeds` and `time_ids`.
+            unet_kwargs: Passed on to the UNet.
+
+        Returns:
+            The activations in the order asked for, each with shape (B, C, h', w') and in the UNet's dtype. A map is the
+            mean over heads, its channels are the keys. 'unet-out' is the predicted noise (or velocity).
+
+        Raises:
+            ValueError: For attention masks together with maps, which are recomputed without them.
+            RuntimeError: If the UNet did not execute a module that is to be read.
+        """
+        masked = any(unet_kwargs.get(name) is not None for name in ('attention_mask', 'encoder_attention_mask'))
+        if masked and any(site.kind == 'map' for site in self._all_sites()):
+            raise ValueError('attention maps cannot be read under an attention mask; ask for other activations')
+        raw = self._run(x_t, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **unet_kwargs)
+        size = x_t.shape[-2:]
+        read = {site.name: self._read(site, raw, size) for site in self.sites}
+        if self.attention:
+            maps = [resized for layers in self.attention.values() for resized in self._aggregate(layers, raw, size)]
+            read['attn'] = torch.cat(maps, dim=1)  # (B, categories * sizes * keys, h, w)
+        return read
+
+    def _run(self, *args: Any, **kwargs: Any) -> dict[_Tap, Tensor]:
+        """Run the UNet under hooks that store modules' inputs and outputs as they are, and do nothing else.
+
+        Anything computed inside a hook would be missing when gradient checkpointing runs the module again.
+        """
+        raw = {}
+        stop = self.stop_early and not (torch.is_grad_enabled() and self.unet.is_gradient_checkpointing)
+
+        def hook_for(tap: _Tap):
+            def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+                value = inputs if tap.is_input else output
+                raw[tap] = value if isinstance(value, Tensor) else value[0]
+                if stop and len(raw) == len(self.taps):
+                    raise _Stop
+
+            return hook
+
+        handles = []
+        try:
+            for tap in self.taps:
+                handles.append(self.unet.get_submodule(tap.path).register_forward_hook(hook_for(tap)))
+            self.unet(*args, return_dict=False, **kwargs)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missing := sorted({tap.path for tap in self.taps - raw.keys()}):
+            raise RuntimeError(
+                f'the UNet did not execute {", ".join(missing)}; compiled code and fused projections (undone by '
+                'unfuse_qkv_projections()) hide modules from hooks'
+            )
+        return raw
+
+    def _read(self, site: Site, raw: dict[_Tap, Tensor], size: tuple[int, int]) -> Tensor:
+        value, *key = (raw[tap] for tap in _taps(site))
+        if site.kind in ('input', 'spatial'):
+            return value
+        if site.kind == 'map':
+            value = _attention_map(self.unet.get_submodule(site.path), value, *key)
+        return value.transpose(1, 2).unflatten(2, site.size(*size))  # (B, h*w, C) -> (B, C, h, w)
+
+    def _aggregate(self, layers: Sequence[Site], raw: dict[_Tap, Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
+        for stride in dict.fromkeys(site.stride for site in layers):
+            maps = [self._read(site, raw, size) for site in layers if site.stride == stride]
+            yield F.interpolate(sum(maps) / len(maps), size=size)
+
+
+def _taps(site: Site) -> tuple[_Tap, ...]:
+    """What has to be stored to read a site."""
+    if site.kind == 'map':
+        return _Tap(f'{site.path}.to_q'), _Tap(f'{site.path}.to_k')
+    return (_Tap(site.path, is_input=site.kind == 'input'),)
+
+
+def _attention_sites(category: str, available: Iterable[Site]) -> list[Site]:
+    """The maps that GDF aggregates under one category."""
+    if category not in ATTENTION_CATEGORIES:
+        raise ValueError(f'unknown attention {category!r}; there are: {", ".join(ATTENTION_CATEGORIES)}')
+    part, kind = category.split('_')
+    layers = [
+        site
+        for site in available
+        if site.name.startswith(f'{part}-') and site.name.endswith(f'-{kind}-map') and site.stride in ATTENTION_STRIDES
+    ]
+    if not layers:
+        raise ValueError(f'attention {category!r} is empty: this UNet has none there at 1/2 or 1/4 of the latent size')
+    return layers
+
+
+def _attention_map(attention: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+    """Attention probabilities, averaged over heads; one head at a time, since they are large.
+
+    Args:
+        attention: diffusers' module that the queries and keys are of.
+        query: Shape (B, N, heads * d).
+        key: Shape (B, keys, heads * d).
+
+    Returns:
+        A tensor with shape (B, N, keys), computed in float32 because single probabilities underflow in half precision.
+    """
+    heads = zip(query.float().chunk(attention.heads, dim=-1), key.float().chunk(attention.heads, dim=-1), strict=True)
+    return (sum(attention.get_attention_scores(q, k) for q, k in heads) / attention.heads).to(query.dtype)
