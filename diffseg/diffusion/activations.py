@@ -161,8 +161,8 @@ class _Stop(Exception):
 class ActivationRecorder:
     """Reads activations from a UNet's forward pass.
 
-    The hooks live for one call only, and the UNet keeps no trace of them. Attention maps are recomputed from queries and
-    keys, so that it does not matter which attention processor runs.
+    The hooks live for one call only, and the UNet keeps no trace of them. Attention maps are recomputed from queries
+    and keys, so that it does not matter which attention processor runs.
 
     Args:
         unet: The network.
