@@ -6,6 +6,7 @@ pictures, a `PIL.Image` or a matplotlib `Figure`; nothing is shown or written, a
 
 import colorsys
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import matplotlib
 import numpy as np
@@ -145,37 +146,37 @@ def grid(
     cell: int = 192,
     smooth: bool = False,
 ) -> Image.Image:
-    """Put pictures of any sizes into a grid with names, each fitted into a square of `cell` pixels.
+    """Put pictures of any sizes into a grid with names, the longer side of each scaled to `cell` pixels.
 
     Args:
         rows: pictures, row by row; rows may differ in length.
         row_names: printed left of the rows.
         column_names: printed over the columns.
-        cell: side of a square, pixels.
-        smooth: whether pictures smaller than their square are enlarged bilinearly, instead of by cells.
+        cell: longer side of a picture in the grid, pixels.
+        smooth: whether small pictures are enlarged bilinearly, instead of with their cells visible.
     """
     gap, font = 4, ImageFont.load_default(max(10, cell // 16))
-    columns = max(len(row) for row in rows)
+    images = [[_fit(picture, cell, smooth) for picture in row] for row in rows]
+    heights = [max(image.height for image in row) for row in images]
     row_texts = [_wrap(name, font, cell) for name in row_names]
     column_texts = [_wrap(name, font, cell) for name in column_names]
     probe = ImageDraw.Draw(Image.new('RGB', (1, 1)))
     left = max((int(probe.multiline_textbbox((0, 0), text, font)[2]) + 2 * gap for text in row_texts), default=0)
     top = max((int(probe.multiline_textbbox((0, 0), text, font)[3]) + 2 * gap for text in column_texts), default=0)
-    sheet = Image.new('RGB', (left + columns * (cell + gap) + gap, top + len(rows) * (cell + gap) + gap), 'white')
+    columns = max(len(row) for row in rows)
+    size = left + gap + columns * (cell + gap), top + gap + sum(height + gap for height in heights)
+    sheet = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(sheet)
     for c, text in enumerate(column_texts):
         centre = left + gap + c * (cell + gap) + cell // 2
         draw.multiline_text((centre, top - gap), text, 'black', font, anchor='md', align='center')
-    for r, text in enumerate(row_texts):
-        draw.multiline_text((gap, top + gap + r * (cell + gap) + cell // 2), text, 'black', font, anchor='lm')
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            height, width = picture.shape[1:]
-            scale = cell / max(height, width)
-            fitted = max(1, round(height * scale)), max(1, round(width * scale))
-            image = to_pil(resize(picture.float().cpu(), fitted, smooth or scale < 1))
-            x, y = left + gap + c * (cell + gap), top + gap + r * (cell + gap)
-            sheet.paste(image, (x + (cell - fitted[1]) // 2, y + (cell - fitted[0]) // 2))
+    y = top + gap
+    for row, height, text in zip_longest(images, heights, row_texts, fillvalue=''):
+        draw.multiline_text((gap, y + height // 2), text, 'black', font, anchor='lm')
+        for c, image in enumerate(row):
+            x = left + gap + c * (cell + gap)
+            sheet.paste(image, (x + (cell - image.width) // 2, y + (height - image.height) // 2))
+        y += height + gap
     return sheet
 
 
@@ -233,7 +234,7 @@ def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Seque
     """
     if weights.shape != (len(timesteps), len(layers)):
         raise ValueError(f'{len(timesteps)} timesteps, {len(layers)} layers, but weights {tuple(weights.shape)}')
-    table = weights.detach().float().cpu().T  # (L, T)
+    table = 100 * weights.detach().float().cpu().T  # (L, T)
     width, height = 3 + 0.09 * max(map(len, layers)) + 0.6 * len(timesteps), 1.6 + 0.34 * len(layers)
     figure = Figure(figsize=(width, height), layout='constrained')
     axes = figure.add_subplot()
@@ -242,14 +243,21 @@ def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Seque
     for layer, row in enumerate(table.tolist()):
         for step, value in enumerate(row):
             colour = 'black' if value > middle else 'white'
-            axes.text(step, layer, f'{100 * value:.1f}', ha='center', va='center', color=colour, fontsize=8)
-    shares = [[f'{100 * share:.0f}%' for share in table.sum(dim).tolist()] for dim in (1, 0)]
+            axes.text(step, layer, f'{value:.1f}', ha='center', va='center', color=colour, fontsize=8)
+    shares = [[f'{share:.0f}%' for share in table.sum(dim).tolist()] for dim in (1, 0)]
     axes.set_yticks(range(len(layers)), [f'{name}  {share}' for name, share in zip(layers, shares[0], strict=True)])
     axes.set_xticks(range(len(timesteps)), [f'{t}\n{share}' for t, share in zip(timesteps, shares[1], strict=True)])
     axes.set_xlabel('timestep')
     axes.set_title(title or 'mixing weights, %')
     figure.colorbar(image, ax=axes, fraction=0.05)
     return figure
+
+
+def _fit(picture: Tensor, side: int, smooth: bool) -> Image.Image:
+    """Scale a picture so that its longer side has `side` pixels; shrinking is always smooth."""
+    scale = side / max(picture.shape[1:])
+    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[2] * scale))
+    return to_pil(resize(picture.float().cpu(), size, smooth or scale < 1))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

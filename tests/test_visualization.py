@@ -121,6 +121,7 @@ def test_grid_places_every_picture():
     sheet = vis.grid([[red, blue], [blue]], cell=32)
     pixels = np.asarray(sheet)
     counts = [int((pixels == colour).all(-1).sum()) for colour in ([255, 0, 0], [0, 0, 255])]
+    assert sheet.size == (4 + 2 * 36, 4 + 2 * 36)
     assert counts == [16 * 32, 2 * 32 * 32]  # the wide picture keeps its shape
     named = vis.grid([[red, blue]], ['a row'], ['up-level1-repeat0-vit-block0-cross-q', 'b'], cell=32)
     assert named.width > sheet.width and named.height > 32

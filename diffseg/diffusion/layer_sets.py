@@ -1,0 +1,93 @@
+"""Published choices of layers, by name."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from diffseg.diffusion.activations import resolve
+
+# Variants of one set are for different UNet topologies; the first one whose layers all exist is meant.
+LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # Meng et al., "Not All Diffusion Model Activations Have Been Evaluated as Discriminative Features" (2410.03558):
+    # GDF's config_{15,xl}_practical.json
+    'practical': (
+        (
+            'up-level1-repeat1-vit-block0-cross-q',
+            'up-level1-repeat2-res-out',
+            'up-level2-repeat1-vit-block0-cross-q',
+            'up-level3-repeat0-vit-block0-self-k',
+        ),
+        (
+            'up-level0-repeat0-vit-block7-out',
+            'up-level0-repeat0-vit-block5-out',
+            'up-level1-repeat0-vit-block0-cross-q',
+            'up-level1-repeat0-vit-block0-out',
+        ),
+    ),
+    # what earlier work used, the outputs of whole blocks: config_{15,xl}_legacy.json
+    'legacy': (
+        (
+            'up-level0-upsampler-out',
+            'up-level1-upsampler-out',
+            'up-level2-upsampler-out',
+            'up-level3-repeat2-vit-out',
+        ),
+        (
+            'up-level0-upsampler-out',
+            'up-level1-upsampler-out',
+            'up-level2-repeat2-res-out',
+        ),
+    ),
+    # a model's share in the ensemble of several: config_15_amalgamation.json (which adds the attention 'up_cross') and
+    # config_pg_amalgamation.json
+    'amalgamation': (
+        (
+            'up-level1-repeat1-vit-block0-cross-q',
+            'up-level2-repeat1-vit-block0-cross-q',
+            'up-level2-upsampler-out',
+            'up-level3-repeat0-vit-block0-self-k',
+        ),
+        ('up-level0-repeat0-vit-block3-out',),
+    ),
+    # Tang et al., "Emergent Correspondence from Image Diffusion" (2306.03881): semantic matching, up_ft_index 1
+    'dift': (('dift-1',),),
+    # Luo et al., "Diffusion Hyperfeatures" (2305.14334): every residual increment of the decoder
+    'dhf': (tuple(f'dhf-{level}-{repeat}' for level in range(4) for repeat in range(3)),),
+}
+
+
+def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
+    """Turn set names, glob patterns, aliases and layer names into layer names.
+
+    Args:
+        names: any mixture of keys of `LAYER_SETS`, patterns such as `'up-*-res-out'`, and what
+            `activations.resolve` takes.
+        available: the UNet's layer names, in order of execution (`activations.sites`).
+
+    Returns:
+        Layer names in the order asked for, each once; those of a pattern in order of execution.
+
+    Raises:
+        ValueError: if a set has no variant for this UNet, a pattern matches nothing, or a name is unknown.
+    """
+    available = list(available)
+    layers: list[str] = []
+    for name in names:
+        if name in LAYER_SETS:
+            layers += _variant(name, available)
+        elif set(name) & set('*?['):
+            found = [layer for layer in available if fnmatchcase(layer, name)]
+            if not found:
+                raise ValueError(f'no layer matches {name!r}')
+            layers += found
+        else:
+            layers += resolve([name], available)
+    return list(dict.fromkeys(layers))
+
+
+def _variant(name: str, available: Sequence[str]) -> list[str]:
+    for variant in LAYER_SETS[name]:
+        try:
+            return resolve(variant, available)
+        except ValueError:
+            continue
+    raise ValueError(f'no layer set {name!r} is published for a UNet of this topology')

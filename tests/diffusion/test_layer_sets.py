@@ -1,0 +1,72 @@
+"""Layer sets: the published names and widths, on the topology they belong to."""
+
+import pytest
+
+from diffseg.diffusion.activations import sites
+from diffseg.diffusion.layer_sets import LAYER_SETS, expand
+
+
+@pytest.fixture
+def sd(tiny_unet):
+    return sites(tiny_unet())
+
+
+@pytest.fixture
+def sdxl(tiny_sdxl_unet):
+    return sites(tiny_sdxl_unet())
+
+
+@pytest.mark.parametrize(
+    ('name', 'channels', 'strides'),  # at SD1.5's widths 320, 640, 1280: the published totals
+    [
+        ('practical', 3520, [32, 32, 16, 8]),
+        ('legacy', 3520, [32, 16, 8, 8]),
+        ('amalgamation', 2880, [32, 16, 8, 8]),
+        ('dift', 1280, [16]),
+        ('dhf', 10560, [64] * 3 + [32] * 3 + [16] * 3 + [8] * 3),
+    ],
+)
+def test_sd_sets(tiny_unet, name, channels, strides):
+    narrow = sites(tiny_unet(block_out_channels=(16, 32, 64, 64), norm_num_groups=16))
+    layers = expand([name], narrow)
+    assert sum(narrow[layer].channels for layer in layers) * 20 == channels
+    assert [narrow[layer].stride for layer in layers] == strides
+
+
+@pytest.mark.parametrize(
+    ('name', 'channels', 'strides'),
+    [
+        ('practical', 3840, [32, 32, 16, 16]),
+        ('legacy', 2240, [16, 8, 8]),
+        ('amalgamation', 1280, [32]),
+        ('dift', 640, [8]),
+    ],
+)
+def test_sdxl_sets(tiny_sdxl_unet, name, channels, strides):
+    narrow = sites(tiny_sdxl_unet(block_out_channels=(16, 32, 64), norm_num_groups=16))
+    layers = expand([name], narrow)
+    assert sum(narrow[layer].channels for layer in layers) * 20 == channels
+    assert [narrow[layer].stride for layer in layers] == strides
+
+
+def test_no_variant(sdxl):
+    with pytest.raises(ValueError, match="'dhf' is published for a UNet of this"):
+        expand(['dhf'], sdxl)
+
+
+def test_patterns_aliases_and_order(sd):
+    assert expand(['dhf-2-1', 'mid-repeat?-res-out', 'dift', 'up-level1-upsampler-out'], sd) == [
+        'up-level2-repeat1-res-increment',
+        'mid-repeat0-res-out',
+        'mid-repeat1-res-out',
+        'up-level1-upsampler-out',
+    ]
+    assert expand(['*'], sd) == list(sd)
+    with pytest.raises(ValueError, match=r"'up-level9\*'"):
+        expand(['up-level9*'], sd)
+    with pytest.raises(ValueError, match='cross-q'):
+        expand(['up-level1-repeat1-vit-block0-crossq'], sd)
+
+
+def test_sets_do_not_shadow_layers(sd, sdxl):
+    assert not LAYER_SETS.keys() & (sd.keys() | sdxl.keys())
