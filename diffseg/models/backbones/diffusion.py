@@ -1,0 +1,180 @@
+"""A pretrained diffusion model as an mmseg backbone."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffseg.diffusion.extractor import DiffusionExtractor
+
+from .frozen import freeze, reached
+
+
+@MODELS.register_module()
+class DiffusionBackbone(BaseModule):
+    """Activations of a diffusion model's UNet as plain feature maps.
+
+    ```text
+    image (B, 3, H, W) in [-1, 1] -> DiffusionExtractor -> {layer: (B, T, C, h, w)} -> L maps (B, T*C, h, w)
+    ```
+
+    Maps are timestep-major, in the order of `layers`, and in the dtype of the image. The data preprocessor brings
+    images to [-1, 1] with `mean` and `std` of 127.5 each and `bgr_to_rgb=True`.
+
+    The network is a child module, so it follows `.to()`, autocast and distributed wrappers; it stays in evaluation mode
+    and out of checkpoints, which hold a fingerprint of it instead. The frozen tensors are buffers, not parameters; a
+    deep copy of the backbone shares them.
+
+    Args:
+        model: preset, hub id, diffusers folder or checkpoint file, see `DiffusionExtractor`.
+        layers: names of activations, in the order of the maps.
+        timesteps: the UNet's own indices.
+        channels: what the config expects for each layer (C, without the timesteps); verified if given.
+        input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept), as GDF does.
+        frozen: train nothing.
+        trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
+            `up_blocks.1.*`; all of the UNet by default. What no chosen activation depends on stays frozen all the same.
+        train_noise: noise in training mode, where 'random' augments; by default the extractor's `noise`.
+        extractor: further options of `DiffusionExtractor`: `trajectory`, `prompt`, `ensemble`, `noise`, `seed`,
+            `dtype`, ...
+
+    Attributes:
+        channels: channels C of each layer; None for attention maps, whose channels are the keys.
+
+    Raises:
+        ValueError: `channels` is not what the model has, or the choice of trainable parts is void or contradictory.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        layers: Sequence[str],
+        timesteps: Sequence[int],
+        *,
+        channels: Sequence[int] | None = None,
+        input_size: int | Sequence[int] | None = None,
+        frozen: bool = True,
+        trainable: Sequence[str] | None = None,
+        train_noise: Literal['seeded', 'random'] | None = None,
+        **extractor: Any,
+    ) -> None:
+        super().__init__()
+        if frozen and trainable is not None:
+            raise ValueError(f'trainable={list(trainable)} has no effect with frozen=True; set frozen=False')
+        self.extractor = DiffusionExtractor(model, layers, timesteps, **extractor).eval()
+        self.channels = self.extractor.channels
+        if channels is not None:
+            self._verify(channels)
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.noise = self.extractor.noise
+        self.train_noise = train_noise or self.noise
+        freeze(self.extractor, trainable=() if frozen else self._choose(trainable or ['*']))
+
+    def _verify(self, channels: Sequence[int]) -> None:
+        """Compare a config's channels with the model's.
+
+        Raises:
+            ValueError: they differ.
+        """
+        names = self.extractor.layers
+        if len(channels) != len(names):
+            raise ValueError(f'channels={list(channels)} has {len(channels)} entries for {len(names)} layers')
+        wrong = [
+            f'{name} has {ours}, not {theirs}'
+            for name, ours, theirs in zip(names, self.channels, channels, strict=True)
+            if ours not in (None, theirs)
+        ]
+        if wrong:
+            raise ValueError(f'channels do not match the model: {"; ".join(wrong)}. The right list is {self.channels}')
+
+    def _choose(self, patterns: Sequence[str]) -> set[str]:
+        """Names, within the extractor, of the parameters to train.
+
+        Raises:
+            ValueError: a pattern selects nothing that influences the maps, or the UNet is not in single precision.
+        """
+        unet = self.extractor.unet.requires_grad_(True)
+        if unet.dtype != torch.float32:
+            raise ValueError(
+                f"training parts of the UNet needs dtype='float32', not {unet.dtype}; to compute in lower precision use "
+                f"mmengine's AmpOptimWrapper"
+            )
+        with torch.enable_grad():
+            found = self.extractor.extract_latents(torch.zeros(1, unet.config.in_channels, 8, 8))
+        leaves = reached(found.values())
+        influential = [name for name, parameter in unet.named_parameters() if parameter in leaves]
+        selected = {pattern: [name for name in influential if fnmatchcase(name, pattern)] for pattern in patterns}
+        if void := [pattern for pattern, names in selected.items() if not names]:
+            raise ValueError(
+                f'trainable patterns {void} select no parameter of the UNet that the chosen layers depend on; such are '
+                f'{influential[0]!r} to {influential[-1]!r}'
+            )
+        return {f'unet.{name}' for names in selected.values() for name in names}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Extract.
+
+        Args:
+            x: images with shape (B, 3, H, W) in [-1, 1], RGB.
+
+        Returns:
+            L maps with shapes (B, T*C, h, w), one for each layer.
+        """
+        if self.input_size is not None:
+            x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
+        self.extractor.noise = self.train_noise if self.training else self.noise
+        found = self.extractor(x)  # {name: (B, T, C, h, w)}
+        return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
+
+    def train(self, mode: bool = True) -> 'DiffusionBackbone':
+        """Set the mode of the backbone itself; the network stays in evaluation mode."""
+        super().train(mode)
+        self.extractor.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Do nothing: the network is loaded, and none of its parts may initialise itself again."""
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> 'DiffusionBackbone':
+        """Apply `fn` to the backbone alone: an `init_cfg` of the segmentor must not reach the loaded weights."""
+        fn(self)
+        return self
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a head that was trained on the maps takes for granted; not the draws of noise, which may be others."""
+        fingerprint = json.loads(json.dumps(self.extractor.fingerprint))
+        return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}
+
+    def get_extra_state(self) -> Tensor:
+        """The fingerprint as JSON in bytes, since mmengine's weight averages take every entry for a tensor."""
+        return torch.tensor(list(json.dumps(self.fingerprint).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare a checkpoint's fingerprint with the network at hand.
+
+        Raises:
+            ValueError: they differ.
+        """
+        ours, theirs = self.fingerprint, json.loads(bytes(state.tolist()))
+        different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if different:
+            raise ValueError(
+                'the checkpoint belongs to another backbone: '
+                + '; '.join(f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different)
+                + '. Build the backbone as it was, or train anew'
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'DiffusionBackbone':
+        """Copy all but the frozen tensors, which the copy shares."""
+        memo.update({id(buffer): buffer for buffer in self.extractor.buffers()})
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return clone
