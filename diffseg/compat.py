@@ -1,6 +1,6 @@
 """The two gaps between the installed mm packages and current torch, each filled only where it exists.
 
-`mmsegmentation` 1.2.2 imports a few names from `mmcv.ops`, which `mmcv-lite` has no compiled code for; `mmengine` 0.10.7
+mmsegmentation 1.2.2 imports a few names from `mmcv.ops`, for which mmcv-lite has no compiled code, and mmengine 0.10.7
 writes checkpoints that `torch.load` refuses since torch 2.6. Nothing else is touched.
 """
 
@@ -120,5 +120,5 @@ def restricted_getattr(owner: object, name: str) -> Callable:
         pickle.UnpicklingError: Anything else was asked for.
     """
     if owner is not HistoryBuffer or type(name) is not str or name not in STATISTICS:
-        raise pickle.UnpicklingError(f'a checkpoint may look up no attribute but {", ".join(STATISTICS)} of HistoryBuffer')
+        raise pickle.UnpicklingError(f'a checkpoint may look up {", ".join(STATISTICS)} of HistoryBuffer, nothing else')
     return STATISTICS[name]

@@ -1,0 +1,88 @@
+"""What a wheel and a source distribution hold, and that building them leaves the source tree as it was."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+IGNORED = shutil.ignore_patterns('__pycache__', 'output')
+
+
+def run(*command, cwd: Path) -> None:
+    subprocess.run([sys.executable, *command], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+
+
+def files(folder: Path) -> set[str]:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+    return {name for name in found if not name.startswith(('.', 'diffseg.egg-info/'))}
+
+
+def copy_source(folder: Path) -> Path:
+    """A copy of what the repository holds."""
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    for name in ('configs', 'demo', 'diffseg', 'tests', 'tools'):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=IGNORED)
+    return folder
+
+
+def build_wheel(source: Path, out: Path) -> zipfile.ZipFile:
+    run('-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', out, source, cwd=source)
+    return zipfile.ZipFile(next(out.glob('diffseg-*.whl')))
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory) -> Path:
+    return copy_source(tmp_path_factory.mktemp('source'))
+
+
+@pytest.fixture(scope='module')
+def wheel(source, tmp_path_factory) -> zipfile.ZipFile:
+    return build_wheel(source, tmp_path_factory.mktemp('wheel'))
+
+
+def test_wheel_holds_the_package_and_what_mim_looks_for(wheel):
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'diffseg').rglob('*.py') if '.mim' not in str(path)}
+    configs = {f'diffseg/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'configs').rglob('*.py')}
+    tools = {f'diffseg/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'tools').glob('*.py')}
+    assert len(configs) >= 7 and 'diffseg/.mim/tools/train.py' in tools
+    held = {name for name in wheel.namelist() if '.dist-info/' not in name}
+    assert held == modules | configs | tools
+
+
+def test_building_leaves_the_source_as_it_was(source, wheel, tmp_path):
+    assert files(source) == files(copy_source(tmp_path))
+
+
+def test_source_distribution_is_complete(source, wheel, tmp_path):
+    run('-c', f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})', cwd=source)
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        archive.extractall(tmp_path, filter='data')
+    unpacked = next(path for path in tmp_path.iterdir() if path.is_dir())
+    assert files(source) - files(unpacked) == set()
+    assert build_wheel(unpacked, tmp_path).namelist() == wheel.namelist()
+
+
+def test_constraints_pin_every_requirement(wheel):
+    pins = dict(re.findall(r'^([\w.-]+)==(.+)$', (ROOT / 'constraints.txt').read_text(), re.M))
+    pins = {name.lower().replace('_', '-'): Version(version) for name, version in pins.items()}
+    metadata = message_from_bytes(wheel.read(next(name for name in wheel.namelist() if name.endswith('METADATA'))))
+    installed = [
+        requirement
+        for requirement in map(Requirement, metadata.get_all('Requires-Dist'))
+        if requirement.marker is None or any(requirement.marker.evaluate({'extra': e}) for e in ('mm', 'demo', 'dev'))
+    ]
+    assert len(installed) > 10
+    assert [str(r) for r in installed if r.name not in pins or pins[r.name] not in r.specifier] == []
+    hooks = (ROOT / '.pre-commit-config.yaml').read_text()
+    assert f'rev: v{pins["ruff"]} ' in hooks
