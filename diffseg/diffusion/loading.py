@@ -1,0 +1,480 @@
+"""A model's parts from a preset, a hub id, a diffusers folder or a single checkpoint file.
+
+Weights are read from safetensors, or with `weights_only=True` where there is nothing else; no code that comes with a
+model is run. Only what is asked for is kept: the UNet and the encoder half of the VAE. Text encoders are
+`conditioning`'s.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    infer_diffusers_model_type,
+    load_single_file_checkpoint,
+)
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from diffseg.diffusion.presets import PRESETS, Preset, get_preset, preset_of_repo
+
+CHECKPOINT_SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
+FOLDER_LAYOUT = 'a folder in the diffusers layout (unet/, vae/, scheduler/, text_encoder/, tokenizer/)'
+# What diffusers calls the architecture of a single-file checkpoint -> presets that describe it. SD 2.x files do not say
+# whether their UNet predicts noise or velocity.
+SINGLE_FILE_PRESETS = {'v1': ('sd15',), 'v2': ('sd21', 'sd21-base'), 'xl_base': ('sdxl',)}
+FINGERPRINT_SAMPLES = 64
+
+_CLASSES: dict[str, type] = {'unet': UNet2DConditionModel, 'vae': AutoencoderKL, 'scheduler': DDIMScheduler}
+_CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    'unet': lambda state, config: convert_ldm_unet_checkpoint(state, config, extract_ema=True),
+    'vae': convert_ldm_vae_checkpoint,
+}
+_PREFIXES = {'unet': ('model.diffusion_model.',), 'vae': ('first_stage_model.', 'vae.')}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        kind: 'hub', 'folder' or 'file'.
+        location: Hub id, folder or file.
+        revision: Commit, tag or branch of a hub id; None is the newest.
+        variant: Variant of the weight files, such as 'fp16'.
+        preset: What is known of the model beforehand.
+        config: Preset or diffusers folder that describes a single file.
+    """
+
+    kind: str
+    location: str
+    revision: str | None = None
+    variant: str | None = None
+    preset: Preset | None = None
+    config: str | None = None
+
+
+class ModelConfig(NamedTuple):
+    """Configurations, complete with the defaults of diffusers' classes; None where a folder has no such part."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+
+
+@dataclass
+class DiffusionParts:
+    """What is needed to read activations of images.
+
+    Attributes:
+        unet: In evaluation mode.
+        vae: The encoder half only, in evaluation mode; None if it was not asked for.
+        vae_config: The VAE's configuration, there even without the VAE.
+        scheduler_config: Betas and prediction type.
+        source: Where the parts come from.
+        fingerprint: Identifies the weights, see `fingerprint`.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | None
+    vae_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    source: ModelSource
+    fingerprint: str
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent cell."""
+        return 2 ** (len(self.vae_config['block_out_channels']) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before the UNet sees them."""
+        return self.vae_config['scaling_factor']
+
+    @property
+    def prediction_type(self) -> str:
+        """'epsilon' or 'v_prediction'."""
+        return self.scheduler_config.get('prediction_type', 'epsilon')
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Cumulative products of 1 - beta, float32 on the CPU, with shape (T,).
+
+        Raises:
+            ValueError: The scheduler's noise levels are not a product of betas (EDM).
+        """
+        if 'sigma_data' in self.scheduler_config:
+            raise ValueError(
+                f'{self.source.location} was trained on EDM noise levels ({self.scheduler_config.get("_class_name")}), '
+                'which have no betas; models with a variance-preserving schedule are supported'
+            )
+        known = inspect.signature(DDIMScheduler.__init__).parameters
+        betas = {key: value for key, value in self.scheduler_config.items() if 'beta' in key and key in known}
+        steps = self.scheduler_config.get('num_train_timesteps', 1000)
+        return DDIMScheduler(num_train_timesteps=steps, **betas).alphas_cumprod
+
+
+def find_source(
+    model: str | Path, *, revision: str | None = None, variant: str | None = None, config: str | Path | None = None
+) -> ModelSource:
+    """Tell what kind of source `model` names.
+
+    Args:
+        model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
+        revision: Commit, tag or branch of a hub id; None is the preset's, else the newest.
+        variant: Variant of the weight files; None is the preset's, else none.
+        config: Preset or diffusers folder that describes a single file.
+
+    Raises:
+        FileNotFoundError: A path that is not there.
+        ValueError: Neither a path, a preset nor a hub id.
+    """
+    config = None if config is None else str(config)
+    text, path = str(model), Path(model).expanduser()
+    if isinstance(model, str) and model in PRESETS:
+        preset = PRESETS[model]
+        revision, variant = revision or preset.revision, variant or preset.variant
+        return ModelSource('hub', preset.repo_id, revision, variant, preset, config)
+    if path.is_dir():
+        return ModelSource('folder', str(path), variant=variant, config=config)
+    if path.is_file():
+        if path.suffix not in CHECKPOINT_SUFFIXES:
+            raise ValueError(f'{path} is no checkpoint; files may end in {", ".join(CHECKPOINT_SUFFIXES)}')
+        return ModelSource('file', str(path), config=config)
+    if isinstance(model, Path) or path.suffix in CHECKPOINT_SUFFIXES or text.count('/') > 1 or text[:1] in './~':
+        raise FileNotFoundError(f'no model at {path}; give {FOLDER_LAYOUT}, a checkpoint file, a hub id or a preset')
+    if '/' not in text:
+        try:
+            get_preset(text)
+        except KeyError as error:
+            raise ValueError(f'{error.args[0]}; a model may also be a hub id, a folder or a checkpoint file') from None
+    return ModelSource('hub', text, revision, variant, preset_of_repo(text), config)
+
+
+def load_config(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> ModelConfig:
+    """Configurations of a model's parts, without its weights.
+
+    Presets, and hub ids that a preset knows, need no network.
+
+    Raises:
+        OSError: No such model, or a folder or repository without a UNet.
+        ValueError: A UNet or VAE of another class, or a single file whose architecture is not clear.
+    """
+    return _load_config(find_source(model, revision=revision, config=config))
+
+
+def meta_unet(
+    model: str | Path, *, revision: str | None = None, config: str | Path | None = None
+) -> UNet2DConditionModel:
+    """The UNet on the meta device: all modules, no weights. Raises what `load_config` does."""
+    return _on_meta('unet', load_config(model, revision=revision, config=config).unet)
+
+
+def load_parts(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    unet_weights: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: str = 'auto',
+    vae: bool = True,
+    random: Sequence[str] = (),
+    seed: int = 0,
+) -> DiffusionParts:
+    """Load a model's UNet, VAE encoder and noise schedule, on the CPU.
+
+    Args:
+        model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
+        revision: Commit, tag or branch of a hub id; None is the preset's, else the newest.
+        variant: Variant of the weight files, such as 'fp16'; None is the preset's, else none.
+        config: Preset or diffusers folder that describes a single file; None: told from its keys.
+        unet_weights: File of a UNet state dict in diffusers' names that is read, strictly, instead of the model's own
+            UNet weights. None is the preset's (CleanDIFT has one), else none.
+        dtype: Of the parts. The VAE stays in float32 if this is float16 and its config says that it overflows then
+            (`force_upcast`).
+        attention: 'sdpa' (torch's fused attention), 'eager' (plain matrix products), 'xformers' (needs a GPU), or
+            'auto', which is 'sdpa'.
+        vae: Whether the VAE is loaded.
+        random: Parts ('unet', 'vae') that get random weights instead of the model's; these are then not read.
+        seed: Of the random weights.
+
+    Raises:
+        OSError: Weights that are missing, truncated or unreachable.
+        ValueError: Wrong arguments, or weights that do not fit the architecture.
+        ImportError: xformers is asked for and not installed.
+    """
+    if unknown := set(random) - set(_CONVERTERS):
+        raise ValueError(f'random names {", ".join(map(repr, sorted(unknown)))}; parts are {", ".join(_CONVERTERS)}')
+    if not dtype.is_floating_point:
+        raise ValueError(f'dtype is {dtype}; it is one of float32, float16, bfloat16, float64')
+    source = find_source(model, revision=revision, variant=variant, config=config)
+    checkpoint = _read_checkpoint(source.location) if source.kind == 'file' else None
+    configs = _load_config(source, checkpoint)
+    for part in ('vae', 'scheduler'):
+        if getattr(configs, part) is None:
+            raise FileNotFoundError(f'{source.location} has no {part}/ with a configuration; expected {FOLDER_LAYOUT}')
+    if unet_weights is None and source.preset is not None and source.preset.unet_weights is not None:
+        unet_weights = None if 'unet' in random else _download(*source.preset.unet_weights)
+
+    def load(part: str, dtype: torch.dtype) -> ModelMixin:
+        part_config = getattr(configs, part)
+        if part in random:
+            return _initialise(part, part_config, seed, dtype)
+        if part == 'unet' and unet_weights is not None:
+            return _fill(part, part_config, _read_checkpoint(unet_weights), str(unet_weights), dtype)
+        if checkpoint is not None:
+            return _fill(part, part_config, _convert(part, part_config, checkpoint, source), source.location, dtype)
+        return _from_pretrained(part, source, dtype)
+
+    unet = load('unet', dtype)
+    encoder = None
+    if vae:
+        overflows = dtype == torch.float16 and configs.vae['force_upcast']
+        encoder = load('vae', torch.float32 if overflows else dtype)
+        del encoder.decoder, encoder.post_quant_conv
+    parts = {'unet': unet} if encoder is None else {'unet': unet, 'vae': encoder}
+    for part in parts.values():
+        _set_attention(part, attention)
+    return DiffusionParts(
+        unet=unet,
+        vae=encoder,
+        vae_config=configs.vae,
+        scheduler_config=configs.scheduler,
+        source=source,
+        fingerprint='+'.join(f'{name}-{fingerprint(part.state_dict())}' for name, part in parts.items()),
+    )
+
+
+@torch.no_grad()
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that identify weights, at little cost.
+
+    They depend on every tensor's name, shape and up to 64 evenly spaced values (all values of a smaller tensor), read
+    as float32. So they are the same wherever the weights come from and on any device, and differ whenever training,
+    merging or rounding to another dtype has touched a sampled value; a change to single other values goes unseen.
+
+    Args:
+        state: Tensors of any shape and device, by name.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        values = state[name].detach().reshape(-1)
+        n = min(len(values), FINGERPRINT_SAMPLES)
+        index = torch.arange(n, device=values.device) * (len(values) - 1) // max(n - 1, 1)
+        digest.update(f'{name} {tuple(state[name].shape)}'.encode())
+        digest.update(values[index].to('cpu', torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def explain(source: ModelSource, part: str, error: Exception) -> OSError:
+    """The error to raise when a part could not be read: where, why, and what can be done."""
+    reason = _reason(error)
+    if source.kind == 'file':
+        return OSError(f'cannot read {part} from {source.location}: {reason}')
+    if source.kind == 'folder':
+        folder = Path(source.location, part)
+        found = ', '.join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else 'nothing'
+        variant = f' (variant {source.variant!r})' if source.variant else ''
+        return OSError(
+            f'cannot read {folder}{variant}: {reason}. The folder holds: {found}. Copy or download it again; expected '
+            f'{FOLDER_LAYOUT}'
+        )
+    preset = source.preset
+    gone = preset.gone if preset else ()
+    where = f'{source.location}@{source.revision}' if source.revision else source.location
+    parts = [f'cannot get {part} of {where} from the Hugging Face hub: {reason}.']
+    if source.location in gone:
+        parts.append('This repository was removed from the hub.')
+    if preset and (others := [i for i in (preset.repo_id, *preset.mirrors) if i not in (source.location, *gone)]):
+        parts.append(f'Mirrors of the same weights: {", ".join(others)}.')
+    parts.append(f'Without network, or for a copy that you have, give as the model {FOLDER_LAYOUT} or a checkpoint file.')
+    return OSError(' '.join(parts))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, or what is behind it if that is a hub that cannot be reached."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return 'the hub cannot be reached, and the file has not been downloaded before'
+        cause = cause.__cause__ or cause.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+
+
+def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = None) -> ModelConfig:
+    if source.kind == 'file':
+        return _load_config(_describe_file(source, checkpoint))
+    if source.preset is not None:
+        preset = source.preset
+        return ModelConfig(
+            _complete('unet', preset.unet_config), _complete('vae', preset.vae_config), dict(preset.scheduler_config)
+        )
+    unet = _read_config(source, 'unet')
+    if source.kind == 'hub':
+        return ModelConfig(unet, _read_config(source, 'vae'), _read_config(source, 'scheduler'))
+    names = {'vae': 'config.json', 'scheduler': 'scheduler_config.json'}
+    there = {part: Path(source.location, part, name).is_file() for part, name in names.items()}
+    return ModelConfig(unet, *(_read_config(source, part) if there[part] else None for part in names))
+
+
+def _describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None) -> ModelSource:
+    """The preset or folder that describes a single file's architecture."""
+    if source.config is not None:
+        return find_source(source.config)
+    kind = infer_diffusers_model_type(_read_checkpoint(source.location) if checkpoint is None else checkpoint)
+    presets = SINGLE_FILE_PRESETS.get(kind, ())
+    if len(presets) != 1:
+        known = f'fits {" and ".join(presets)}' if presets else f'is of an unsupported kind ({kind})'
+        raise ValueError(
+            f'{source.location} {known}; say which configuration describes it with config=PRESET or config=FOLDER'
+        )
+    return find_source(presets[0])
+
+
+def _read_config(source: ModelSource, part: str) -> dict[str, Any]:
+    cls = _CLASSES[part]
+    try:
+        found = cls.load_config(source.location, subfolder=part, revision=source.revision)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise explain(source, part, error) from error
+    name = found.get('_class_name', cls.__name__)
+    if part != 'scheduler' and name != cls.__name__:
+        raise ValueError(f'the {part} of {source.location} is a {name}; only {cls.__name__} is supported')
+    return found if part == 'scheduler' else _complete(part, found)
+
+
+def _complete(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the defaults of diffusers' class.
+
+    An absent `force_upcast` stays False, though `AutoencoderKL`'s default is True: files that do not have the key are
+    those of SD 1.x and 2.x, whose VAEs do not overflow in float16.
+    """
+    parameters = inspect.signature(_CLASSES[part].__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **({'force_upcast': False} if part == 'vae' else {}), **config}
+
+
+def _on_meta(part: str, config: Mapping[str, Any]) -> ModelMixin:
+    with torch.device('meta'):
+        return _CLASSES[part].from_config(dict(config)).eval()
+
+
+def _initialise(part: str, config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> ModelMixin:
+    """Random weights that depend on the seed alone, and leave torch's own random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = _CLASSES[part].from_config(dict(config)).eval()
+    return nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules to be kept in float32; there are none
+
+
+def _from_pretrained(part: str, source: ModelSource, dtype: torch.dtype) -> ModelMixin:
+    try:
+        model, info = _CLASSES[part].from_pretrained(
+            source.location,
+            subfolder=part,
+            revision=source.revision,
+            variant=source.variant,
+            torch_dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, HFValidationError) as error:
+        raise explain(source, part, error) from error
+    except (ValueError, RuntimeError) as error:  # shapes that differ
+        raise _misfit(part, f'{source.location}/{part}', str(error)) from error
+    _check_keys(part, f'{source.location}/{part}', info['missing_keys'], info['unexpected_keys'])
+    return model.eval()
+
+
+def _fill(
+    part: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str, dtype: torch.dtype
+) -> ModelMixin:
+    """Build a part around the weights of a state dict, strictly."""
+    model = _on_meta(part, config)
+    expected = model.state_dict()
+    _check_keys(part, path, expected.keys() - state.keys(), state.keys() - expected.keys())
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            shapes = f'{tuple(state[name].shape)}, not {tuple(tensor.shape)}'
+            raise _misfit(part, path, f'{name} has shape {shapes}')
+    # Copies: what is read from a file is mapped, and files change.
+    model.load_state_dict({name: state[name].to(dtype, copy=True) for name in expected}, assign=True)
+    return model
+
+
+def _check_keys(part: str, path: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    problems = [
+        f'{len(names)} tensors {what}, such as {min(names)}'
+        for what, names in (('are missing', missing), ('are not expected', unexpected))
+        if names
+    ]
+    if problems:
+        raise _misfit(part, path, '; '.join(problems))
+
+
+def _misfit(part: str, path: str, reason: str) -> ValueError:
+    return ValueError(
+        f'the weights in {path} do not fit the {part} that its configuration describes: {reason}. Are they of another '
+        'architecture? A single file is described with config=PRESET or config=FOLDER'
+    )
+
+
+def _convert(
+    part: str, config: Mapping[str, Any], checkpoint: Mapping[str, Tensor], source: ModelSource
+) -> Mapping[str, Tensor]:
+    """One part of a single file: in the original names, or a UNet alone in diffusers' names."""
+    if any(key.startswith(_PREFIXES[part]) for key in checkpoint):
+        return _CONVERTERS[part](checkpoint, config)
+    if part == 'unet' and 'conv_in.weight' in checkpoint:
+        return checkpoint
+    remedy = '; pass vae=False, or load it as unet_weights of a whole model' if part == 'vae' else ''
+    raise ValueError(f'{source.location} has no {part}: no key begins with {" or ".join(_PREFIXES[part])}{remedy}')
+
+
+def _read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no checkpoint file at {path}')
+    try:
+        return load_single_file_checkpoint(str(path))
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        raise OSError(
+            f'cannot read {path}: {_reason(error)}. It is truncated, no checkpoint, or holds more than tensors (pickled '
+            'objects are refused); get it again, as .safetensors'
+        ) from error
+
+
+def _download(repo_id: str, filename: str) -> str:
+    try:
+        return hf_hub_download(repo_id, filename)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f'cannot get {filename} of {repo_id} from the Hugging Face hub: {_reason(error)}. Without network, give the '
+            'base model as a folder and the file as unet_weights=PATH'
+        ) from error
+
+
+def _set_attention(model: ModelMixin, attention: str) -> None:
+    if attention in ('auto', 'sdpa'):
+        model.set_attn_processor(AttnProcessor2_0())
+    elif attention == 'eager':
+        model.set_attn_processor(AttnProcessor())
+    elif attention == 'xformers':
+        if find_spec('xformers') is None:
+            raise ImportError("attention='xformers' needs xformers: pip install 'diffseg[xformers]', or use 'sdpa'")
+        if not torch.cuda.is_available():
+            raise ValueError("attention='xformers' runs on CUDA devices only; use 'sdpa'")
+        model.enable_xformers_memory_efficient_attention()
+    else:
+        raise ValueError(f"attention is {attention!r}; it is one of 'auto', 'sdpa', 'xformers', 'eager'")

