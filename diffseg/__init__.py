@@ -12,3 +12,5 @@ if find_spec('mmengine') is not None:
     from diffseg import compat
 
     compat.apply()
+
+    from diffseg import datasets, models  # noqa: F401
