@@ -8,7 +8,7 @@ Diffusion 1.5 and 612 for SDXL. `ActivationRecorder` reads them with forward hoo
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -133,11 +133,19 @@ def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
     resolved = [_translate(name, available) for name in names]
     for asked, name in zip(names, resolved, strict=True):
         if name not in available:
-            nearest = ', '.join(get_close_matches(name, available, n=5, cutoff=0))
-            raise ValueError(f'unknown activation {asked!r}; the nearest of the {len(available)} are: {nearest}')
+            raise ValueError(f'unknown activation {asked!r}; {nearest(name, available)}')
         if resolved.count(name) > 1:
             raise ValueError(f'activation {name!r} is asked for twice')
     return resolved
+
+
+def nearest(name: str, available: Sequence[str]) -> str:
+    """End an error message: the five names that share most with an unknown name or pattern."""
+
+    def likeness(known: str) -> tuple[int, int]:
+        return sum(block.size for block in SequenceMatcher(None, name, known).get_matching_blocks()), -len(known)
+
+    return f'the nearest of {len(available)} are: {", ".join(sorted(available, key=likeness, reverse=True)[:5])}'
 
 
 def _translate(name: str, available: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from diffseg.diffusion.activations import resolve
+from diffseg.diffusion.activations import nearest, resolve
 
 # Variants of one set are for different UNet topologies; the first one whose layers all exist is meant.
 LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -77,7 +77,7 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
         elif set(name) & set('*?['):
             found = [layer for layer in available if fnmatchcase(layer, name)]
             if not found:
-                raise ValueError(f'no layer matches {name!r}')
+                raise ValueError(f'no layer matches {name!r}; {nearest(name, available)}')
             layers += found
         else:
             layers += resolve([name], available)

@@ -262,6 +262,19 @@ def test_gradients(tiny_unet, checkpointing):
     assert_equal(ours, expected)
 
 
+def test_checkpointed_modules_run_to_their_end(tiny_unet):
+    unet = tiny_unet().train()
+    unet.enable_gradient_checkpointing()
+    executed = []
+    unet.conv_out.register_forward_hook(lambda *_: executed.append('conv_out'))
+    recorder = ActivationRecorder(unet, ['mid-vit-out'])
+    recorder(**inputs(unet))
+    assert executed == ['conv_out']
+    with torch.no_grad():
+        recorder(**inputs(unet))
+    assert executed == ['conv_out']
+
+
 def test_gradients_reach_the_input_of_a_frozen_network(tiny_unet):
     unet = tiny_unet().requires_grad_(False)
     given = inputs(unet)
@@ -332,7 +345,7 @@ def test_dift_alias_is_the_output_of_the_block(tiny_sdxl_unet):
     ],
 )
 def test_unknown_names(tiny_unet, name, nearest):
-    with pytest.raises(ValueError, match=f"unknown activation '{name}'; the nearest .*{nearest}"):
+    with pytest.raises(ValueError, match=f"unknown activation '{name}'; the nearest of .*{nearest}"):
         ActivationRecorder(tiny_unet(), ['unet-in', name])
 
 

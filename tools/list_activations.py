@@ -1,0 +1,101 @@
+"""List what can be read inside a model's UNet: names, channels, strides and sizes. Weights are not read.
+
+    python tools/list_activations.py sdxl --filter 'up-*-cross-q'
+    python tools/list_activations.py demo/tiny-sd --size 64
+    python tools/list_activations.py configs/segmentation/CONFIG.py
+
+For a config, what its DiffusionBackbone gives: one map for each chosen layer, with the channels of all timesteps one
+after another, and the list to copy into the `in_channels` of a neck or head. Attention maps have one channel for each
+key: the tokens of the prompt, or the cells of the map itself.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from diffseg.diffusion.activations import Site, resolve, sites
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import load_config, meta_unet
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Turn '512' into (512, 512) and '512x768' into (512, 768)."""
+    height, _, width = text.partition('x')
+    return int(height), int(width or height)
+
+
+def available_sites(model: str, revision: str | None = None) -> tuple[dict[str, Site], tuple[int, int]]:
+    """All sites of a model, and the image size that it was trained on."""
+    config = load_config(model, revision=revision)
+    factor = 2 ** (len(config.vae['block_out_channels']) - 1) if config.vae else 8
+    side = config.unet['sample_size'] * factor
+    return sites(meta_unet(model, revision=revision), factor), (side, side)
+
+
+def backbones(config: Any) -> Iterator[dict[str, Any]]:
+    """Every DiffusionBackbone in a config, however deep."""
+    if isinstance(config, dict):
+        if config.get('type') == 'DiffusionBackbone':
+            yield config
+        else:
+            for value in config.values():
+                yield from backbones(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from backbones(value)
+
+
+def print_table(chosen: Sequence[Site], size: tuple[int, int], timesteps: int = 1) -> None:
+    channels = ['keys' if site.channels is None else str(site.channels * timesteps) for site in chosen]
+    rows = [('name', 'channels', 'stride', f'size at {size[0]}x{size[1]}')]
+    for site, count in zip(chosen, channels, strict=True):
+        rows.append((site.name, count, str(site.stride), 'x'.join(map(str, site.size(*size)))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *values in rows:
+        print(name.ljust(widths[0]), *map(str.rjust, values, widths[1:]), sep='  ')
+
+
+def print_model(model: str, pattern: str, size: tuple[int, int] | None) -> None:
+    available, trained = available_sites(model)
+    print_table([available[name] for name in expand([pattern], available)], size or trained)
+
+
+def print_config(path: str, pattern: str, size: tuple[int, int] | None) -> None:
+    from mmengine.config import Config  # only here, so that the rest works without the mm packages
+
+    found = list(backbones(Config.fromfile(path).get('model')))
+    if not found:
+        raise ValueError(f'{path}: no DiffusionBackbone in the model')
+    for backbone in found:
+        available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
+        layers = resolve(backbone['layers'], available)
+        if backbone.get('attention_maps'):
+            layers.append('attn')
+            available['attn'] = Site('attn', '', None, available['unet-in'].stride, 'map')
+        chosen = [available[name] for name in expand([pattern], layers)]
+        timesteps = len(backbone['timesteps'])
+        resized = backbone.get('input_size')
+        resized = (resized, resized) if isinstance(resized, int) else resized
+        print(f'{backbone["model"]}, {len(layers)} layers x {timesteps} timesteps')
+        print_table(chosen, size or resized or trained, timesteps)
+        if all(site.channels for site in chosen):
+            print(f'in_channels={[site.channels * timesteps for site in chosen]}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', help='preset, hub id, diffusers folder, checkpoint file, or a config (.py)')
+    parser.add_argument('--filter', default='*', help='pattern, alias or set of layers, such as "up-*-res-out"')
+    parser.add_argument('--size', type=parse_size, metavar='H[xW]', help="of the image (default: the model's own)")
+    args = parser.parse_args(argv)
+    try:
+        (print_config if args.model.endswith('.py') else print_model)(args.model, args.filter, args.size)
+    except (OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
