@@ -221,7 +221,7 @@ def load_parts(
     if not dtype.is_floating_point:
         raise ValueError(f'dtype is {dtype}; it is one of float32, float16, bfloat16, float64')
     source = find_source(model, revision=revision, variant=variant, config=config)
-    checkpoint = _read_checkpoint(source.location) if source.kind == 'file' else None
+    checkpoint = read_checkpoint(source.location) if source.kind == 'file' else None
     configs = _load_config(source, checkpoint)
     for part in ('vae', 'scheduler'):
         if getattr(configs, part) is None:
@@ -234,7 +234,7 @@ def load_parts(
         if part in random:
             return _initialise(part, part_config, seed, dtype)
         if part == 'unet' and unet_weights is not None:
-            return _fill(part, part_config, _read_checkpoint(unet_weights), str(unet_weights), dtype)
+            return _fill(part, part_config, read_checkpoint(unet_weights), str(unet_weights), dtype)
         if checkpoint is not None:
             return _fill(part, part_config, _convert(part, part_config, checkpoint, source), source.location, dtype)
         return _from_pretrained(part, source, dtype)
@@ -300,7 +300,7 @@ def explain(source: ModelSource, part: str, error: Exception) -> OSError:
         parts.append('This repository was removed from the hub.')
     if preset and (others := [i for i in (preset.repo_id, *preset.mirrors) if i not in (source.location, *gone)]):
         parts.append(f'Mirrors of the same weights: {", ".join(others)}.')
-    parts.append(f'Without network, or for a copy that you have, give as the model {FOLDER_LAYOUT} or a checkpoint file.')
+    parts.append(f'Without network, or to use a copy, give {FOLDER_LAYOUT} or a checkpoint file as the model.')
     return OSError(' '.join(parts))
 
 
@@ -316,7 +316,7 @@ def _reason(error: BaseException) -> str:
 
 def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = None) -> ModelConfig:
     if source.kind == 'file':
-        return _load_config(_describe_file(source, checkpoint))
+        return _load_config(describe_file(source, checkpoint))
     if source.preset is not None:
         preset = source.preset
         return ModelConfig(
@@ -330,11 +330,19 @@ def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = 
     return ModelConfig(unet, *(_read_config(source, part) if there[part] else None for part in names))
 
 
-def _describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None) -> ModelSource:
-    """The preset or folder that describes a single file's architecture."""
+def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = None) -> ModelSource:
+    """The preset or folder that describes a single file's architecture.
+
+    Args:
+        source: Of kind 'file'.
+        checkpoint: The file's tensors, if they are at hand.
+
+    Raises:
+        ValueError: The file's keys do not tell, and no `config` was given.
+    """
     if source.config is not None:
         return find_source(source.config)
-    kind = infer_diffusers_model_type(_read_checkpoint(source.location) if checkpoint is None else checkpoint)
+    kind = infer_diffusers_model_type(read_checkpoint(source.location) if checkpoint is None else checkpoint)
     presets = SINGLE_FILE_PRESETS.get(kind, ())
     if len(presets) != 1:
         known = f'fits {" and ".join(presets)}' if presets else f'is of an unsupported kind ({kind})'
@@ -443,15 +451,20 @@ def _convert(
     raise ValueError(f'{source.location} has no {part}: no key begins with {" or ".join(_PREFIXES[part])}{remedy}')
 
 
-def _read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a file, by name; those of safetensors files are read when they are used.
+
+    Raises:
+        OSError: No such file, or one that is truncated or holds more than tensors.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f'no checkpoint file at {path}')
     try:
         return load_single_file_checkpoint(str(path))
     except Exception as error:  # diffusers and safetensors raise many kinds
         raise OSError(
-            f'cannot read {path}: {_reason(error)}. It is truncated, no checkpoint, or holds more than tensors (pickled '
-            'objects are refused); get it again, as .safetensors'
+            f'cannot read {path}: {_reason(error)}. It is truncated, no checkpoint, or holds more than tensors '
+            '(pickled objects are refused); get it again, as .safetensors'
         ) from error
 
 
@@ -460,8 +473,8 @@ def _download(repo_id: str, filename: str) -> str:
         return hf_hub_download(repo_id, filename)
     except (OSError, ValueError) as error:
         raise OSError(
-            f'cannot get {filename} of {repo_id} from the Hugging Face hub: {_reason(error)}. Without network, give the '
-            'base model as a folder and the file as unet_weights=PATH'
+            f'cannot get {filename} of {repo_id} from the Hugging Face hub: {_reason(error)}. Without network, '
+            'give the base model as a folder and the file as unet_weights=PATH'
         ) from error
 
 
