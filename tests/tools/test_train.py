@@ -1,0 +1,117 @@
+"""tools/train.py and tools/test.py, and mmseg's own unmodified scripts, on one tiny config."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_mmseg import CLASSES, segmentor_config
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """
+_base_ = {base!r}
+
+model = {model!r}
+dataset = dict(
+    type='BaseSegDataset',
+    data_root={data_root!r},
+    data_prefix=dict(img_path='images', seg_map_path='labels'),
+    img_suffix='.png',
+    metainfo=dict(classes={classes!r}, palette={palette!r}),
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')],
+)
+train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type='InfiniteSampler'), dataset=dataset)
+val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
+test_dataloader = val_dataloader
+val_evaluator = test_evaluator = dict(type='IoUMetric')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+param_scheduler = [dict(type='PolyLR', end=4, by_epoch=False)]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, save_best='mIoU'),
+)
+"""
+
+
+@pytest.fixture(scope='module')
+def config(tiny_pipeline, tmp_path_factory) -> Path:
+    """A config of a tiny segmentor and three images."""
+    folder = tmp_path_factory.mktemp('train')
+    generator = np.random.default_rng(0)
+    for kind, shape, values in (('images', (64, 96, 3), 256), ('labels', (64, 96), CLASSES)):
+        (folder / kind).mkdir()
+        for index in range(3):
+            pixels = generator.integers(values, size=shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f'{index}.png')
+    path = folder / 'tiny.py'
+    path.write_text(
+        CONFIG.format(
+            base=str(ROOT / 'configs' / '_base_' / 'default_runtime.py'),
+            model=segmentor_config(tiny_pipeline, backbone={'cache_dir': str(folder / 'prompts')}),
+            data_root=str(folder),
+            classes=[str(i) for i in range(CLASSES)],
+            palette=[[i, i, i] for i in range(CLASSES)],
+        )
+    )
+    return path
+
+
+def run_own(tool: str, *arguments: str | Path) -> dict[str, float] | None:
+    """Call main of tools/TOOL.py."""
+    main = runpy.run_path(str(ROOT / 'tools' / f'{tool}.py'))['main']
+    return main([str(argument) for argument in arguments])
+
+
+def run_mmseg(tool: str, *arguments: str | Path) -> None:
+    """Start the script that the installed mmsegmentation carries."""
+    import mmseg
+
+    script = Path(mmseg.__file__).parent / '.mim' / 'tools' / f'{tool}.py'
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    result = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def log_of(checkpoint: Path) -> tuple[int, list[float]]:
+    """How many iterations a checkpoint has seen, and the loss of each."""
+    content = torch.load(checkpoint, weights_only=True)
+    losses, _ = content['message_hub']['log_scalars']['train/loss'].data
+    return content['meta']['iter'], losses.tolist()
+
+
+def check_resumed(work_dir: Path) -> None:
+    (half, losses), (full, all_losses) = (log_of(work_dir / f'iter_{i}.pth') for i in (2, 4))
+    assert (half, full) == (2, 4)
+    assert len(all_losses) == 4 and all_losses[:2] == losses
+
+
+def test_train_resume_and_test(config, tmp_path):
+    run_own('train', config, '--work-dir', tmp_path)
+    resume = ('--resume', '--cfg-options', 'train_cfg.max_iters=4')
+    run_own('train', config, '--work-dir', tmp_path, *resume)
+    check_resumed(tmp_path)
+
+    metrics = run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test')
+    assert run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'again') == metrics
+    assert 0 < metrics['mIoU'] < 100
+
+    stock = tmp_path / 'stock'
+    run_mmseg('test', config, tmp_path / 'iter_4.pth', '--work-dir', stock)
+    found = json.loads(next(stock.glob('*/*.json')).read_text())
+    assert {name: found[name] for name in metrics} == metrics
+
+
+def test_mmseg_trains_and_resumes(config, tmp_path):
+    run_mmseg('train', config, '--work-dir', tmp_path)
+    run_mmseg('train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4')
+    check_resumed(tmp_path)
