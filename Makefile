@@ -10,6 +10,7 @@ STAMP = $(VENV)/.installed
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
+	@echo 'installing into $(VENV); this takes about a minute'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[mm,demo,dev]'
