@@ -401,7 +401,7 @@ def _from_pretrained(part: str, source: ModelSource, dtype: torch.dtype) -> Mode
     except (OSError, HFValidationError) as error:
         raise explain(source, part, error) from error
     except (ValueError, RuntimeError) as error:  # shapes that differ
-        raise _misfit(part, f'{source.location}/{part}', str(error)) from error
+        raise _misfit(part, f'{source.location}/{part}', str(error).split('. If you want')[0]) from error
     _check_keys(part, f'{source.location}/{part}', info['missing_keys'], info['unexpected_keys'])
     return model.eval()
 
@@ -444,7 +444,10 @@ def _convert(
 ) -> Mapping[str, Tensor]:
     """One part of a single file: in the original names, or a UNet alone in diffusers' names."""
     if any(key.startswith(_PREFIXES[part]) for key in checkpoint):
-        return _CONVERTERS[part](checkpoint, config)
+        try:
+            return _CONVERTERS[part](checkpoint, config)
+        except (KeyError, AttributeError) as error:  # tensors that the converter looks for
+            raise _misfit(part, source.location, f'no {error}') from error
     if part == 'unet' and 'conv_in.weight' in checkpoint:
         return checkpoint
     remedy = '; pass vae=False, or load it as unet_weights of a whole model' if part == 'vae' else ''

@@ -1,0 +1,54 @@
+import pytest
+
+from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.presets import PRESETS, get_preset, preset_of_repo
+
+NAMES = [
+    'sd15',
+    'sd21',
+    'sd21-base',
+    'sdxl',
+    'playground-v2',
+    'sd-turbo',
+    'sdxl-turbo',
+    'cleandift-sd15',
+    'cleandift-sd21',
+]
+# millions of parameters, as published
+SIZES = {'sd15': 859.5, 'cleandift-sd15': 859.5, 'sdxl': 2567.5, 'playground-v2': 2567.5, 'sdxl-turbo': 2567.5}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_architecture_is_known_without_weights(name):
+    unet = meta_unet(name)
+    assert all(parameter.is_meta for parameter in unet.parameters())
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(SIZES.get(name, 865.9), abs=0.05)
+    assert unet.config.cross_attention_dim == {859.5: 768, 865.9: 1024, 2567.5: 2048}[SIZES.get(name, 865.9)]
+
+
+@pytest.mark.parametrize('preset', PRESETS.values(), ids=PRESETS)
+def test_a_preset_agrees_with_itself(preset):
+    unet, vae, scheduler = load_config(preset.name)
+    assert unet['sample_size'] * 8 == preset.image_size
+    assert len(vae['block_out_channels']) == 4
+    assert vae['force_upcast'] == (vae['scaling_factor'] == 0.13025) == (unet['addition_embed_type'] == 'text_time')
+    assert scheduler['prediction_type'] == ('v_prediction' if preset.image_size == 768 else 'epsilon')
+    assert preset.repo_id not in preset.gone and set(preset.gone) <= set(preset.mirrors)
+    assert (preset.unet_weights is None) == (preset.clean_timestep is None)
+
+
+def test_all_presets_are_there():
+    assert list(PRESETS) == NAMES
+    assert all(get_preset(name).name == name for name in NAMES)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(KeyError, match=r'did you mean.*sdxl'):
+        get_preset('sdx1')
+
+
+def test_hub_ids_are_recognised_under_all_their_names():
+    assert preset_of_repo('stabilityai/stable-diffusion-2-1') is PRESETS['sd21']
+    assert preset_of_repo('Manojb/stable-diffusion-2-1-base') is PRESETS['sd21-base']
+    assert preset_of_repo('stable-diffusion-v1-5/stable-diffusion-v1-5') is PRESETS['sd15']  # not CleanDIFT
+    assert preset_of_repo('somebody/else') is None
