@@ -1,6 +1,6 @@
 """Fixtures that every test module may use: tiny random models and the published reference values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,14 @@ REFERENCE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'reference
 def _one_thread_and_a_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _prompts_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded prompts do not go into, nor come from, the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('DIFFSEG_CACHE', str(tmp_path_factory.mktemp('cache')))
+        yield
 
 
 @pytest.fixture

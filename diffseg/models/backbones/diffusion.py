@@ -25,8 +25,9 @@ class DiffusionBackbone(BaseModule):
     image (B, 3, H, W) in [-1, 1] -> DiffusionExtractor -> {layer: (B, T, C, h, w)} -> L maps (B, T*C, h, w)
     ```
 
-    Maps are timestep-major, in the order of `layers`, and in the dtype of the image. The data preprocessor brings
-    images to [-1, 1] with `mean` and `std` of 127.5 each and `bgr_to_rgb=True`.
+    Maps are timestep-major, in the order of `layers` (aggregated attention, if the extractor is asked for it, comes
+    last), and in the dtype of the image. The data preprocessor brings images to [-1, 1] with `mean` and `std` of 127.5
+    each and `bgr_to_rgb=True`.
 
     The network is a child module, so it follows `.to()`, autocast and distributed wrappers; it stays in evaluation mode
     and out of checkpoints, which hold a fingerprint of it instead. The frozen tensors are buffers, not parameters; a
@@ -75,7 +76,9 @@ class DiffusionBackbone(BaseModule):
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.noise = self.extractor.noise
         self.train_noise = train_noise or self.noise
-        freeze(self.extractor, trainable=() if frozen else self._choose(trainable or ['*']))
+        if self.train_noise not in ('seeded', 'random'):
+            raise ValueError(f"train_noise is {train_noise!r}; it is 'seeded' or 'random'")
+        freeze(self.extractor, trainable=() if frozen else self._choose(['*'] if trainable is None else trainable))
 
     def _verify(self, channels: Sequence[int]) -> None:
         """Compare a config's channels with the model's.
