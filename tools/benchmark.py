@@ -1,0 +1,348 @@
+"""Measure time, peak memory and operations of feature extraction, beside the published procedure.
+
+    python tools/benchmark.py --model demo/tiny-sd --sizes 64 --layers practical dift --ensembles 1 8
+    python tools/benchmark.py --model sd15 --random --sizes 512 --layers practical
+    python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
+
+Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a process of its own, where both procedures use
+the same modules in turn, ours, published, ours, ... The ratio is the median over these pairs.
+
+* **ours**: `DiffusionExtractor`. One VAE encoding; T * E UNet passes, each ended by the last wanted activation.
+* **published**: what the released code of GDF and DIFT does for each timestep: encode every ensemble member, add noise
+  and run the UNet, here always to its end (DIFT's own code ends after a block).
+
+Operations are floating-point operations (2 for a multiply-add) of matrix products, convolutions and attention, as
+`torch.utils.flop_counter` counts them; text encoders do not run. Those of a case are compared with:
+
+* **full**: encode once, T * E whole UNet passes;
+* **least**: encode once, and of T * E UNet passes every operation on whose result a wanted activation depends. What is
+  executed before the last wanted activation but leads to none of them is the difference from ours.
+
+The last column says how much of a UNet pass runs before it is ended.
+
+Peak memory is that of the whole process while a procedure runs, weights included: the device's own count on CUDA, the
+kernel's high-water mark of the resident set on Linux.
+"""
+
+import argparse
+import functools
+import gc
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+
+from diffseg.diffusion.activations import ActivationRecorder, sites
+from diffseg.diffusion.conditioning import Conditioning
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import load_config, meta_unet
+
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. `layers` is a comma-separated list, `timesteps` and `ensemble` are numbers of passes."""
+
+    model: str
+    size: int
+    layers: str
+    timesteps: int
+    ensemble: int
+    dtype: str
+    batch: int = 1
+    random: bool = False
+    device: str = 'cpu'
+    repeat: int = 3
+
+    @property
+    def steps(self) -> list[int]:
+        """Evenly spread UNet timesteps; which ones makes no difference to the cost."""
+        return [50 + 900 * i // self.timesteps for i in range(self.timesteps)]
+
+
+class Operations(TorchDispatchMode):
+    """Record every operation, with its cost, and what it reads and writes, so that unneeded ones can be told apart.
+
+    Meant for the meta device: all tensors are kept, because a storage's identity stands for its content.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[int, set[int], set[int]]] = []  # (FLOP, storages read, storages written)
+        self._kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        read, written = (self._storages(each) for each in ((args, kwargs), out))
+        self.log.append((count(*args, **kwargs, out_val=out) if count else 0, read, written))
+        return out
+
+    def _storages(self, value: Any) -> set[int]:
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        self._kept += tensors
+        return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def total(self) -> int:
+        return sum(flop for flop, _, _ in self.log)
+
+    def needed(self, wanted: Iterable[Tensor]) -> int:
+        """FLOP of the operations on which any of the `wanted` tensors depends."""
+        storages = self._storages(list(wanted))
+        total = 0
+        for flop, read, written in reversed(self.log):
+            if written & storages:
+                total += flop
+                storages |= read
+        return total
+
+
+def cpu_sdpa_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Cost of the CPU's fused attention from its shapes; PyTorch's counter knows only the GPU's."""
+    return sdpa_flop_count(query, key, value)
+
+
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_sdpa_flop}
+
+
+def executed(run: Callable[[], Any]) -> int:
+    """FLOP that a call executes, on whatever device it runs."""
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def conditioning(unet: UNet2DConditionModel, tokens: int = TOKENS) -> Conditioning:
+    """An embedding of the right shape, since no text encoder is needed for a measurement."""
+    config = unet.config
+    pooled = None
+    if config.addition_embed_type == 'text_time':
+        pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    return Conditioning(torch.zeros(1, tokens, config.cross_attention_dim), pooled)
+
+
+@functools.cache
+def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
+    """FLOP of one image, on the meta device: no weights, no time.
+
+    Returns:
+        One VAE encoding (`encode`), and one UNet pass: a whole one (`unet`), one that ends with the last of the layers
+        (`stopped`), and what of it the layers depend on (`needed`).
+    """
+    unet = meta_unet(model)
+    with torch.device('meta'):
+        vae = AutoencoderKL.from_config(load_config(model).vae)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    step = factor * 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
+    side = -(-size // step) * step  # the extractor pads to a multiple of the UNet's stride
+    latent = torch.empty(1, vae.config.latent_channels, side // factor, side // factor, device='meta')
+    condition = conditioning(unet).unet_kwargs([0], (side, side), device='meta', dtype=torch.float32)
+    names = expand(layers.split(','), sites(unet))
+    timestep = torch.tensor(50, device='meta')
+    with torch.no_grad():
+        with Operations() as encoding:
+            vae.encode(torch.empty(1, 3, side, side, device='meta'))
+        with Operations() as whole:
+            wanted = ActivationRecorder(unet, names, stop_early=False)(latent, timestep, **condition)
+        with Operations() as stopped:
+            ActivationRecorder(unet, names)(latent, timestep, **condition)
+    return {
+        'encode': encoding.total(),
+        'unet': whole.total(),
+        'stopped': stopped.total(),
+        'needed': whole.needed(wanted.values()),
+    }
+
+
+def count(case: Case) -> dict[str, int]:
+    """FLOP of one image: the parts, and of them `ours`, `published`, `full` and `least` as defined above."""
+    parts = count_parts(case.model, case.size, case.layers)
+    passes = case.timesteps * case.ensemble
+    return {
+        **parts,
+        'ours': parts['encode'] + passes * parts['stopped'],
+        'published': passes * (parts['encode'] + parts['unet']),
+        'full': parts['encode'] + passes * parts['unet'],
+        'least': parts['encode'] + passes * parts['needed'],
+    }
+
+
+def published(extractor: DiffusionExtractor, images: Tensor, condition: Conditioning) -> dict[str, Tensor]:
+    """Extract as the published code does, with the extractor's own modules.
+
+    Returns:
+        {layer: (B, T, C, h, w)}, as the extractor does.
+    """
+    parts, unet, vae = extractor.parts, extractor.unet, extractor.vae
+    recorder = ActivationRecorder(unet, extractor.layers, stop_early=False)
+    repeated = images.repeat_interleave(extractor.ensemble, 0).to(vae.dtype)  # (B*E, 3, H, W)
+    kwargs = condition.unet_kwargs([0] * len(repeated), images.shape[2:], device=images.device, dtype=unet.dtype)
+    steps = []
+    for timestep in extractor.timesteps:
+        latent = vae.encode(repeated).latent_dist.sample() * parts.scaling_factor  # (B*E, 4, h, w)
+        alpha = float(parts.alphas_cumprod[timestep])
+        x_t = alpha**0.5 * latent + (1 - alpha) ** 0.5 * torch.randn_like(latent)
+        steps.append(recorder(x_t.to(unet.dtype), torch.tensor(timestep, device=images.device), **kwargs))
+    shape = len(images), extractor.ensemble
+    return {name: torch.stack([s[name].unflatten(0, shape).mean(1) for s in steps], 1) for name in extractor.layers}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run both procedures in turn.
+
+    Returns:
+        For each procedure its `ms` (median, per image), `peak` bytes (None where it cannot be read) and `flop` (counted
+        in the warm-up, per image), and the `ratio` of their times.
+    """
+    meta = meta_unet(case.model)
+    condition = conditioning(meta)
+    extractor = DiffusionExtractor(
+        case.model,
+        expand(case.layers.split(','), sites(meta)),
+        case.steps,
+        prompt=condition,
+        ensemble=case.ensemble,
+        dtype=case.dtype,
+        random=('unet', 'vae') if case.random else (),
+    ).to(case.device)
+    images = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
+    procedures = {'ours': lambda: extractor(images), 'published': lambda: published(extractor, images, condition)}
+    result: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in procedures}
+    with torch.inference_mode():
+        for name, run in procedures.items():
+            gc.collect()
+            reset_peak(case.device)
+            result[name] = {'flop': executed(run) // case.batch, 'peak': peak(case.device)}
+        for _ in range(case.repeat):
+            for name, run in procedures.items():
+                seconds[name].append(timed(run, case.device))
+    for name, values in seconds.items():
+        result[name]['ms'] = 1000 * statistics.median(values) / case.batch
+    result['ratio'] = statistics.median(b / a for a, b in zip(seconds['ours'], seconds['published'], strict=True))
+    return result
+
+
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds that a call takes until its results are there."""
+    start = time.perf_counter()
+    run()
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def reset_peak(device: str) -> None:
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == 'linux':
+        Path('/proc/self/clear_refs').write_text('5')  # proc_pid_clear_refs(5): resets the high-water mark
+
+
+def peak(device: str) -> int | None:
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == 'linux':
+        fields = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+        return int(fields['VmHWM'].split()[0]) * 1024
+    return None
+
+
+def in_subprocess(case: Case) -> dict[str, Any]:
+    """Measure a case in a fresh process, so that no case sees the memory of another."""
+    command = [sys.executable, __file__, '--case', json.dumps(asdict(case))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f'{case} ended with status {done.returncode}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of the measured or counted cases."""
+    timed_rows = any('measured' in row for row in rows)
+    titles = ['size', 'layers', 'T', 'E', 'dtype']
+    if timed_rows:
+        titles += ['ms/image', 'published ms', 'ratio', 'peak GB', 'published GB']
+    titles += ['TFLOP', 'of published', 'of full', 'over least', 'UNet pass']
+    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    for row in rows:
+        case, flop = row['case'], row['flop']
+        cells = [case['size'], case['layers'], case['timesteps'], case['ensemble'], case['dtype']]
+        if timed_rows:
+            ours, theirs = row['measured']['ours'], row['measured']['published']
+            cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{row["measured"]["ratio"]:.2f}']
+            cells += ['-' if each['peak'] is None else f'{each["peak"] / 1e9:.2f}' for each in (ours, theirs)]
+        cells += [f'{flop["ours"] / 1e12:.3g}', f'{flop["ours"] / flop["published"]:.0%}']
+        cells += [f'{flop["ours"] / flop["full"]:.0%}', f'{flop["ours"] / flop["least"] - 1:+.2%}']
+        cells.append(f'{flop["stopped"] / flop["unet"]:.0%}')
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    return '\n'.join(lines)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--case', help=argparse.SUPPRESS)
+    parser.add_argument('--model', default='demo/tiny-sd', help='preset, hub id or diffusers folder')
+    parser.add_argument('--random', action='store_true', help='random weights: read none')
+    parser.add_argument('--sizes', nargs='+', type=int, default=[64], help='image sides, pixels')
+    parser.add_argument('--layers', nargs='+', default=['practical'], help='sets, each a name or names with commas')
+    parser.add_argument('--timesteps', nargs='+', type=int, default=[1], help='numbers of timesteps')
+    parser.add_argument('--ensembles', nargs='+', type=int, default=[1], help='numbers of ensemble members')
+    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'float16', 'bfloat16'))
+    parser.add_argument('--batch', type=int, default=1, help='images that are run together')
+    parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--count-only', action='store_true', help='count operations and measure nothing')
+    parser.add_argument('--json', type=Path, help='write the results there as well')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.case:
+        print(json.dumps(measure(Case(**json.loads(args.case)))))
+        return 0
+    rows = []
+    choices = itertools.product(args.sizes, args.layers, args.timesteps, args.ensembles, args.dtypes)
+    try:
+        for size, layers, timesteps, ensemble, dtype in choices:
+            case = Case(
+                args.model, size, layers, timesteps, ensemble, dtype, args.batch, args.random, args.device, args.repeat
+            )
+            row = {'case': asdict(case), 'flop': count(case)}
+            if not args.count_only:
+                row['measured'] = in_subprocess(case)
+                row['flop'] |= {name: row['measured'][name]['flop'] for name in ('ours', 'published')}
+            rows.append(row)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    on_gpu = args.device.startswith('cuda')
+    machine = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
+    how = 'counted' if args.count_only else f'{machine}, {torch.get_num_threads()} threads'
+    print(f'{args.model}{", random weights" * args.random}; {how}; torch {torch.__version__}\n')
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + '\n')
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

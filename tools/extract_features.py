@@ -1,0 +1,343 @@
+"""Write the activations of many images to disk, one safetensors file for each image.
+
+    python tools/extract_features.py photos --model sd15 --layers practical --timesteps 50 --size 512 --out features
+
+`photos/a/b.jpg` becomes `features/a/b.jpg.safetensors`: a tensor (T, C, h, w) for each layer, and in the header where
+it comes from. The extension stays in the name, so that `b.jpg` and `b.png` do not meet. `features/config.json` says how
+the files were made, and a run with another configuration is refused there.
+
+An interrupted run continues where it stopped: a file appears under its name only when it is whole. Several runs can
+share the work with `--shard 0/4` ... `--shard 3/4`. Images that cannot be used are listed at the end, and the exit
+status is then 1; everything else is done. EXIF orientation is applied (see `diffseg.diffusion.images.read_image`).
+"""
+
+import argparse
+import collections
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffseg.diffusion.activations import Site, sites
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.images import SUFFIXES, image_size, read_image
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import meta_unet
+
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
+TOKENS = 77  # keys of a cross-attention map, for the estimate
+
+
+class Item(NamedTuple):
+    """An image and its path relative to the root, which names its output."""
+
+    path: Path
+    name: str
+
+    def output(self, out: Path) -> Path:
+        return out / f'{self.name}.safetensors'
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('input', type=Path, help='a folder (searched in depth), a .txt file of paths, or one image')
+    parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
+    parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
+    parser.add_argument('--timesteps', nargs='+', type=int, required=True)
+    parser.add_argument('--out', type=Path, required=True)
+    parser.add_argument('--root', type=Path, help="names are relative to it (default: the input's folder)")
+    parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
+    parser.add_argument('--prompt', default='')
+    parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
+    parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
+    parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store')
+    parser.add_argument('--batch', type=int, default=1, help='images of one size that are run together')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--shard', default='0/1', metavar='I/N', help='do the I-th of N parts, 0 <= I < N')
+    parser.add_argument('--dry-run', action='store_true', help='only say what would be written')
+    args = parser.parse_args(argv)
+    if args.size and len(args.size) > 2:
+        parser.error('--size takes one number or two')
+    args.size = tuple(args.size * 2)[:2] if args.size else None
+    if args.batch < 1:
+        parser.error('--batch must be at least 1')
+    try:
+        index, count = map(int, args.shard.split('/'))
+    except ValueError:
+        parser.error(f'--shard must look like 0/4, got {args.shard!r}')
+    if not 0 <= index < count:
+        parser.error(f'--shard counts from 0, up to {count - 1}/{count}; got {args.shard}')
+    args.shard = index, count
+    return args
+
+
+def find_images(source: Path, root: Path) -> tuple[list[Item], collections.Counter[str]]:
+    """List what to read, sorted by name.
+
+    A folder is searched for files with an image's suffix; a list is taken at its word, every line of it.
+
+    Returns:
+        The items, and how many other files of each suffix a folder holds. Hidden files are passed over.
+
+    Raises:
+        ValueError: if there is nothing, or a path lies outside the root.
+    """
+    others: collections.Counter[str] = collections.Counter()
+    if source.is_dir():
+        paths = []
+        for path in source.rglob('*'):
+            if path.is_file() and not any(part.startswith('.') for part in path.relative_to(source).parts):
+                if path.suffix.lower() in SUFFIXES:
+                    paths.append(path)
+                else:
+                    others[path.suffix] += 1
+    elif source.suffix == '.txt':
+        paths = [source.parent / line.strip() for line in source.read_text('utf-8').splitlines() if line.strip()]
+    else:
+        paths = [source]
+    items = set()
+    for path in map(Path, map(os.path.abspath, paths)):
+        if not path.is_relative_to(root):
+            raise ValueError(f'{path} lies outside {root}; say --root with a folder that holds all the images')
+        items.add(Item(path, path.relative_to(root).as_posix()))
+    if not items:
+        raise ValueError(f'no images in {source}' + (f' (but {_counted(others)})' if others else ''))
+    return sorted(items, key=lambda item: item.name), others
+
+
+def estimate(
+    items: Sequence[Item], size: tuple[int, int] | None, chosen: Sequence[Site], timesteps: int, itemsize: int
+) -> int:
+    """Bytes that the activations of `items` take. Images without a readable header count nothing."""
+    total = 0
+    for (height, width), count in _sizes(items, size).items():
+        values = 0
+        for site in chosen:
+            cells = math.prod(site.size(height, width))
+            channels = site.channels or (cells if site.name.endswith('self-map') else TOKENS)
+            values += channels * cells
+        total += count * values * timesteps * itemsize
+    return total
+
+
+def _sizes(items: Sequence[Item], size: tuple[int, int] | None) -> collections.Counter[tuple[int, int]]:
+    found: collections.Counter[tuple[int, int]] = collections.Counter()
+    for item in items:
+        try:
+            found[size or image_size(item.path)] += 1
+        except ValueError:
+            continue  # reported when it is its turn
+    return found
+
+
+def check_configuration(out: Path, configuration: Mapping[str, Any]) -> None:
+    """Record the configuration in an empty output, or compare it with the one that is recorded there.
+
+    Raises:
+        ValueError: naming every key in which the two differ.
+    """
+    path = out / 'config.json'
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open('x', encoding='utf-8') as file:
+            file.write(json.dumps(configuration, indent=2) + '\n')
+        return
+    except FileExistsError:
+        pass
+    try:
+        recorded = json.loads(path.read_text('utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is not readable ({error}); delete it if no other run is just starting') from error
+    old, new = dict(_flat(recorded)), dict(_flat(json.loads(json.dumps(configuration))))
+    differing = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    if differing:
+        details = '; '.join(f'{key}: {old.get(key)!r} there, {new.get(key)!r} here' for key in differing)
+        raise ValueError(f'{out} holds features of another configuration ({details}); choose another --out')
+
+
+def _flat(value: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _flat(part, f'{prefix}.{key}' if prefix else key)
+    else:
+        yield prefix, value
+
+
+def header(item: Item, configuration: Mapping[str, Any]) -> dict[str, str]:
+    """What a file says of itself: it is complete if it says this."""
+    stat = item.path.stat()
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+    return {
+        'source': item.name,
+        'source_state': f'{stat.st_size} bytes, modified {stat.st_mtime_ns} ns',
+        'timesteps': json.dumps(configuration['timesteps']),
+        'configuration': digest,
+    }
+
+
+def is_complete(path: Path, expected: Mapping[str, str]) -> bool:
+    """Tell whether a file is whole and says the expected things of itself."""
+    try:
+        with safe_open(path, 'pt') as file:
+            return expected.items() <= file.metadata().items()
+    except (OSError, SafetensorError):
+        return False
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is seen under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        save_file(dict(tensors), partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def batches(
+    items: Sequence[Item], size: tuple[int, int] | None, length: int, failures: dict[str, str], bar: tqdm
+) -> Iterator[tuple[list[Item], Tensor]]:
+    """Read images and put neighbours of one size together; those that cannot be read go to `failures`."""
+
+    def read() -> Iterator[tuple[Item, Tensor]]:
+        for item in items:
+            try:
+                yield item, read_image(item.path, size)
+            except ValueError as error:
+                failures[item.name] = str(error)
+                bar.update()
+
+    for _, group in itertools.groupby(read(), key=lambda pair: pair[1].shape):
+        while part := list(itertools.islice(group, length)):
+            yield [item for item, _ in part], torch.stack([image for _, image in part])  # (B, 3, H, W)
+
+
+def extract(
+    extractor: DiffusionExtractor, members: Sequence[Item], images: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Item, dict[str, Tensor] | Exception]]:
+    """Yield each image's {layer: (T, C, h, w)}; if a batch is refused, find out by which of its images."""
+    try:
+        activations = {name: value.to(dtype).cpu() for name, value in extractor(images).items()}  # (B, T, C, h, w)
+        for name, value in activations.items():
+            if not value.isfinite().all():
+                raise ValueError(f'{name} does not fit {dtype}; store it with --save-dtype float32')
+    except (ValueError, FloatingPointError) as error:
+        if len(members) == 1:
+            yield members[0], error
+        else:
+            for i, item in enumerate(members):
+                yield from extract(extractor, [item], images[i : i + 1], dtype)
+        return
+    for i, item in enumerate(members):
+        yield item, {name: value[i].contiguous() for name, value in activations.items()}
+
+
+def run(args: argparse.Namespace) -> int:
+    root = Path(os.path.abspath(args.root or (args.input if args.input.is_dir() else args.input.parent)))
+    items, others = find_images(args.input, root)
+    index, count = args.shard
+    items = items[index::count]
+    if others:
+        print(f'passing over {_counted(others)}')
+
+    available = sites(meta_unet(args.model))
+    layers = expand(args.layers, available)
+    todo = [item for item in items if not item.output(args.out).exists()]
+    itemsize = DTYPES[args.save_dtype].itemsize
+    needed = estimate(todo, args.size, [available[name] for name in layers], len(args.timesteps), itemsize)
+    existing = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    print(
+        f'{len(items)} images, {len(layers)} layers x {len(args.timesteps)} timesteps; {len(todo)} to write: '
+        f'{_bytes(needed)} in {args.save_dtype}, {_bytes(free)} free at {args.out}'
+    )
+    if needed > free:
+        raise ValueError(f'{args.out} lacks space: {_bytes(needed)} are needed and {_bytes(free)} are free')
+    if args.dry_run:
+        return 0
+
+    extractor = DiffusionExtractor(
+        args.model,
+        layers,
+        args.timesteps,
+        trajectory=args.trajectory,
+        prompt=args.prompt,
+        ensemble=args.ensemble,
+        seed=args.seed,
+        dtype=args.dtype,
+    ).to(args.device)
+    configuration = {
+        **extractor.fingerprint,
+        'timesteps': args.timesteps,
+        'size': args.size,
+        'save_dtype': args.save_dtype,
+        'root': str(root),
+    }
+    check_configuration(args.out, configuration)
+
+    failures: dict[str, str] = {}
+    headers: dict[str, dict[str, str]] = {}
+    todo = []
+    for item in items:
+        try:
+            headers[item.name] = header(item, configuration)
+        except OSError as error:
+            failures[item.name] = str(error)
+        else:
+            if not is_complete(item.output(args.out), headers[item.name]):
+                todo.append(item)
+    finished = len(headers) - len(todo)
+    with tqdm(total=len(headers), initial=finished, unit='image', disable=None) as bar:
+        for members, images in batches(todo, args.size, args.batch, failures, bar):
+            with torch.inference_mode():
+                for item, result in extract(extractor, members, images.to(args.device), DTYPES[args.save_dtype]):
+                    if isinstance(result, Exception):
+                        failures[item.name] = str(result)
+                    else:
+                        size = 'x'.join(map(str, images.shape[2:]))
+                        write(item.output(args.out), result, headers[item.name] | {'input_size': size})
+                    bar.update()
+    print(f'{len(items) - finished - len(failures)} written, {finished} already there, {len(failures)} failed')
+    for name, reason in failures.items():
+        print(f'failed: {name}: {reason}', file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _bytes(count: float) -> str:
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000:
+            return f'{count:.3g} {unit}'
+        count /= 1000
+    return f'{count:.3g} TB'
+
+
+def _counted(others: Mapping[str, int]) -> str:
+    return ', '.join(f'{count} {suffix or "without suffix"}' for suffix, count in sorted(others.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except (OSError, ValueError, SafetensorError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
