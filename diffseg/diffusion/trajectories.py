@@ -28,6 +28,8 @@ from diffseg.diffusion.activations import ActivationRecorder
 CLEAN = -1  # the timestep of a latent without noise
 PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
 
+SHARED = ('schedule', 'timesteps')  # what every trajectory is made of; other fields are options of one kind
+
 Condition = Mapping[str, Any]  # keyword arguments of the UNet, the tensors in it (nested or not) one row per latent
 Activations = dict[str, Tensor]
 
@@ -130,6 +132,11 @@ class Denoiser:
         self._read_and_predict = ActivationRecorder(unet, both, attention=attention)
         self._predict = ActivationRecorder(unet, [PREDICTION])
 
+    @property
+    def paths(self) -> set[str]:
+        """The modules of the UNet that are read."""
+        return {tap.path for tap in self._read_and_predict.taps}
+
     def read(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Activations:
         """Activations {name: (N, C, h, w)} of latents (N, 4, h, w) at one timestep, or at one each (N,)."""
         return self._call(self._read, x_t, timestep, condition)
@@ -174,12 +181,23 @@ class Trajectory(ABC):
     adds_noise: ClassVar[bool] = False  # whether `__call__` needs `noise`
 
     def __post_init__(self):
-        allowed, name = self.allowed(), type(self).__name__.lower()
+        allowed, name = self.allowed(), self.name
         values = ', '.join(map(str, allowed) if len(allowed) < 4 else (*map(str, allowed[:2]), '...', str(allowed[-1])))
         if not self.timesteps:
             raise ValueError(f'no timesteps asked for; the {name} trajectory has {values}')
         if wrong := [t for t in self.timesteps if t not in allowed]:
             raise ValueError(f'timesteps {wrong} are not on the {name} trajectory, which has {values}')
+
+    @property
+    def name(self) -> str:
+        """Its key in `TRAJECTORIES`."""
+        return type(self).__name__.lower()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that `build_trajectory` needs besides timesteps and schedule."""
+        own = [field.name for field in fields(self) if field.name not in SHARED]
+        return {'type': self.name, **{option: getattr(self, option) for option in own}}
 
     @property
     def needs_negative(self) -> bool:
@@ -311,10 +329,7 @@ class Generation(_DDIM):
 
 
 TRAJECTORIES: dict[str, type[Trajectory]] = {
-    'noise': Noise,
-    'clean': Clean,
-    'inversion': Inversion,
-    'generation': Generation,
+    kind.__name__.lower(): kind for kind in (Noise, Clean, Inversion, Generation)
 }
 
 
@@ -331,7 +346,7 @@ def build_trajectory(
     if name not in TRAJECTORIES:
         raise ValueError(f'unknown trajectory {name!r}; there are {", ".join(TRAJECTORIES)}')
     kind = TRAJECTORIES[name]
-    known = [field.name for field in fields(kind) if field.name not in ('schedule', 'timesteps')]
+    known = [field.name for field in fields(kind) if field.name not in SHARED]
     if wrong := sorted(set(options) - set(known)):
         raise ValueError(f'the {name} trajectory has no options {wrong}; it has {known}')
     return kind(schedule, tuple(int(t) for t in timesteps), **options)

@@ -1,0 +1,414 @@
+"""Images in, activations of a diffusion model's UNet out."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffseg.diffusion.activations import Site, resolve, sites
+from diffseg.diffusion.conditioning import Conditioning, encode_prompts
+from diffseg.diffusion.loading import load_parts
+from diffseg.diffusion.trajectories import (
+    Activations,
+    Condition,
+    Denoiser,
+    NoiseSchedule,
+    build_trajectory,
+    seeded_noise,
+)
+
+ATTENTION = 'attn'  # the key of the aggregated attention maps
+RANGE = 1.25  # images are in [-1, 1]; bicubic resizing overshoots a little
+
+Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
+
+
+class DiffusionExtractor(nn.Module):
+    """A frozen diffusion model that turns images into activations of its UNet.
+
+    ```
+    images (B,3,H,W) -> VAE posterior, once -> E samples (B,E,4,h,w) -> trajectory -> UNet, T and E in the batch
+    -> mean over E -> {name: (B,T,C,h',w')}
+    ```
+
+    A map of stride s has ceil(H/s) x ceil(W/s) cells, whatever the size of the image: the image is continued to the
+    right and below, mirrored, up to a multiple of the UNet's own stride, and the maps are cropped.
+
+    With `noise='seeded'` the draws (the posterior's and the trajectory's) depend on nothing but the seed, the ensemble
+    member and the latent's size; images and timesteps share them, so that results do not depend on the batch.
+
+    Args:
+        model: Preset, hub id, diffusers folder or single checkpoint file, see `load_parts`.
+        layers: Names of the activations to read, or aliases of them, see `activations.sites`.
+        timesteps: Where on the trajectory to read, as the UNet's own timesteps.
+        trajectory: 'noise', 'clean', 'inversion' or 'generation', or a dict with `type` and the trajectory's options,
+            to which belongs `negative_prompt` (default '') where there is guidance.
+        prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
+            embedding.
+        ensemble: Number of draws over which activations are averaged.
+        noise: 'seeded', or 'random' for fresh draws from torch's global generator, one per image, timestep and member.
+        seed: Of the seeded draws.
+        attention_maps: Groups of aggregated attention ('up_cross', ...) to return under the key 'attn'.
+        dtype: Of the UNet, and of the VAE unless it would overflow.
+        attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
+        random: Parts ('unet', 'vae') that are initialised at random instead of loaded.
+        revision: Of a hub model.
+        variant: Of a model's weight files, such as 'fp16'.
+        config: Preset or folder that describes a single checkpoint file, see `load_parts`.
+        unet_weights: File with other weights for the UNet, see `load_parts`.
+        vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
+        vae_slicing: Encode one image at a time, to save memory.
+        vae_tiling: Encode large images in tiles, to save memory.
+        micro_batch: The largest number of latents in one call of the UNet.
+        channels_last: Memory format of the convolutions.
+        compile: Compile the transformer blocks in which nothing is read; a dict gives `torch.compile` options.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        check_finite: Raise `FloatingPointError` for activations with NaN or infinity.
+        cache_dir: Where encoded prompts are kept, see `encode_prompts`.
+
+    Raises:
+        ValueError: Unknown layer, or a timestep that is not on the trajectory, or an option outside its values.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        layers: Sequence[str],
+        timesteps: Sequence[int],
+        *,
+        trajectory: str | Mapping[str, Any] = 'noise',
+        prompt: Prompts = '',
+        ensemble: int = 1,
+        noise: str = 'seeded',
+        seed: int = 0,
+        attention_maps: Sequence[str] = (),
+        dtype: str | torch.dtype = 'float32',
+        attention: str = 'auto',
+        random: Sequence[str] = (),
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | Path | None = None,
+        unet_weights: str | Path | None = None,
+        vae_sample: str = 'sample',
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        micro_batch: int | None = None,
+        channels_last: bool = False,
+        compile: bool | Mapping[str, Any] = False,
+        gradient_checkpointing: bool = False,
+        check_finite: bool = True,
+        cache_dir: str | Path | None = None,
+    ):
+        super().__init__()
+        _check_option('noise', noise, ('seeded', 'random'))
+        _check_option('vae_sample', vae_sample, ('sample', 'mode'))
+        if ensemble < 1:
+            raise ValueError(f'ensemble is {ensemble}; it is a number of draws, 1 or more')
+        options = {'type': trajectory} if isinstance(trajectory, str) else dict(trajectory)
+        negative_prompt = options.pop('negative_prompt', '')
+
+        source = {'revision': revision, 'variant': variant, 'config': config}
+        self.parts = load_parts(
+            model, **source, unet_weights=unet_weights, dtype=_dtype(dtype), attention=attention, random=random
+        )
+        self.unet = self.parts.unet.requires_grad_(False).eval()
+        self.vae = self.parts.vae.requires_grad_(False).eval()
+        available = sites(self.unet, self.parts.vae_scale_factor)
+        self.sites: dict[str, Site] = {name: available[name] for name in resolve(layers, available)}
+        schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
+        self.trajectory = build_trajectory(options, timesteps, schedule)
+        self._multiple = self.parts.vae_scale_factor * 2**self.unet.num_upsamplers  # sizes that the UNet halves evenly
+        self.attention_maps = tuple(attention_maps)
+        self.ensemble = ensemble
+        self.noise = noise
+        self.seed = seed
+        self.vae_sample = vae_sample
+        self.vae_tiling = vae_tiling
+        self.micro_batch = micro_batch
+        self.check_finite = check_finite
+
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+            self.vae.to(memory_format=torch.channels_last)
+        if vae_slicing:
+            self.vae.enable_slicing()
+        if vae_tiling:
+            self.vae.enable_tiling()
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self._denoiser = Denoiser(self.unet, list(self.sites), self.attention_maps, micro_batch)
+        if compile:
+            _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
+
+        self._encode_prompts = partial(encode_prompts, model, **source, cache_dir=cache_dir)
+        self._prompt = prompt
+        self._conditioning = self._encode(prompt)
+        self._negative_prompt = negative_prompt if self.trajectory.needs_negative else None
+        self._negative = self._encode(negative_prompt) if self.trajectory.needs_negative else None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the activations, in the order in which they are returned."""
+        return list(self.sites)
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The UNet's timesteps at which activations are read."""
+        return self.trajectory.timesteps
+
+    @property
+    def channels(self) -> list[int | None]:
+        """Channels of each layer; None for maps, whose channels are the keys."""
+        return [site.channels for site in self.sites.values()]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the activations of an image depend on, ready for JSON. The model is told by its weights."""
+        return {
+            'weights': self.parts.fingerprint,
+            'dtype': str(self.unet.dtype).removeprefix('torch.'),
+            'layers': self.layers,
+            'attention_maps': list(self.attention_maps),
+            'timesteps': list(self.timesteps),
+            'trajectory': self.trajectory.options,
+            'prompt': _describe(self._prompt),
+            'negative_prompt': _describe(self._negative_prompt),
+            'ensemble': self.ensemble,
+            'noise': self.noise,
+            'seed': self.seed,
+            'vae_sample': self.vae_sample,
+            'vae_tiling': self.vae_tiling,
+        }
+
+    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Activations:
+        """Read the activations of images.
+
+        Args:
+            images: RGB in [-1, 1], with shape (B, 3, H, W).
+            prompts: One for all images or one for each; None takes the constructor's.
+
+        Returns:
+            {name: (B, T, C, h, w)} with h = ceil(H / stride) and w = ceil(W / stride). The channels of an attention map
+            are its keys; those of self-attention include the part that continues the image.
+
+        Raises:
+            ValueError: Images of a wrong shape, type or range, or smaller than one latent cell.
+            FloatingPointError: NaN or infinity, if `check_finite`.
+        """
+        self._check_images(images)
+        canvas, members = _continue(images, self._multiple), range(self.ensemble)
+        if self.trajectory.from_image:
+            posterior = self._posterior(canvas)
+            latents = torch.stack([self._sample(posterior, member) for member in members], dim=1)  # (B, E, 4, h, w)
+            self._check({'the latent': latents}, self.vae.dtype)
+        else:
+            size = (side // self.parts.vae_scale_factor for side in canvas.shape[-2:])
+            shape = (len(images), self.unet.config.in_channels, *size)
+            latents = torch.stack([self._draw('noise', member, shape, images.device) for member in members], dim=1)
+        activations = self.extract_latents(latents, prompts)  # {name: (B, T, C, h', w')}
+        return {name: self._crop(name, x, *images.shape[-2:]) for name, x in activations.items()}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) of images (B, 3, H, W), scaled as the UNet expects them: the first ensemble member's.
+
+        They are those of the continued images. Raises what `forward` does.
+        """
+        self._check_images(images)
+        latent = self._sample(self._posterior(_continue(images, self._multiple)), member=0)
+        self._check({'the latent': latent}, self.vae.dtype)
+        return latent
+
+    def extract_latents(self, latents: Tensor, prompts: Prompts | None = None) -> Activations:
+        """Read the activations of latents, without the VAE.
+
+        Gradients flow to the latents, to embeddings given as `prompts` and to those parameters of the UNet that require
+        them.
+
+        Args:
+            latents: Where the trajectory starts: clean latents, or noise for 'generation'. With shape (B, 4, h, w), or
+                (B, E, 4, h, w) with one for each ensemble member.
+            prompts: One for all latents or one for each; None takes the constructor's.
+
+        Returns:
+            {name: (B, T, C, h', w')}, where h' is ceil(h * VAE factor / stride).
+        """
+        if latents.ndim == 4:
+            latents = latents.unsqueeze(1).expand(-1, self.ensemble, -1, -1, -1)  # (B, E, 4, h, w)
+        b, e = latents.shape[:2]
+        conditioning, rows = self._choose(prompts, b)
+        fit = e if self.micro_batch is None else max(1, self.micro_batch // (b * len(self.timesteps)))
+        total: Activations = {}
+        with torch.set_grad_enabled(_wants_grad(self.unet, latents, conditioning.embeds)):
+            for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
+                found = self._read_members(latents[:, first : first + fit], first, conditioning, rows)
+                for name, x in found.items():  # (m, B, T, C, h, w)
+                    part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
+                    total[name] = total[name] + part if name in total else part
+            activations = {name: x.to(found[name].dtype) for name, x in total.items()}
+        device = latents.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self._check(activations, torch.get_autocast_dtype(device) if autocast else self.unet.dtype)
+        return activations
+
+    def _read_members(self, latents: Tensor, first: int, conditioning: Conditioning, rows: Tensor) -> Activations:
+        """Activations (m, B, T, C, h, w) of the ensemble members from `first` on, with latents (B, m, 4, h, w)."""
+        b, m = latents.shape[:2]
+        rows = rows.repeat(m)
+        noise = negative = None
+        if self.trajectory.adds_noise:
+            shape = (b, 1 if self.noise == 'seeded' else len(self.timesteps), *latents.shape[2:])
+            noise = torch.cat([self._draw('noise', first + i, shape, latents.device) for i in range(m)])
+        if self._negative is not None:
+            negative = self._condition(self._negative, torch.zeros_like(rows), latents)
+        found = self.trajectory(
+            self._denoiser,
+            latents.transpose(0, 1).flatten(0, 1),  # (m*B, 4, h, w)
+            self._condition(conditioning, rows, latents),
+            noise=noise,  # (m*B, 1 or T, 4, h, w)
+            negative=negative,
+        )
+        return {name: x.unflatten(0, (m, b)) for name, x in found.items()}
+
+    def _posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """The VAE's posterior, computed in its own dtype even under autocast, in which it might overflow."""
+        images = images.to(self.vae.dtype)
+        with torch.set_grad_enabled(_wants_grad(self.vae, images)), torch.autocast(images.device.type, enabled=False):
+            return self.vae.encode(images).latent_dist
+
+    def _sample(self, posterior: DiagonalGaussianDistribution, member: int) -> Tensor:
+        """One ensemble member's latent (B, 4, h, w), float32, scaled as the UNet expects it."""
+        latent = posterior.mean.float()
+        if self.vae_sample == 'sample':
+            latent = latent + posterior.std.float() * self._draw('posterior', member, latent.shape, latent.device)
+        return (latent - (self.vae.config.shift_factor or 0)) * self.parts.scaling_factor
+
+    def _draw(self, purpose: str, member: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Standard normal noise of `shape`, the batch first. Seeded noise is the same for the whole batch."""
+        if self.noise == 'random':
+            return torch.randn(shape, device=device)
+        return seeded_noise(shape[1:], self.seed, purpose, member).to(device).expand(shape)
+
+    def _encode(self, prompts: Prompts) -> Conditioning:
+        if isinstance(prompts, Conditioning):
+            return prompts
+        if isinstance(prompts, Tensor):
+            return Conditioning(prompts)
+        return self._encode_prompts(_texts(prompts))
+
+    def _choose(self, prompts: Prompts | None, batch: int) -> tuple[Conditioning, Tensor]:
+        """Embeddings, and which row of them each of `batch` images takes, with shape (batch,)."""
+        known, texts = _texts(self._prompt), _texts(prompts)
+        if prompts is None:
+            conditioning, rows = self._conditioning, [0]
+            if (n := len(conditioning.embeds)) > 1:
+                raise ValueError(f'the extractor has {n} prompts; say with each call which image takes which')
+        elif texts and set(texts) <= set(known):
+            conditioning, rows = self._conditioning, [known.index(text) for text in texts]
+        else:
+            conditioning = self._encode(prompts)
+            rows = list(range(len(conditioning.embeds)))
+        if len(rows) not in (1, batch):
+            raise ValueError(f'{len(rows)} prompts for a batch of {batch}; give one for all or one for each')
+        return conditioning, torch.tensor(rows).expand(batch)
+
+    def _condition(self, conditioning: Conditioning, rows: Tensor, latents: Tensor) -> Condition:
+        factor = self.parts.vae_scale_factor
+        size = latents.shape[-2] * factor, latents.shape[-1] * factor
+        return conditioning.unet_kwargs(rows, size, latents.device, self.unet.dtype)
+
+    def _crop(self, name: str, activation: Tensor, height: int, width: int) -> Tensor:
+        stride = self.sites[name].stride if name in self.sites else self.parts.vae_scale_factor
+        return activation[..., : -(-height // stride), : -(-width // stride)]
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+            raise ValueError(f'images have shape {tuple(images.shape)}; expected (B, 3, H, W)')
+        if not images.is_floating_point():
+            raise ValueError(
+                f'images are {images.dtype}; expected floating point in [-1, 1], as x / 127.5 - 1 of 8 bit'
+            )
+        cell = self.parts.vae_scale_factor
+        if min(images.shape[-2:]) < cell:
+            raise ValueError(
+                f'images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than one latent cell, '
+                f'{cell} x {cell}; enlarge them'
+            )
+        low, high = torch.stack(images.aminmax()).tolist()
+        if low < -RANGE or high > RANGE:
+            raise ValueError(
+                f'images are in [{low:.4g}, {high:.4g}]; expected [-1, 1], as x / 127.5 - 1 of 8 bit '
+                '(mean = std = 127.5 in an mmseg data preprocessor)'
+            )
+
+    def _check(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Raise for NaN and infinity, unless it is switched off; waits for the device once."""
+        if not self.check_finite:
+            return
+        finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
+        if not all(finite):
+            wrong = [name for name, ok in zip(tensors, finite, strict=True) if not ok]
+            remedy = (
+                "the images or the model's weights are damaged"
+                if dtype in (torch.float32, torch.float64)
+                else "use dtype 'bfloat16' or 'float32' (for a VAE alone, set force_upcast in its config)"
+            )
+            raise FloatingPointError(f'NaN or infinity in {", ".join(wrong)} computed in {dtype}: {remedy}')
+
+
+def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in chain(inputs, module.parameters()))
+
+
+def _texts(prompts: Prompts | None) -> list[str]:
+    """Prompts as a list; empty for embeddings."""
+    if prompts is None or isinstance(prompts, Tensor | Conditioning):
+        return []
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def _describe(prompts: Prompts | None) -> list[str] | str | None:
+    """Prompts for a fingerprint: the texts, or a digest of the embeddings."""
+    if isinstance(prompts, Conditioning):
+        parts = [prompts.embeds] if prompts.pooled is None else [prompts.embeds, prompts.pooled]
+    elif isinstance(prompts, Tensor):
+        parts = [prompts]
+    else:
+        return prompts if prompts is None else _texts(prompts)
+    digest = hashlib.sha256(b''.join(x.detach().cpu().float().numpy().tobytes() for x in parts))
+    return f'sha256:{digest.hexdigest()[:16]}'
+
+
+def _continue(images: Tensor, multiple: int) -> Tensor:
+    """Continue images to the right and below, to a multiple: mirrored, or if they are too small for that, constant."""
+    height, width = images.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    mode = 'reflect' if below < height and right < width else 'replicate'
+    return F.pad(images, (0, right, 0, below), mode=mode)
+
+
+def _compile_unread_blocks(unet: nn.Module, read: Iterable[str], options: Mapping[str, Any]) -> None:
+    """Compile the transformer blocks, except those with a module that is read: hooks do not work in compiled code."""
+    read = [f'{path}.' for path in read]
+    for name, module in unet.named_modules():
+        if isinstance(module, BasicTransformerBlock) and not any(path.startswith(f'{name}.') for path in read):
+            module.compile(**options)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use 'float32', 'float16' or 'bfloat16'")
+    return found
+
+
+def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f'{name} is {value!r}; it is {" or ".join(map(repr, allowed))}')

@@ -1,0 +1,331 @@
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffseg.diffusion.conditioning import Conditioning
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.trajectories import add_noise, seeded_noise
+
+LAYERS = ['up-level0-repeat1-res-out', 'up-level2-repeat1-vit-block0-cross-q', 'down-level0-repeat0-vit-out']
+STRIDES = [64, 16, 8]
+CLOSE = {'rtol': 1e-4, 'atol': 1e-5}
+
+
+@pytest.fixture(scope='module')
+def make(tiny_pipeline, tmp_path_factory):
+    """`make(**options)`: an extractor of the tiny SD1.5 with one prompt cache."""
+    cache = tmp_path_factory.mktemp('prompts')
+
+    def make(layers=LAYERS, timesteps=(50, 400), model=tiny_pipeline, **options):
+        return DiffusionExtractor(model, layers, timesteps, cache_dir=cache, **options)
+
+    return make
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 64, 64) * 2 - 1
+
+
+def assert_same(found, expected, **tolerance):
+    assert list(found) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **(tolerance or CLOSE))
+
+
+@pytest.mark.parametrize('size', [(64, 64), (64, 128), (96, 40), (70, 129), (8, 8), (9, 200)])
+def test_shapes_follow_the_sites(make, size):
+    extractor = make([*LAYERS, 'up-level2-repeat0-vit-block0-cross-map'], attention_maps=['up_cross'])
+    found = extractor(torch.zeros(1, 3, *size))
+    assert list(found) == [*extractor.layers, 'attn']
+    assert [site.stride for site in extractor.sites.values()][:3] == STRIDES
+    for (name, site), channels in zip(extractor.sites.items(), extractor.channels, strict=True):
+        assert found[name].shape == (1, 2, channels or 77, *(math.ceil(side / site.stride) for side in size))
+        assert found[name].shape[-2:] == site.size(*size)
+    assert found['attn'].shape[-2:] == tuple(math.ceil(side / 8) for side in size)
+
+
+def test_continuing_an_image_is_reflection_and_cropping(make, images):
+    extractor = make(vae_sample='mode')
+    whole = extractor(torch.nn.functional.pad(images[..., :50, :40], (0, 24, 0, 14), mode='reflect'))
+    part = extractor(images[..., :50, :40])
+    for (name, x), stride in zip(part.items(), STRIDES, strict=True):
+        assert torch.equal(x, whole[name][..., : math.ceil(50 / stride), : math.ceil(40 / stride)])
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'ensemble': 2},
+        {'trajectory': 'clean', 'timesteps': (261,)},
+        {'trajectory': {'type': 'inversion', 'steps': 10}, 'timesteps': (-1, 100)},
+        {'trajectory': {'type': 'generation', 'steps': 10, 'guidance': 3.0}, 'timesteps': (800, 900), 'ensemble': 2},
+    ],
+)
+def test_an_image_gives_the_same_alone_in_a_batch_and_at_another_position(make, images, options):
+    extractor = make(**options)
+    together, swapped = extractor(images), extractor(images.flip(0))
+    alone = extractor(images[:1])
+    for name in LAYERS:
+        torch.testing.assert_close(together[name][:1], alone[name], **CLOSE)
+        torch.testing.assert_close(swapped[name][1:], alone[name], **CLOSE)
+    torch.rand(3)
+    assert_same(extractor(images), together, rtol=0, atol=0)
+    assert_same(make(**options)(images), together, rtol=0, atol=0)
+
+
+def test_seed_and_random_noise_change_the_draws(make, images):
+    base = make()(images)[LAYERS[2]]
+    assert not torch.allclose(make(seed=1)(images)[LAYERS[2]], base)
+    random = make(noise='random')
+    torch.manual_seed(3)
+    first = random(images)
+    assert not torch.allclose(first[LAYERS[2]], random(images)[LAYERS[2]])
+    torch.manual_seed(3)
+    assert_same(random(images), first, rtol=0, atol=0)
+    equal = random(images[:1].expand(2, -1, -1, -1))[LAYERS[2]]
+    assert not torch.allclose(equal[0], equal[1])
+
+
+def test_the_ensemble_is_the_mean_of_its_members(make):
+    latents = torch.randn(2, 3, 4, 8, 8)  # (B, E, 4, h, w)
+    found = make(trajectory='clean', ensemble=3).extract_latents(latents)
+    single = make(trajectory='clean')
+    members = [single.extract_latents(latents[:, member]) for member in range(3)]
+    assert_same(found, {name: torch.stack([m[name] for m in members]).mean(0) for name in LAYERS})
+
+
+def test_every_ensemble_member_has_its_own_noise(make):
+    latent = torch.randn(2, 4, 8, 8)
+    extractor = make(['unet-in'], ensemble=3, seed=5)
+    noise = sum(seeded_noise((1, 4, 8, 8), 5, 'noise', member) for member in range(3)) / 3
+    expected = [add_noise(latent, noise, extractor.parts.alphas_cumprod[t]) for t in extractor.timesteps]
+    torch.testing.assert_close(extractor.extract_latents(latent)['unet-in'], torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize('micro_batch', [1, 5, 8])
+def test_micro_batches_change_nothing(make, images, micro_batch):
+    whole, cut = make(ensemble=3), make(ensemble=3, micro_batch=micro_batch)
+    sizes = []
+    cut.unet.conv_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    assert_same(cut(images), whole(images))
+    assert max(sizes) <= micro_batch and sum(sizes) == 2 * 2 * 3
+
+
+def test_the_image_is_encoded_once(make, images):
+    extractor, calls = make(ensemble=3), []
+    extractor.vae.encoder.register_forward_hook(lambda *args: calls.append(1))
+    extractor(images)
+    assert len(calls) == 1
+
+
+def test_encode_and_extract_latents_make_up_forward(make, images):
+    extractor = make()
+    latent = extractor.encode(images)
+    assert latent.shape == (2, 4, 8, 8)
+    assert_same(extractor.extract_latents(latent), extractor(images), rtol=0, atol=0)
+
+
+def test_the_latent_is_the_scaled_posterior(make, images):
+    extractor = make(vae_sample='mode')
+    mean = extractor.vae.encode(images).latent_dist.mean
+    torch.testing.assert_close(extractor.encode(images), mean * 0.18215)
+    sampled = make().encode(images)
+    assert not torch.allclose(sampled, mean * 0.18215)
+    draw = (sampled / 0.18215 - mean) / extractor.vae.encode(images).latent_dist.std
+    torch.testing.assert_close(draw[0], draw[1], rtol=1e-2, atol=1e-2)
+
+
+def test_sdxl(tiny_sdxl_pipeline, tmp_path, images):
+    layers = ['up-level0-repeat0-vit-block7-out', 'up-level1-repeat0-vit-block0-cross-q']
+    extractor = DiffusionExtractor(tiny_sdxl_pipeline, layers, [50], prompt='a horse', cache_dir=tmp_path)
+    found = extractor(images[..., :40])
+    assert [tuple(x.shape) for x in found.values()] == [(2, 1, 64, 2, 2), (2, 1, 32, 4, 3)]
+
+
+def test_prompts_for_all_and_for_each(make, images):
+    both = make(prompt=['horse', 'cat'])
+    horse, cat = make(prompt='horse')(images), make(prompt='cat')(images)
+    assert not torch.allclose(horse[LAYERS[0]], cat[LAYERS[0]])
+    found = both(images, ['cat', 'horse'])
+    for name in LAYERS:
+        torch.testing.assert_close(found[name][0], cat[name][0], **CLOSE)
+        torch.testing.assert_close(found[name][1], horse[name][1], **CLOSE)
+    assert_same(both(images, 'cat'), cat)
+    assert_same(make(prompt='horse')(images, 'cat'), cat)  # not known beforehand
+    with pytest.raises(ValueError, match='2 prompts; say'):
+        both(images)
+    with pytest.raises(ValueError, match='3 prompts for a batch of 2'):
+        both(images, ['cat'] * 3)
+
+
+def test_embeddings_instead_of_prompts(make, images):
+    texts = make(prompt='horse')
+    embeds = texts._conditioning.embeds
+    for prompt in (embeds, Conditioning(embeds)):
+        assert_same(make(prompt=prompt)(images), texts(images), rtol=0, atol=0)
+    assert_same(texts(images, embeds.expand(2, -1, -1)), texts(images), rtol=0, atol=0)
+
+
+def test_gradients_flow_where_they_are_wanted(make, images):
+    extractor = make(timesteps=(50,))
+    assert not any(p.requires_grad for p in extractor.parameters())
+    assert not any(x.requires_grad for x in extractor(images).values())
+
+    latent = extractor.encode(images).requires_grad_()
+    extractor.extract_latents(latent)[LAYERS[1]].sum().backward()
+    assert latent.grad.abs().sum() > 0
+
+    embeds = extractor._conditioning.embeds.clone().requires_grad_()
+    extractor(images, embeds)[LAYERS[1]].sum().backward()
+    assert embeds.grad.abs().sum() > 0
+
+    pixels = images.clone().requires_grad_()
+    extractor(pixels)[LAYERS[1]].sum().backward()
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make, images):
+    gradients = []
+    for checkpointing in (False, True):
+        extractor = make(timesteps=(50,), gradient_checkpointing=checkpointing)
+        extractor.unet.requires_grad_(True)
+        found = extractor.extract_latents(extractor.encode(images))
+        sum(x.square().mean() for x in found.values()).backward()
+        gradients.append({name: p.grad for name, p in extractor.unet.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() <= gradients[1].keys()
+    assert all(gradients[0][name].abs().sum() > 0 for name in ('conv_in.weight', 'up_blocks.0.resnets.1.conv2.weight'))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], **CLOSE)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', torch.float16])
+def test_half_precision(make, images, dtype):
+    exact, half = make(vae_sample='mode', ensemble=2)(images), make(vae_sample='mode', ensemble=2, dtype=dtype)
+    for name, x in half(images).items():
+        assert x.dtype == half.unet.dtype
+        assert (x.float() - exact[name]).norm() < 0.05 * exact[name].norm()
+
+
+def test_autocast_leaves_the_vae_alone(make, images):
+    extractor = make()
+    with torch.autocast('cpu', torch.bfloat16):
+        latent = extractor.encode(images)
+        assert extractor(images)[LAYERS[1]].dtype == torch.bfloat16
+    assert torch.equal(latent, extractor.encode(images))
+
+
+def test_memory_options_change_nothing(make, images):
+    expected = make()(images)
+    assert_same(make(channels_last=True, vae_slicing=True)(images), expected)
+    assert make(vae_tiling=True).vae.use_tiling
+
+
+def test_compiled_blocks_change_nothing_and_leave_the_read_ones(make, images):
+    extractor = make(compile={'backend': 'eager'})
+    compiled = {
+        name
+        for name, module in extractor.unet.named_modules()
+        if getattr(module, '_compiled_call_impl', None) is not None
+    }
+    blocks = {name for name, _ in extractor.unet.named_modules() if name.endswith('transformer_blocks.0')}
+    assert blocks - compiled == {'up_blocks.2.attentions.1.transformer_blocks.0'}
+    assert_same(extractor(images), make()(images))
+
+
+def test_only_the_unet_and_the_vae_are_children(make):
+    extractor = make()
+    assert [name for name, _ in extractor.named_children()] == ['unet', 'vae']
+    assert not extractor.unet.training and not extractor.vae.training
+
+
+def test_the_fingerprint_says_what_activations_depend_on(make, tiny_unet, tmp_path):
+    save_file(tiny_unet(seed=1).state_dict(), tmp_path / 'unet.safetensors')
+    base = make().fingerprint
+    assert json.loads(json.dumps(base)) == base
+    assert make().fingerprint == base
+    assert make(['dhf-0-1']).fingerprint['layers'] == ['up-level0-repeat1-res-increment']
+    for options in (
+        {'layers': LAYERS[:2]},
+        {'timesteps': (50,)},
+        {'trajectory': 'clean'},
+        {'prompt': 'a horse'},
+        {'prompt': torch.zeros(1, 77, 32)},
+        {'ensemble': 2},
+        {'noise': 'random'},
+        {'seed': 1},
+        {'dtype': 'bfloat16'},
+        {'unet_weights': tmp_path / 'unet.safetensors'},
+        {'vae_sample': 'mode'},
+        {'attention_maps': ['up_cross']},
+    ):
+        assert make(**options).fingerprint != base, options
+    guided = {'type': 'generation', 'negative_prompt': 'blurred'}
+    assert make(trajectory=guided, timesteps=(20,)).fingerprint['negative_prompt'] == ['blurred']
+
+
+def test_the_negative_prompt_matters(make, images):
+    guided = [
+        make(trajectory={'type': 'generation', 'steps': 4, 'negative_prompt': text}, timesteps=(500,))(images)
+        for text in ('', 'a horse')
+    ]
+    assert not torch.allclose(guided[0][LAYERS[0]], guided[1][LAYERS[0]])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'layers': ['up-level9-repeat0-res-out']}, 'nearest'),
+        ({'timesteps': (1000,)}, r'\[1000\].*999'),
+        ({'trajectory': 'inversion', 'timesteps': (50,)}, r'-1, 0, \.\.\., 960'),
+        ({'noise': 'fresh'}, "'seeded' or 'random'"),
+        ({'vae_sample': 'mean'}, "'sample' or 'mode'"),
+        ({'ensemble': 0}, 'ensemble is 0'),
+        ({'dtype': 'half-ish'}, 'half-ish'),
+        ({'micro_batch': 0}, 'micro_batch is 0'),
+    ],
+)
+def test_wrong_options(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ('images', 'message'),
+    [
+        (torch.zeros(3, 64, 64), r'\(3, 64, 64\); expected \(B, 3, H, W\)'),
+        (torch.zeros(1, 4, 64, 64), r'expected \(B, 3, H, W\)'),
+        (torch.zeros(0, 3, 64, 64), r'expected \(B, 3, H, W\)'),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'uint8'),
+        (torch.full((1, 3, 64, 64), 255.0), r'\[255, 255\]; expected \[-1, 1\]'),
+        (torch.zeros(1, 3, 7, 64), 'smaller than one latent cell'),
+    ],
+)
+def test_wrong_images(make, images, message):
+    extractor = make()
+    for call in (extractor, extractor.encode):
+        with pytest.raises(ValueError, match=message):
+            call(images)
+
+
+def test_not_finite_activations_name_the_layer_the_dtype_and_the_remedy(make, images):
+    extractor = make(dtype='float16')
+    extractor.unet.up_blocks[2].attentions[1].transformer_blocks[0].attn2.to_q.weight.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match=r"in up-level2-\S+-cross-q computed in torch.float16: use dtype 'bf"):
+        extractor(images)
+    extractor.check_finite = False
+    assert not extractor(images)[LAYERS[1]].isfinite().all()
+    with pytest.raises(FloatingPointError, match=r'the latent computed in torch\.float32: the images'):
+        make()(images * torch.nan)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_a_gpu_gives_the_same(make, images):
+    extractor = make(ensemble=2)
+    expected = extractor(images)
+    found = extractor.to('cuda')(images.to('cuda'))
+    assert_same({name: x.cpu() for name, x in found.items()}, expected, rtol=1e-2, atol=1e-3)
