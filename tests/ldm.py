@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -79,12 +80,15 @@ def vae_state(vae: AutoencoderKL) -> dict[str, Tensor]:
 
 def text_state(encoder: CLIPTextModel) -> dict[str, Tensor]:
     prefix = 'cond_stage_model.transformer.text_model.'
-    return {prefix + name.removeprefix('text_model.'): tensor for name, tensor in encoder.state_dict().items()}
+    state = {prefix + name.removeprefix('text_model.'): tensor for name, tensor in encoder.state_dict().items()}
+    return {**state, f'{prefix}embeddings.position_ids': torch.arange(77).unsqueeze(0)}
 
 
 def sd15_state(folder: Path) -> Mapping[str, Tensor]:
-    """All parts of a diffusers folder of SD1.5's kind, as one checkpoint has them."""
+    """All parts of a diffusers folder of SD1.5's kind, as one checkpoint has them, with what else it has."""
     return {
+        'alphas_cumprod': torch.ones(1000),
+        'model_ema.decay': torch.tensor(0.9999),
         **unet_state(UNet2DConditionModel.from_pretrained(folder, subfolder='unet')),
         **vae_state(AutoencoderKL.from_pretrained(folder, subfolder='vae')),
         **text_state(CLIPTextModel.from_pretrained(folder, subfolder='text_encoder')),

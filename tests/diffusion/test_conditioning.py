@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import ldm
@@ -27,11 +28,13 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def no_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, loading a text encoder fails."""
+
     def fail(*args, **kwargs):
         raise AssertionError('a text encoder was loaded')
 
-    monkeypatch.setattr(conditioning, '_load', fail)
+    return lambda: monkeypatch.setattr(conditioning, '_load', fail)
 
 
 def pipeline_of(model: Path):
@@ -95,10 +98,10 @@ def test_encoders_are_loaded_only_for_what_is_not_on_disk(model, tmp_path, monke
     assert torch.equal(mixed.embeds[:2], first.embeds)
 
 
-def test_the_key_is_the_content(tiny_pipeline, tmp_path, no_encoders_after):
+def test_the_key_is_the_content(tiny_pipeline, tmp_path, forbid_encoders):
     cache, copy = tmp_path / 'cache', Path(shutil.copytree(tiny_pipeline, tmp_path / 'copy'))
     encode_prompts(tiny_pipeline, PROMPTS, cache_dir=cache)
-    no_encoders_after()
+    forbid_encoders()
     encode_prompts(copy, PROMPTS, cache_dir=cache)  # another place
     shutil.rmtree(copy / 'vae')
     (copy / 'unet' / 'diffusion_pytorch_model.safetensors').unlink()
@@ -114,14 +117,6 @@ def test_the_key_is_the_content(tiny_pipeline, tmp_path, no_encoders_after):
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), 'model_max_length': 50}))
     with pytest.raises(AssertionError, match='was loaded'):
         encode_prompts(copy, PROMPTS, cache_dir=cache)
-
-
-@pytest.fixture
-def no_encoders_after(monkeypatch: pytest.MonkeyPatch):
-    def fail(*args, **kwargs):
-        raise AssertionError('a text encoder was loaded')
-
-    return lambda: monkeypatch.setattr(conditioning, '_load', fail)
 
 
 def test_a_damaged_file_is_encoded_anew(model, tmp_path, caplog):
@@ -208,6 +203,7 @@ def test_text_encoders_of_older_layout_are_read(tiny_pipeline, tmp_path):
     old = Path(shutil.copytree(tiny_pipeline, tmp_path / 'old'))
     state = load_file(old / 'text_encoder' / 'model.safetensors')
     state = {f'text_model.{name.removeprefix("text_model.")}': tensor for name, tensor in state.items()}
+    state['text_model.embeddings.position_ids'] = torch.arange(77).unsqueeze(0)
     save_file(state, old / 'text_encoder' / 'model.safetensors', {'format': 'pt'})
     ours = [encode_prompts(folder, PROMPTS, cache_dir=tmp_path / folder.name) for folder in (tiny_pipeline, old)]
     assert torch.equal(ours[0].embeds, ours[1].embeds)
@@ -232,7 +228,9 @@ def test_a_single_files_text_encoder_is_used(tiny_pipeline, tmp_path):
         encode_prompts(tmp_path / 'unet.safetensors', PROMPTS, config=tiny_pipeline, cache_dir=cache)
 
 
-def test_a_hub_ids_embeddings_can_be_used_without_its_weights(tmp_path, monkeypatch, no_encoders):
+def test_a_hub_ids_embeddings_can_be_used_without_its_weights(tmp_path, monkeypatch, forbid_encoders):
+    forbid_encoders()
+
     def encode(source, encoders, prompts, device):
         return [{'embeds': torch.ones(77, 2048), 'pooled': torch.ones(1280)} for _ in prompts]
 
