@@ -368,3 +368,11 @@ def test_cleandift_is_its_unet_in_the_base_model(folder, tmp_path, monkeypatch):
     assert asked == [('CompVis/cleandift', 'cleandift_sd15_unet.safetensors')]
     assert same(parts.unet, unet.half().float())
     assert parts.fingerprint.split('+')[1] == load_parts(folder).fingerprint.split('+')[1]
+
+
+def test_random_weights_of_a_preset_need_no_download(tiny_pipeline, offline, monkeypatch):
+    configs = load_config(tiny_pipeline)
+    preset = replace(PRESETS['cleandift-sd21'], unet_config=configs.unet, vae_config=configs.vae)
+    monkeypatch.setitem(PRESETS, 'cleandift-sd21', preset)
+    parts = load_parts('cleandift-sd21', random=('unet', 'vae'))
+    assert parts.prediction_type == 'v_prediction' and parts.source.location == preset.repo_id
