@@ -11,26 +11,28 @@ from tqdm import tqdm
 from diffseg.datasets.toy import SPECIES, ToySample, draw_sample
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
-PART_SPLITS = {"train": 0, "test": 1_000_000}
-PAIR_SPLITS = {"trn": 2_000_000, "val": 3_000_000, "test": 4_000_000}
+PART_SPLITS = {'train': 0, 'test': 1_000_000}
+PAIR_SPLITS = {'trn': 2_000_000, 'val': 3_000_000, 'test': 4_000_000}
 SPECIES_STRIDE = 200_000
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the data sets that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write `toy` (Horse-21's layout) and `SPair-toy` into")
-    parser.add_argument("--train", type=int, default=30, help="labelled training pictures (default: 30, as Horse-21 has)")
-    parser.add_argument("--test", type=int, default=30, help="labelled test pictures (default: 30)")
-    parser.add_argument("--pairs", type=int, default=0, help="pairs per species and split for matching (default: none)")
-    parser.add_argument("--size", type=int, default=64, help="height and width in pixels (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
+    parser.add_argument('out', type=Path, help="folder to write `toy` (Horse-21's layout) and `SPair-toy` into")
+    parser.add_argument(
+        '--train', type=int, default=30, help='labelled training pictures (default: 30, as Horse-21 has)'
+    )
+    parser.add_argument('--test', type=int, default=30, help='labelled test pictures (default: 30)')
+    parser.add_argument('--pairs', type=int, default=0, help='pairs per species and split for matching (default: none)')
+    parser.add_argument('--size', type=int, default=64, help='height and width in pixels (default: 64)')
+    parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes (default: 0)')
     args = parser.parse_args(argv)
     for split in PART_SPLITS:
-        write_parts(args.out / "toy/real" / split, getattr(args, split), split, args.seed, args.size)
+        write_parts(args.out / 'toy/real' / split, getattr(args, split), split, args.seed, args.size)
     if args.pairs:
         for split in PAIR_SPLITS:
-            write_pairs(args.out / "SPair-toy", args.pairs, split, args.seed, args.size)
+            write_pairs(args.out / 'SPair-toy', args.pairs, split, args.seed, args.size)
 
 
 def write_parts(folder: Path, count: int, split: str, seed: int, size: int) -> None:
@@ -38,8 +40,8 @@ def write_parts(folder: Path, count: int, split: str, seed: int, size: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for number in tqdm(range(count), desc=str(folder)):
         sample = draw_sample(seed, PART_SPLITS[split] + number, size)
-        Image.fromarray(sample.image).save(folder / f"{sample.species}_{number:05d}.png")
-        np.save(folder / f"{sample.species}_{number:05d}.npy", sample.mask)
+        Image.fromarray(sample.image).save(folder / f'{sample.species}_{number:05d}.png')
+        np.save(folder / f'{sample.species}_{number:05d}.npy', sample.mask)
 
 
 def write_pairs(root: Path, pairs: int, split: str, seed: int, size: int) -> None:
@@ -47,43 +49,43 @@ def write_pairs(root: Path, pairs: int, split: str, seed: int, size: int) -> Non
     layout, number = [], 0
     for offset, species in enumerate(SPECIES):
         samples = {}
-        for index in tqdm(range(2 * pairs), desc=f"{root} {split} {species}"):
+        for index in tqdm(range(2 * pairs), desc=f'{root} {split} {species}'):
             sample = draw_sample(seed, PAIR_SPLITS[split] + offset * SPECIES_STRIDE + index, size, species)
-            name = f"{split}_{index:06d}"
+            name = f'{species}_{split}_{index:06d}'
             samples[name] = sample
             write_picture(root, name, sample)
         names = list(samples)
         for source, target in zip(names[::2], names[1::2], strict=True):
-            stem = f"{number:06d}-{source}-{target}:{species}"
+            stem = f'{number:06d}-{source}-{target}:{species}'
             annotation = pair_annotation(number, source, samples[source], target, samples[target])
-            write_json(root / "PairAnnotation" / split / f"{stem}.json", annotation)
+            write_json(root / 'PairAnnotation' / split / f'{stem}.json', annotation)
             layout.append(stem)
             number += 1
-    path = root / "Layout/large" / f"{split}.txt"
+    path = root / 'Layout/large' / f'{split}.txt'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(layout) + "\n")
+    path.write_text('\n'.join(layout) + '\n')
 
 
 def write_picture(root: Path, name: str, sample: ToySample) -> None:
     """JPEGImages, Segmentation (number of the species, from 1) and ImageAnnotation of one picture."""
     size = sample.image.shape[0]
-    folders = {kind: root / kind / sample.species for kind in ("JPEGImages", "Segmentation")}
+    folders = {kind: root / kind / sample.species for kind in ('JPEGImages', 'Segmentation')}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sample.image).save(folders["JPEGImages"] / f"{name}.jpg", quality=95, subsampling=0)
+    Image.fromarray(sample.image).save(folders['JPEGImages'] / f'{name}.jpg', quality=95, subsampling=0)
     silhouette = np.where(sample.mask > 0, SPECIES.index(sample.species) + 1, 0).astype(np.uint8)
-    Image.fromarray(silhouette).save(folders["Segmentation"] / f"{name}.png")
+    Image.fromarray(silhouette).save(folders['Segmentation'] / f'{name}.png')
     keypoints = zip(rounded(sample), sample.visible, strict=True)
     annotation = {
-        "filename": f"{name}.jpg",
-        "category": sample.species,
-        "image_width": size,
-        "image_height": size,
-        "bndbox": dict(zip(("xmin", "ymin", "xmax", "ymax"), sample.bbox, strict=True)),
-        "pose": sample.facing.capitalize(),
-        "kps": {str(i): point if seen else None for i, (point, seen) in enumerate(keypoints)},
+        'filename': f'{name}.jpg',
+        'category': sample.species,
+        'image_width': size,
+        'image_height': size,
+        'bndbox': dict(zip(('xmin', 'ymin', 'xmax', 'ymax'), sample.bbox, strict=True)),
+        'pose': sample.facing.capitalize(),
+        'kps': {str(i): point if seen else None for i, (point, seen) in enumerate(keypoints)},
     }
-    write_json(root / "ImageAnnotation" / sample.species / f"{name}.json", annotation)
+    write_json(root / 'ImageAnnotation' / sample.species / f'{name}.json', annotation)
 
 
 def pair_annotation(number: int, source_name: str, source: ToySample, target_name: str, target: ToySample) -> dict:
@@ -91,23 +93,23 @@ def pair_annotation(number: int, source_name: str, source: ToySample, target_nam
     size = source.image.shape[0]
     shared = np.flatnonzero(source.visible & target.visible)
     extents = [max(s.bbox[2] - s.bbox[0], s.bbox[3] - s.bbox[1]) for s in (source, target)]
-    annotation = {"pair_id": number, "category": source.species}
-    for side, name, sample in (("src", source_name, source), ("trg", target_name, target)):
+    annotation = {'pair_id': number, 'category': source.species}
+    for side, name, sample in (('src', source_name, source), ('trg', target_name, target)):
         points = rounded(sample)
         annotation |= {
-            f"{side}_imname": f"{name}.jpg",
-            f"{side}_imsize": [size, size, 3],
-            f"{side}_bndbox": list(sample.bbox),
-            f"{side}_pose": sample.facing.capitalize(),
-            f"{side}_kps": [points[i] for i in shared],
+            f'{side}_imname': f'{name}.jpg',
+            f'{side}_imsize': [size, size, 3],
+            f'{side}_bndbox': list(sample.bbox),
+            f'{side}_pose': sample.facing.capitalize(),
+            f'{side}_kps': [points[i] for i in shared],
         }
     return annotation | {
-        "kps_ids": [str(i) for i in shared],
-        "mirror": int(source.facing != target.facing),
-        "viewpoint_variation": 0,
-        "scale_variation": int(max(extents) > 1.2 * min(extents)),
-        "truncation": 0,
-        "occlusion": int(not source.visible.all()) + 2 * int(not target.visible.all()),
+        'kps_ids': [str(i) for i in shared],
+        'mirror': int(source.facing != target.facing),
+        'viewpoint_variation': 0,
+        'scale_variation': int(max(extents) > 1.2 * min(extents)),
+        'truncation': 0,
+        'occlusion': int(not source.visible.all()) + 2 * int(not target.visible.all()),
     }
 
 
@@ -122,5 +124,5 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content))
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -3,4 +3,4 @@
 from .scarce import LoadLabelArray, ScarceDataset
 from .toy import ToySample, draw_sample
 
-__all__ = ["LoadLabelArray", "ScarceDataset", "ToySample", "draw_sample"]
+__all__ = ['LoadLabelArray', 'ScarceDataset', 'ToySample', 'draw_sample']

@@ -11,13 +11,13 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from .toy import PALETTE, PARTS
 
 _HORSE_21 = (
-    "background", "person", "back", "barrel", "bridle", "chest", "ear", "eye", "forelock", "head", "hoof", "leg", "mane",
-    "muzzle", "neck", "nostril", "tail", "thigh", "saddle", "shoulder", "leg protection",
+    'background', 'person', 'back', 'barrel', 'bridle', 'chest', 'ear', 'eye', 'forelock', 'head', 'hoof', 'leg',
+    'mane', 'muzzle', 'neck', 'nostril', 'tail', 'thigh', 'saddle', 'shoulder', 'leg protection',
 )  # fmt: skip
 _HORSE_21_PALETTE = (
-    (255, 255, 255), (255, 74, 70), (0, 137, 65), (0, 111, 166), (163, 0, 89), (255, 219, 229), (122, 73, 0), (0, 0, 166),
-    (99, 255, 172), (183, 151, 98), (0, 77, 67), (143, 176, 255), (241, 38, 110), (27, 210, 105), (128, 150, 147),
-    (228, 230, 158), (160, 136, 106), (79, 198, 1), (59, 93, 255), (115, 214, 209), (255, 47, 128),
+    (255, 255, 255), (255, 74, 70), (0, 137, 65), (0, 111, 166), (163, 0, 89), (255, 219, 229), (122, 73, 0),
+    (0, 0, 166), (99, 255, 172), (183, 151, 98), (0, 77, 67), (143, 176, 255), (241, 38, 110), (27, 210, 105),
+    (128, 150, 147), (228, 230, 158), (160, 136, 106), (79, 198, 1), (59, 93, 255), (115, 214, 209), (255, 47, 128),
 )  # fmt: skip
 
 
@@ -47,34 +47,34 @@ class ScarceDataset(BaseSegDataset):
     """
 
     CATEGORIES: ClassVar[dict[str, dict]] = {
-        "horse_21": {"classes": _HORSE_21, "palette": _HORSE_21_PALETTE},
-        "toy": {"classes": PARTS, "palette": PALETTE},
+        'horse_21': {'classes': _HORSE_21, 'palette': _HORSE_21_PALETTE},
+        'toy': {'classes': PARTS, 'palette': PALETTE},
     }
 
     def __init__(self, category: str, data_root: str, split: str, **kwargs) -> None:
         if category not in self.CATEGORIES:
-            raise ValueError(f"category {category!r} is unknown, choose from {', '.join(self.CATEGORIES)}")
+            raise ValueError(f'category {category!r} is unknown, choose from {", ".join(self.CATEGORIES)}')
         super().__init__(
-            img_suffix=".png",
-            seg_map_suffix=".npy",
+            img_suffix='.png',
+            seg_map_suffix='.npy',
             metainfo=self.CATEGORIES[category],
             data_root=data_root,
-            data_prefix={"img_path": split, "seg_map_path": split},
+            data_prefix={'img_path': split, 'seg_map_path': split},
             reduce_zero_label=False,
             **kwargs,
         )
 
     def load_data_list(self) -> list[dict]:
         """Paths of the pictures, sorted, and of their labels."""
-        folder = Path(self.data_prefix["img_path"])
+        folder = Path(self.data_prefix['img_path'])
         data_list = super().load_data_list() if folder.is_dir() else []
         if not data_list:
             raise ValueError(
-                f"no .png pictures in {folder}; tools/make_toy_data.py draws toy ones, DatasetDDPM's archive holds the real ones"
+                f'no .png pictures in {folder}; tools/make_toy_data.py draws toy ones, DatasetDDPM has the real ones'
             )
-        missing = [item["seg_map_path"] for item in data_list if not Path(item["seg_map_path"]).is_file()]
+        missing = [item['seg_map_path'] for item in data_list if not Path(item['seg_map_path']).is_file()]
         if missing:
-            raise ValueError(f"{len(missing)} pictures in {folder} have no label, the first one misses {missing[0]}")
+            raise ValueError(f'{len(missing)} pictures in {folder} have no label, the first one misses {missing[0]}')
         return data_list
 
 
@@ -88,12 +88,12 @@ class LoadLabelArray(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Add `gt_seg_map` to `results`."""
-        labels = np.load(results["seg_map_path"], allow_pickle=False)
-        if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 255:
+        labels = np.load(results['seg_map_path'], allow_pickle=False)
+        if labels.ndim != 2 or labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() > 255:
             raise ValueError(
-                f"{results['seg_map_path']} holds {labels.dtype} of shape {labels.shape}; expected class indices (H, W), "
-                "integers in 0..255"
+                f'{results["seg_map_path"]} holds {labels.dtype} of shape {labels.shape}; expected class indices '
+                '(H, W), integers in 0..255'
             )
-        results["gt_seg_map"] = labels.astype(np.uint8)
-        results.setdefault("seg_fields", []).append("gt_seg_map")
+        results['gt_seg_map'] = labels.astype(np.uint8)
+        results.setdefault('seg_fields', []).append('gt_seg_map')
         return results

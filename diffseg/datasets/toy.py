@@ -1,8 +1,8 @@
 """Toy quadrupeds: pictures drawn on the fly, with part masks and keypoints.
 
-Four species seen from the side, in random pose, size, colour, texture and direction, before a cluttered background. Parts
-are told apart by shape alone: every part of every animal draws its colour from one distribution. The pictures stand in
-for Horse-21 (part segmentation) and SPair-71k (keypoint matching) wherever the real ones are not at hand.
+Four species seen from the side, in random pose, size, colour, texture and direction, before a cluttered background.
+Parts are told apart by shape alone: every part of every animal draws its colour from one distribution. The pictures
+stand in for Horse-21 (part segmentation) and SPair-71k (keypoint matching) wherever the real ones are not at hand.
 """
 
 import math
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-SPECIES = ("horse", "giraffe", "dog", "elephant")
-PARTS = ("background", "torso", "neck", "head", "ear", "front leg", "hind leg", "tail")
+SPECIES = ('horse', 'giraffe', 'dog', 'elephant')
+PARTS = ('background', 'torso', 'neck', 'head', 'ear', 'front leg', 'hind leg', 'tail')
 PALETTE = (
-    (0, 0, 0), (214, 39, 40), (255, 187, 60), (31, 119, 180), (148, 103, 189), (44, 160, 44), (23, 190, 207), (227, 119, 194)
+    (0, 0, 0), (214, 39, 40), (255, 187, 60), (31, 119, 180), (148, 103, 189), (44, 160, 44), (23, 190, 207),
+    (227, 119, 194),
 )  # fmt: skip
 KEYPOINTS = (
-    "eye", "muzzle", "ear tip", "poll", "withers", "back", "tail base", "tail tip", "chest", "belly",
-    "near front hoof", "far front hoof", "near hind hoof", "far hind hoof",
+    'eye', 'muzzle', 'ear tip', 'poll', 'withers', 'back', 'tail base', 'tail tip', 'chest', 'belly',
+    'near front hoof', 'far front hoof', 'near hind hoof', 'far hind hoof',
 )  # fmt: skip
 
 SUPERSAMPLING = 4
@@ -27,25 +28,29 @@ SUPERSAMPLING = 4
 # Proportions in units of the torso's length, as (low, high) of a uniform distribution; angles in degrees, anticlockwise
 # from "forwards" for neck and tail, clockwise from the neck's direction for the head.
 _PROPORTIONS = {
-    "horse": {
-        "torso": (0.20, 0.24), "leg": (0.62, 0.74), "leg_width": (0.045, 0.065), "neck": (0.44, 0.56), "neck_width": (0.10, 0.13),
-        "neck_angle": (35, 65), "head": (0.32, 0.38), "head_width": (0.085, 0.105), "head_angle": (75, 105),
-        "ear": (0.12, 0.16), "tail": (0.42, 0.58), "tail_angle": (225, 250), "tail_width": (0.035, 0.055),
+    'horse': {
+        'torso': (0.2, 0.24), 'leg': (0.62, 0.74), 'leg_width': (0.045, 0.065), 'neck': (0.44, 0.56),
+        'neck_width': (0.1, 0.13), 'neck_angle': (35, 65), 'head': (0.32, 0.38), 'head_width': (0.085, 0.105),
+        'head_angle': (75, 105), 'ear': (0.12, 0.16), 'tail': (0.42, 0.58), 'tail_angle': (225, 250),
+        'tail_width': (0.035, 0.055),
     },
-    "giraffe": {
-        "torso": (0.20, 0.24), "leg": (0.80, 0.95), "leg_width": (0.04, 0.055), "neck": (0.95, 1.20), "neck_width": (0.075, 0.10),
-        "neck_angle": (50, 80), "head": (0.24, 0.30), "head_width": (0.07, 0.09), "head_angle": (75, 110),
-        "ear": (0.09, 0.12), "tail": (0.32, 0.45), "tail_angle": (235, 260), "tail_width": (0.02, 0.03),
+    'giraffe': {
+        'torso': (0.2, 0.24), 'leg': (0.8, 0.95), 'leg_width': (0.04, 0.055), 'neck': (0.95, 1.2),
+        'neck_width': (0.075, 0.1), 'neck_angle': (50, 80), 'head': (0.24, 0.3), 'head_width': (0.07, 0.09),
+        'head_angle': (75, 110), 'ear': (0.09, 0.12), 'tail': (0.32, 0.45), 'tail_angle': (235, 260),
+        'tail_width': (0.02, 0.03),
     },
-    "dog": {
-        "torso": (0.16, 0.20), "leg": (0.36, 0.46), "leg_width": (0.055, 0.075), "neck": (0.20, 0.28), "neck_width": (0.10, 0.13),
-        "neck_angle": (25, 60), "head": (0.30, 0.36), "head_width": (0.12, 0.145), "head_angle": (35, 65),
-        "ear": (0.16, 0.22), "tail": (0.40, 0.55), "tail_angle": (115, 165), "tail_width": (0.03, 0.045),
+    'dog': {
+        'torso': (0.16, 0.2), 'leg': (0.36, 0.46), 'leg_width': (0.055, 0.075), 'neck': (0.2, 0.28),
+        'neck_width': (0.1, 0.13), 'neck_angle': (25, 60), 'head': (0.3, 0.36), 'head_width': (0.12, 0.145),
+        'head_angle': (35, 65), 'ear': (0.16, 0.22), 'tail': (0.4, 0.55), 'tail_angle': (115, 165),
+        'tail_width': (0.03, 0.045),
     },
-    "elephant": {
-        "torso": (0.33, 0.38), "leg": (0.44, 0.54), "leg_width": (0.10, 0.13), "neck": (0.16, 0.22), "neck_width": (0.22, 0.26),
-        "neck_angle": (15, 40), "head": (0.16, 0.22), "head_width": (0.20, 0.24), "head_angle": (30, 60),
-        "ear": (0.26, 0.34), "tail": (0.34, 0.44), "tail_angle": (240, 262), "tail_width": (0.018, 0.028),
+    'elephant': {
+        'torso': (0.33, 0.38), 'leg': (0.44, 0.54), 'leg_width': (0.1, 0.13), 'neck': (0.16, 0.22),
+        'neck_width': (0.22, 0.26), 'neck_angle': (15, 40), 'head': (0.16, 0.22), 'head_width': (0.2, 0.24),
+        'head_angle': (30, 60), 'ear': (0.26, 0.34), 'tail': (0.34, 0.44), 'tail_angle': (240, 262),
+        'tail_width': (0.018, 0.028),
     },
 }  # fmt: skip
 
@@ -75,7 +80,7 @@ class ToySample:
     @property
     def caption(self) -> str:
         """The sentence that goes with the picture, e.g. "a photo of an elephant"."""
-        return f"a photo of {'an' if self.species[0] in 'aeiou' else 'a'} {self.species}"
+        return f'a photo of {"an" if self.species[0] in "aeiou" else "a"} {self.species}'
 
 
 def draw_sample(seed: int, index: int, size: int = 64, species: str | None = None) -> ToySample:
@@ -91,9 +96,9 @@ def draw_sample(seed: int, index: int, size: int = 64, species: str | None = Non
         ValueError: on an unknown species or a size below 16.
     """
     if species is not None and species not in SPECIES:
-        raise ValueError(f"species {species!r} is unknown, choose from {', '.join(SPECIES)}")
+        raise ValueError(f'species {species!r} is unknown, choose from {", ".join(SPECIES)}')
     if size < 16:
-        raise ValueError(f"size is {size}, toy pictures need at least 16 pixels")
+        raise ValueError(f'size is {size}, toy pictures need at least 16 pixels')
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     drawn = SPECIES[rng.integers(len(SPECIES))]
     return _render(rng, species or drawn, size)
@@ -109,8 +114,8 @@ class _Shape:
 
 # Every limb has its part; limbs are painted in this order, later ones over earlier ones.
 _LIMBS = {
-    "tail": 7, "far front leg": 5, "far hind leg": 6, "neck": 2, "torso": 1, "near front leg": 5, "near hind leg": 6,
-    "head": 3, "ear": 4,
+    'tail': 7, 'far front leg': 5, 'far hind leg': 6, 'neck': 2, 'torso': 1, 'near front leg': 5, 'near hind leg': 6,
+    'head': 3, 'ear': 4,
 }  # fmt: skip
 
 
@@ -143,73 +148,74 @@ def _skeleton(rng: np.random.Generator, species: str) -> tuple[list[_Shape], dic
     p = {name: _uniform(rng, bounds) for name, bounds in _PROPORTIONS[species].items()}
     shapes, points = [], {}
     hip = np.array([0.0, 0.0])
-    shoulder = np.array([1.0 - 2 * p["torso"], rng.uniform(-0.06, 0.04)])
-    girth = p["torso"]
-    shapes.append(_Shape("torso", _capsule(hip, shoulder, girth * rng.uniform(0.9, 1.0), girth)))
+    shoulder = np.array([1.0 - 2 * p['torso'], rng.uniform(-0.06, 0.04)])
+    girth = p['torso']
+    shapes.append(_Shape('torso', _capsule(hip, shoulder, girth * rng.uniform(0.9, 1.0), girth)))
     middle = (hip + shoulder) / 2
-    points["back"] = middle + [0, -0.8 * girth]
-    points["belly"] = middle + [0, 0.8 * girth]
-    points["chest"] = shoulder + [0.8 * girth, 0.25 * girth]
-    points["withers"] = shoulder + [-0.1 * girth, -0.8 * girth]
+    points['back'] = middle + np.array([0, -0.8 * girth])
+    points['belly'] = middle + np.array([0, 0.8 * girth])
+    points['chest'] = shoulder + girth * np.array([0.8, 0.25])
+    points['withers'] = shoulder + girth * np.array([-0.1, -0.8])
 
-    for side in ("far", "near"):
-        for name, joint in (("front", shoulder), ("hind", hip)):
-            top = joint + [0.25 * girth * (1 if side == "near" else -1) + rng.uniform(-0.05, 0.05), 0.45 * girth]
+    for side in ('far', 'near'):
+        for name, joint in (('front', shoulder), ('hind', hip)):
+            forwards = 0.25 * girth * (1 if side == 'near' else -1) + rng.uniform(-0.05, 0.05)
+            top = joint + np.array([forwards, 0.45 * girth])
             stride, bend = rng.uniform(-24, 24), rng.uniform(0, 28)
-            upper, lower = 0.5 * (p["leg"] + 0.1), 0.5 * p["leg"]
-            knee = top + upper * _direction(270 + stride + (bend / 2 if name == "front" else -bend / 2))
-            hoof = knee + lower * _direction(270 + stride - (bend / 2 if name == "front" else -bend / 2))
-            limb = f"{side} {name} leg"
-            shapes.append(_Shape(limb, _capsule(top, knee, 1.35 * p["leg_width"], p["leg_width"])))
-            shapes.append(_Shape(limb, _capsule(knee, hoof, p["leg_width"], 0.9 * p["leg_width"])))
-            points[f"{side} {name} hoof"] = hoof
+            upper, lower = 0.5 * (p['leg'] + 0.1), 0.5 * p['leg']
+            knee = top + upper * _direction(270 + stride + (bend / 2 if name == 'front' else -bend / 2))
+            hoof = knee + lower * _direction(270 + stride - (bend / 2 if name == 'front' else -bend / 2))
+            limb = f'{side} {name} leg'
+            shapes.append(_Shape(limb, _capsule(top, knee, 1.35 * p['leg_width'], p['leg_width'])))
+            shapes.append(_Shape(limb, _capsule(knee, hoof, p['leg_width'], 0.9 * p['leg_width'])))
+            points[f'{side} {name} hoof'] = hoof
 
-    neck_base = shoulder + [0.35 * girth, -0.35 * girth]
-    poll = neck_base + p["neck"] * _direction(p["neck_angle"])
-    shapes.append(_Shape("neck", _capsule(neck_base, poll, 1.5 * p["neck_width"], p["neck_width"])))
-    head_angle = p["neck_angle"] - p["head_angle"]
-    muzzle = poll + p["head"] * _direction(head_angle)
-    width = p["head_width"]
-    shapes.append(_Shape("head", _capsule(poll, muzzle, width, 0.6 * width)))
-    points["poll"] = poll + 0.6 * width * _direction(p["neck_angle"])
-    points["eye"] = poll + 0.4 * (muzzle - poll) + 0.3 * width * _direction(head_angle + 90)
-    points["muzzle"] = muzzle
-    if species == "elephant":  # the trunk belongs to the head, its tip is the muzzle
+    neck_base = shoulder + girth * np.array([0.35, -0.35])
+    poll = neck_base + p['neck'] * _direction(p['neck_angle'])
+    shapes.append(_Shape('neck', _capsule(neck_base, poll, 1.5 * p['neck_width'], p['neck_width'])))
+    head_angle = p['neck_angle'] - p['head_angle']
+    muzzle = poll + p['head'] * _direction(head_angle)
+    width = p['head_width']
+    shapes.append(_Shape('head', _capsule(poll, muzzle, width, 0.6 * width)))
+    points['poll'] = poll + 0.6 * width * _direction(p['neck_angle'])
+    points['eye'] = poll + 0.4 * (muzzle - poll) + 0.3 * width * _direction(head_angle + 90)
+    points['muzzle'] = muzzle
+    if species == 'elephant':  # the trunk belongs to the head, its tip is the muzzle
         bend = muzzle + rng.uniform(0.28, 0.36) * _direction(rng.uniform(262, 300))
         tip = bend + rng.uniform(0.24, 0.34) * _direction(rng.uniform(240, 320))
-        shapes.append(_Shape("head", _capsule(muzzle, bend, 0.45 * width, 0.3 * width)))
-        shapes.append(_Shape("head", _capsule(bend, tip, 0.3 * width, 0.2 * width)))
-        points["muzzle"] = tip
-    if species in ("horse", "giraffe"):  # upright
-        lean = p["neck_angle"] + rng.uniform(15, 55)
+        shapes.append(_Shape('head', _capsule(muzzle, bend, 0.45 * width, 0.3 * width)))
+        shapes.append(_Shape('head', _capsule(bend, tip, 0.3 * width, 0.2 * width)))
+        points['muzzle'] = tip
+    if species in ('horse', 'giraffe'):  # upright
+        lean = p['neck_angle'] + rng.uniform(15, 55)
         root = poll + 0.7 * width * _direction(lean)
-        ear_tip = root + p["ear"] * _direction(lean)
-        shapes.append(_Shape("ear", _ellipse((root + ear_tip) / 2, (0.62 * p["ear"], 0.3 * p["ear"]), lean)))
+        ear_tip = root + p['ear'] * _direction(lean)
+        shapes.append(_Shape('ear', _ellipse((root + ear_tip) / 2, (0.62 * p['ear'], 0.3 * p['ear']), lean)))
     else:  # hanging beside the head
         lean = rng.uniform(230, 265)
-        root = poll + 0.35 * width * _direction(p["neck_angle"] + 60)
-        ear_tip = root + p["ear"] * _direction(lean)
-        broad = 0.42 if species == "dog" else 0.55
-        shapes.append(_Shape("ear", _ellipse((root + ear_tip) / 2, (0.6 * p["ear"], broad * p["ear"]), lean)))
-    points["ear tip"] = ear_tip
+        root = poll + 0.35 * width * _direction(p['neck_angle'] + 60)
+        ear_tip = root + p['ear'] * _direction(lean)
+        broad = 0.42 if species == 'dog' else 0.55
+        shapes.append(_Shape('ear', _ellipse((root + ear_tip) / 2, (0.6 * p['ear'], broad * p['ear']), lean)))
+    points['ear tip'] = ear_tip
 
     tail_base = hip + girth * np.array([-0.85, -0.45])
-    angle = p["tail_angle"] + rng.uniform(-10, 10)
-    bend = tail_base + 0.5 * p["tail"] * _direction(angle)
-    tip = bend + 0.5 * p["tail"] * _direction(angle + rng.uniform(-5, 35))
-    shapes.append(_Shape("tail", _capsule(tail_base, bend, p["tail_width"], p["tail_width"])))
-    shapes.append(_Shape("tail", _capsule(bend, tip, p["tail_width"], 1.2 * p["tail_width"])))
-    points["tail base"], points["tail tip"] = tail_base, tip
+    angle = p['tail_angle'] + rng.uniform(-10, 10)
+    bend = tail_base + 0.5 * p['tail'] * _direction(angle)
+    tip = bend + 0.5 * p['tail'] * _direction(angle + rng.uniform(-5, 35))
+    shapes.append(_Shape('tail', _capsule(tail_base, bend, p['tail_width'], p['tail_width'])))
+    shapes.append(_Shape('tail', _capsule(bend, tip, p['tail_width'], 1.2 * p['tail_width'])))
+    points['tail base'], points['tail tip'] = tail_base, tip
     return shapes, points
 
 
 def _render(rng: np.random.Generator, species: str, size: int) -> ToySample:
     shapes, points = _skeleton(rng, species)
-    facing = "right" if rng.random() < 0.5 else "left"
-    place = _placement(rng, shapes, size * SUPERSAMPLING, mirrored=facing == "left")
+    facing = 'right' if rng.random() < 0.5 else 'left'
+    place = _placement(rng, shapes, size * SUPERSAMPLING, mirrored=facing == 'left')
 
     canvas = (size * SUPERSAMPLING,) * 2
-    limbs = Image.new("L", canvas)  # number of the limb + 1, 0 where there is none
+    limbs = Image.new('L', canvas)  # number of the limb + 1, 0 where there is none
     paint = ImageDraw.Draw(limbs)
     for number, limb in enumerate(_LIMBS, start=1):
         for shape in shapes:
@@ -274,18 +280,18 @@ def _coat(rng: np.random.Generator, limbs: Image.Image, background: np.ndarray) 
         base = _colour(rng)
     shades = base + rng.normal(0, 16, (len(_LIMBS), 1)) + rng.normal(0, 9, (len(_LIMBS), 3))
     names = list(_LIMBS)
-    for end in ("front", "hind"):  # legs of one pair look alike, the far one lies in shade
-        shades[names.index(f"far {end} leg")] = 0.72 * shades[names.index(f"near {end} leg")]
+    for end in ('front', 'hind'):  # legs of one pair look alike, the far one lies in shade
+        shades[names.index(f'far {end} leg')] = 0.72 * shades[names.index(f'near {end} leg')]
     lookup = np.zeros((256, 3), dtype=np.uint8)
     lookup[1 : len(_LIMBS) + 1] = np.clip(shades, 0, 255)
     coat = Image.fromarray(lookup[np.asarray(limbs)])
 
-    texture = ("plain", "spots", "stripes")[rng.integers(3)]
-    if texture != "plain":
+    texture = ('plain', 'spots', 'stripes')[rng.integers(3)]
+    if texture != 'plain':
         width = limbs.width
-        pattern = Image.new("L", limbs.size)
+        pattern = Image.new('L', limbs.size)
         paint = ImageDraw.Draw(pattern)
-        if texture == "spots":
+        if texture == 'spots':
             for x, y, radius in rng.uniform((0, 0, 0.008), (1, 1, 0.026), (90, 3)) * width:
                 paint.ellipse(_disc((x, y), radius), fill=255)
         else:
@@ -298,8 +304,8 @@ def _coat(rng: np.random.Generator, limbs: Image.Image, background: np.ndarray) 
         factor = rng.uniform(0.55, 0.75) if base.mean() > 110 else rng.uniform(1.3, 1.5)
         marked = Image.fromarray(np.clip(np.asarray(coat) * factor, 0, 255).astype(np.uint8))
         coat = Image.composite(marked, coat, pattern)
-    light = Image.linear_gradient("L").resize(limbs.size).point(lambda value: 255 - value // 4)  # from above
-    return ImageChops.multiply(coat, Image.merge("RGB", (light, light, light)))
+    light = Image.linear_gradient('L').resize(limbs.size).point(lambda value: 255 - value // 4)  # from above
+    return ImageChops.multiply(coat, Image.merge('RGB', (light, light, light)))
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
@@ -329,10 +335,11 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 # The limbs that may be on top where a keypoint is seen.
 _SEEN_ON = {
-    "eye": ("head", "ear"), "muzzle": ("head",), "ear tip": ("ear",), "poll": ("head", "neck", "ear"), "withers": ("torso", "neck"),
-    "back": ("torso",), "tail base": ("torso", "tail"), "tail tip": ("tail",), "chest": ("torso", "neck"),
-    "belly": ("torso",), "near front hoof": ("near front leg",), "far front hoof": ("far front leg",),
-    "near hind hoof": ("near hind leg",), "far hind hoof": ("far hind leg",),
+    'eye': ('head', 'ear'), 'muzzle': ('head',), 'ear tip': ('ear',), 'poll': ('head', 'neck', 'ear'),
+    'withers': ('torso', 'neck'), 'back': ('torso',), 'tail base': ('torso', 'tail'), 'tail tip': ('tail',),
+    'chest': ('torso', 'neck'), 'belly': ('torso',),
+    'near front hoof': ('near front leg',), 'far front hoof': ('far front leg',),
+    'near hind hoof': ('near hind leg',), 'far hind hoof': ('far hind leg',),
 }  # fmt: skip
 
 

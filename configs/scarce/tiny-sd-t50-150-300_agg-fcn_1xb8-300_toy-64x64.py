@@ -1,0 +1,16 @@
+_base_ = [
+    '../_base_/models/diffusion_tiny_sd.py',
+    '../_base_/datasets/toy.py',
+    '../_base_/default_runtime.py',
+]
+
+max_iters = 300
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=1e-2))
+param_scheduler = [dict(type='PolyLR', power=1.0, eta_min=0, begin=0, end=max_iters, by_epoch=False)]
+default_hooks = dict(
+    logger=dict(interval=50),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=max_iters),
+)

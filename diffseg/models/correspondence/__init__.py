@@ -1,0 +1,5 @@
+"""Semantic correspondence."""
+
+from .matching import match_points
+
+__all__ = ['match_points']

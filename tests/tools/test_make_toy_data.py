@@ -1,0 +1,65 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffseg.datasets.toy import SPECIES
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def draw(tool):
+    return tool('make_toy_data').main
+
+
+@pytest.fixture
+def folder(tmp_path, draw):
+    draw([str(tmp_path / 'one'), '--train', '4', '--test', '2', '--pairs', '2'])
+    return tmp_path / 'one'
+
+
+def test_the_same_seed_writes_the_same_bytes(folder, draw):
+    again, other = folder.parent / 'two', folder.parent / 'three'
+    draw([str(again), '--train', '4', '--test', '2', '--pairs', '2'])
+    draw([str(other), '--train', '4', '--test', '2', '--seed', '1'])
+    assert digest(folder) == digest(again)
+    assert not set(digest(folder).values()) & set(digest(other).values())
+
+
+def test_part_segmentation_layout(folder):
+    for split, count in (('train', 4), ('test', 2)):
+        pictures = sorted((folder / 'toy/real' / split).glob('*.png'))
+        assert len(pictures) == count
+        for picture in pictures:
+            labels = np.load(picture.with_suffix('.npy'))
+            assert labels.shape == Image.open(picture).size[::-1] == (64, 64)
+            assert labels.max() <= 7
+    assert len(set(digest(folder / 'toy').values())) == 12  # no picture twice
+
+
+def test_pair_layout(folder):
+    root = folder / 'SPair-toy'
+    for split in ('trn', 'val', 'test'):
+        stems = (root / 'Layout/large' / f'{split}.txt').read_text().split()
+        assert len(stems) == 2 * len(SPECIES)
+        for stem in stems:
+            pair = json.loads((root / 'PairAnnotation' / split / f'{stem}.json').read_text())
+            _, source, target = stem.split(':')[0].split('-')
+            assert (pair['src_imname'], pair['trg_imname']) == (f'{source}.jpg', f'{target}.jpg')
+            assert len(pair['src_kps']) == len(pair['trg_kps']) == len(pair['kps_ids']) > 0
+            for side in ('src', 'trg'):
+                category, name = pair['category'], pair[f'{side}_imname']
+                assert Image.open(root / 'JPEGImages' / category / name).size == (64, 64)
+                path = root / 'ImageAnnotation' / category / name.replace('jpg', 'json')
+                keypoints = json.loads(path.read_text())['kps']
+                assert [keypoints[number] for number in pair['kps_ids']] == pair[f'{side}_kps']
+                x1, y1, x2, y2 = pair[f'{side}_bndbox']
+                silhouette = np.asarray(Image.open(root / 'Segmentation' / category / name.replace('jpg', 'png')))
+                rows, columns = np.nonzero(silhouette)
+                assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x1, y1, x2, y2)
