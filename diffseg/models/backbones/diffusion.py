@@ -106,8 +106,8 @@ class DiffusionBackbone(BaseModule):
         unet = self.extractor.unet.requires_grad_(True)
         if unet.dtype != torch.float32:
             raise ValueError(
-                f"training parts of the UNet needs dtype='float32', not {unet.dtype}; to compute in lower precision use "
-                f"mmengine's AmpOptimWrapper"
+                f"training parts of the UNet needs dtype='float32', not {unet.dtype}; mmengine's AmpOptimWrapper "
+                f'computes in lower precision all the same'
             )
         with torch.enable_grad():
             found = self.extractor.extract_latents(torch.zeros(1, unet.config.in_channels, 8, 8))
