@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
-from mmseg.models import EncoderDecoder
+from torch import nn
 
 import diffseg  # noqa: F401  registers its parts
 from diffseg.datasets.toy import PALETTE, SPECIES
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--out', type=Path, default=ROOT / 'demo/output', help='folder for data, checkpoints and pictures'
     )
     parser.add_argument('--config', type=Path, default=CONFIG)
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='as in tools/train.py')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     args = parser.parse_args(argv)
 
     draw = [sys.executable, str(ROOT / 'tools/make_toy_data.py'), str(args.out / 'data'), '--test', '100']
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def configure(args: argparse.Namespace, weights: str, random: list[str]) -> Config:
     """The demo's config, with the parts of the network named by `random` not pretrained."""
     cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
     cfg.merge_from_dict(
         {
             'work_dir': str(args.out / weights),
@@ -66,7 +67,7 @@ def configure(args: argparse.Namespace, weights: str, random: list[str]) -> Conf
 
 
 @torch.no_grad()
-def write_page(out: Path, models: dict[str, EncoderDecoder]) -> None:
+def write_page(out: Path, models: dict[str, nn.Module]) -> None:
     """A page of test pictures, one of each species, and the mixing weights of the pretrained segmentor."""
     folder = out / 'data/toy/real/test'
     paths = [min(folder.glob(f'{species}_*.png')) for species in SPECIES]

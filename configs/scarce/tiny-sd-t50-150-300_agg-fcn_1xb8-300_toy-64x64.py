@@ -11,6 +11,6 @@ test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=1e-2))
 param_scheduler = [dict(type='PolyLR', power=1.0, eta_min=0, begin=0, end=max_iters, by_epoch=False)]
 default_hooks = dict(
-    logger=dict(interval=50),
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=max_iters),
 )
