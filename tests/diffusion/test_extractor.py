@@ -16,11 +16,12 @@ CLOSE = {'rtol': 1e-4, 'atol': 1e-5}
 
 @pytest.fixture(scope='module')
 def make(tiny_pipeline, tmp_path_factory):
-    """`make(**options)`: an extractor of the tiny SD1.5 with one prompt cache."""
+    """`make(**options)`: an extractor of the tiny SD1.5, by default with an embedding instead of a prompt."""
     cache = tmp_path_factory.mktemp('prompts')
+    embedding = seeded_noise((1, 77, 32), 0)
 
-    def make(layers=LAYERS, timesteps=(50, 400), model=tiny_pipeline, **options):
-        return DiffusionExtractor(model, layers, timesteps, cache_dir=cache, **options)
+    def make(layers=LAYERS, timesteps=(50, 400), prompt=embedding, **options):
+        return DiffusionExtractor(tiny_pipeline, layers, timesteps, prompt=prompt, cache_dir=cache, **options)
 
     return make
 
