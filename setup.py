@@ -1,10 +1,10 @@
-"""Packaging of diffseg; `diffseg/.mim` links to `configs` and `tools`, so that wheels carry them where `mim` looks."""
-
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r"^__version__ = '(.+)'$", (HERE / 'diffseg' / '__init__.py').read_text(), re.M).group(1)
@@ -19,6 +19,21 @@ MM = [
 ]
 ONEDL = ['onedl-mmsegmentation>=1.4.2', 'onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6']
 
+
+class BuildWithMim(build_py):
+    """Add configs and tools where `mim` looks for those of an installed package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for folder in ('configs', 'tools'):
+                shutil.copytree(
+                    HERE / folder,
+                    Path(self.build_lib, 'diffseg', '.mim', folder),
+                    ignore=shutil.ignore_patterns('__pycache__'),
+                )
+
+
 # no build/ is left behind, and no stale copy in it can slip into a wheel
 with tempfile.TemporaryDirectory() as build_base:
     setup(
@@ -30,7 +45,7 @@ with tempfile.TemporaryDirectory() as build_base:
         license='Apache-2.0',
         license_files=['LICENSE'],
         packages=find_packages(include=['diffseg', 'diffseg.*']),
-        package_data={'diffseg': ['.mim/configs/**/*.py', '.mim/tools/*.py']},
+        cmdclass={'build_py': BuildWithMim},
         python_requires='>=3.10',
         install_requires=[
             'torch>=2.6',

@@ -1,19 +1,22 @@
-"""The two gaps between the installed mm packages and current torch, each filled only where it exists.
+"""The gaps between the installed mm packages and current torch, each filled only where it exists.
 
-mmsegmentation 1.2.2 imports a few names from `mmcv.ops`, for which mmcv-lite has no compiled code, and mmengine 0.10.7
-writes checkpoints that `torch.load` refuses since torch 2.6. Nothing else is touched.
+mmsegmentation 1.2.2 imports a few names from `mmcv.ops`, for which mmcv-lite has no compiled code. mmengine 0.10.7
+writes checkpoints that `torch.load` refuses since torch 2.6. The onedl fork of mmengine does not find the configs of
+its mmsegmentation. Nothing else is touched.
 """
 
 import pickle
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from importlib.metadata import distributions
 from importlib.util import find_spec, module_from_spec
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint
 from torch import Tensor
@@ -25,6 +28,7 @@ def apply() -> None:
     """Fill the gaps that exist; calling it again changes nothing."""
     provide_ops()
     allow_checkpoints()
+    name_fork()
 
 
 def provide_ops() -> None:
@@ -122,3 +126,13 @@ def restricted_getattr(owner: object, name: str) -> Callable:
     if owner is not HistoryBuffer or type(name) is not str or name not in STATISTICS:
         raise pickle.UnpicklingError(f'a checkpoint may look up {", ".join(STATISTICS)} of HistoryBuffer, nothing else')
     return STATISTICS[name]
+
+
+def name_fork() -> None:
+    """Let configs inherit `mmseg::...` from the onedl fork of mmsegmentation, which is installed under another name.
+
+    Delete when onedl-mmengine looks for it under that name.
+    """
+    fork = 'onedl-mmsegmentation'
+    if any(distributions(name=fork)) and not any(distributions(name='mmsegmentation')):
+        MODULE2PACKAGE['mmseg'] = fork

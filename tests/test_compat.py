@@ -1,4 +1,4 @@
-"""The two gaps that `diffseg.compat` fills, and that it fills nothing else."""
+"""The gaps that `diffseg.compat` fills, and that it fills nothing else."""
 
 import os
 import pickle
@@ -15,6 +15,10 @@ from mmengine.utils.dl_utils import mmcv_full_available
 from mmseg.registry import MODELS
 
 from diffseg import compat
+
+ours = pytest.mark.skipif(
+    hasattr(checkpoint, 'get_torch_safe_globals'), reason='this mmengine decides itself what a checkpoint may hold'
+)
 
 
 class Reduced:
@@ -49,7 +53,7 @@ def test_every_mmseg_model_registers():
 @pytest.mark.skipif(mmcv_full_available(), reason='mmcv has its own ops')
 @pytest.mark.parametrize('head', ['CCHead', 'PSAHead'])
 def test_heads_that_need_compiled_ops_say_so(head):
-    with pytest.raises(RuntimeError, match='Please install mmcv-full'):
+    with pytest.raises(RuntimeError, match='Please install'):
         MODELS.build(dict(type=head, in_channels=4, channels=4, num_classes=2, mask_size=(2, 2)))
 
 
@@ -109,6 +113,7 @@ def test_sigmoid_focal_loss_without_focus_is_cross_entropy():
     torch.testing.assert_close(logits.grad, torch.tensor([[0.5, -0.5]]))
 
 
+@ours
 def test_a_training_log_is_read_safely(save):
     hub = MessageHub('test_a_training_log_is_read_safely')
     for value, count in ((1.0, 2), (4.0, 4)):
@@ -139,6 +144,7 @@ REFUSED = {
 }
 
 
+@ours
 @pytest.mark.parametrize('payload', REFUSED.values(), ids=REFUSED.keys())
 def test_anything_else_is_refused(save, payload):
     path = save({'state_dict': {}, 'payload': payload})
@@ -146,8 +152,24 @@ def test_anything_else_is_refused(save, payload):
         torch.load(path, weights_only=True)
 
 
+@ours
 def test_a_refused_checkpoint_runs_nothing(save, tmp_path):
     path = save({'payload': Reduced(os.mkdir, str(tmp_path / 'ran'))})
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load_checkpoint(torch.nn.Linear(1, 1), path)
     assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize(
+    ('installed', 'name'),
+    [
+        ({'mmsegmentation'}, 'mmsegmentation'),
+        ({'onedl-mmsegmentation'}, 'onedl-mmsegmentation'),
+        ({'mmsegmentation', 'onedl-mmsegmentation'}, 'mmsegmentation'),
+    ],
+)
+def test_mmseg_configs_are_found_under_the_installed_name(monkeypatch, installed, name):
+    monkeypatch.setitem(compat.MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    monkeypatch.setattr(compat, 'distributions', lambda name: [name] if name in installed else [])
+    compat.name_fork()
+    assert compat.MODULE2PACKAGE['mmseg'] == name
