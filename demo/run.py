@@ -22,7 +22,7 @@ from diffseg.diffusion.images import read_image
 from diffseg.visualization import colour_labels, grid, mixing_figure, pca_rgb, to_picture
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs/scarce/tiny-sd-t50-150-300_agg-fcn_1xb8-300_toy-64x64.py'
+CONFIG = ROOT / 'configs/scarce/tiny-sd-t50+150+300_agg-fcn_1xb8-300_toy-64x64.py'
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
 from diffseg.diffusion.activations import sites
@@ -13,14 +14,15 @@ from diffseg.diffusion.loading import meta_unet
 
 ROOT = Path(__file__).parents[1] / 'configs'
 SEGMENTATION = sorted((ROOT / 'segmentation').glob('*.py'))
+SCARCE = sorted((ROOT / 'scarce').glob('*.py'))
 NAME = re.compile(
     r'(?P<model>[^_]+)-t(?P<timesteps>[\d+]+)_(?P<method>[^_]+)_'
-    r'(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<thousands>\d+)k_(?P<dataset>[^_]+)-(?P<height>\d+)x(?P<width>\d+)'
+    r'(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<iterations>\d+k?)_(?P<dataset>[^_]+)-(?P<height>\d+)x(?P<width>\d+)'
 )
 
 
 def test_all_configs_are_seen():
-    assert len(SEGMENTATION) == 2
+    assert (len(SEGMENTATION), len(SCARCE)) == (2, 1)
 
 
 @pytest.mark.parametrize('path', SEGMENTATION, ids=lambda path: path.stem)
@@ -32,7 +34,7 @@ def test_segmentation_config(path):
     assert backbone.model == name['model']
     assert backbone.timesteps == [int(t) for t in name['timesteps'].split('+')]
     assert cfg.train_dataloader.batch_size == int(name['batch'])
-    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == int(name['thousands']) * 1000
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == int(name['iterations'].replace('k', '000'))
     assert name['dataset'] in cfg.dataset_type.lower()
     crop = int(name['height']), int(name['width'])
     assert cfg.model.data_preprocessor.size == cfg.model.test_cfg.crop_size == crop
@@ -49,3 +51,23 @@ def test_segmentation_config(path):
         auxiliary = MODELS.build(cfg.model.auxiliary_head)(levels)
     assert logits.shape == (2, len(DATASETS.get(cfg.dataset_type).METAINFO['classes']), *levels[0].shape[-2:])
     assert auxiliary.shape[:2] == logits.shape[:2]
+
+
+@pytest.mark.parametrize('path', SCARCE, ids=lambda path: path.stem)
+def test_scarce_config(path):
+    cfg = Config.fromfile(path)
+    name = NAME.fullmatch(path.stem)
+    assert Path(cfg.model.backbone.model).resolve() == ROOT.parent / 'demo' / name['model']
+    assert cfg.model.backbone.timesteps == [int(t) for t in name['timesteps'].split('+')]
+    assert cfg.train_dataloader.batch_size == int(name['batch'])
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == int(name['iterations'])
+    crop = int(name['height']), int(name['width'])
+    assert cfg.model.data_preprocessor.size == crop
+
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model).eval()
+    classes = DATASETS.get(cfg.dataset_type).CATEGORIES[name['dataset']]['classes']
+    with torch.no_grad():
+        levels = model.extract_feat(torch.zeros(2, 3, *crop))
+        assert [tuple(level.shape) for level in levels] == [(2, 128, 16, 16)]
+        assert model.decode_head(levels).shape == (2, len(classes), 16, 16)

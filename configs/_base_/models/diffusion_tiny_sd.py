@@ -1,9 +1,9 @@
 # one level of four activations of demo/tiny-sd, as Diffusion Hyperfeatures mixes them, and a small head
 layers = {
-    'up-level1-upsampler-out': 96,  # stride 8
-    'up-level2-repeat1-vit-block0-cross-q': 64,  # stride 8
+    'up-level2-repeat0-vit-block0-cross-q': 64,  # stride 8
+    'up-level2-repeat1-vit-out': 64,  # stride 8
     'up-level2-upsampler-out': 64,  # stride 4
-    'up-level3-repeat1-vit-out': 48,  # stride 4
+    'up-level3-repeat0-res-out': 48,  # stride 4
 }
 timesteps = [50, 150, 300]
 num_classes = 8
