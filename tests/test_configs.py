@@ -71,3 +71,17 @@ def test_scarce_config(path):
         levels = model.extract_feat(torch.zeros(2, 3, *crop))
         assert [tuple(level.shape) for level in levels] == [(2, 128, 16, 16)]
         assert model.decode_head(levels).shape == (2, len(classes), 16, 16)
+
+
+def test_the_lines_of_the_readme(tmp_path):
+    readme = (ROOT.parent / 'README.md').read_text()
+    (tmp_path / 'config.py').write_text(re.search(r'```python\n(_base_ = .+?)```', readme, re.S).group(1))
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    assert cfg.layers == {layer: sites(meta_unet('sd15'))[layer].channels for layer in cfg.layers}
+    cfg.model.backbone.model = str(ROOT.parent / 'demo/tiny-sd')
+    cfg.model.neck.levels = [[48], [64], [96]]
+    cfg.model.decode_head.norm_cfg.type = 'BN'
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        assert model.encode_decode(torch.zeros(1, 3, 64, 64), [{'img_shape': (64, 64)}]).shape == (1, 19, 64, 64)
