@@ -274,26 +274,27 @@ def in_subprocess(case: Case) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of the measured or counted cases."""
-    timed_rows = any('measured' in row for row in rows)
-    titles = ['size', 'layers', 'T', 'E', 'dtype']
-    if timed_rows:
-        titles += ['ms/image', 'published ms', 'ratio', 'peak GB', 'published GB']
-    titles += ['TFLOP', 'of published', 'of full', 'over least', 'UNet pass']
-    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
-    for row in rows:
-        case, flop = row['case'], row['flop']
-        cells = [case['size'], case['layers'], case['timesteps'], case['ensemble'], case['dtype']]
-        if timed_rows:
-            ours, theirs = row['measured']['ours'], row['measured']['published']
-            cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{row["measured"]["ratio"]:.2f}']
-            cells += ['-' if each['peak'] is None else f'{each["peak"] / 1e9:.2f}' for each in (ours, theirs)]
-        cells += [f'{flop["ours"] / 1e12:.3g}', f'{flop["ours"] / flop["published"]:.0%}']
-        cells += [f'{flop["ours"] / flop["full"]:.0%}', f'{flop["ours"] / flop["least"] - 1:+.2%}']
-        cells.append(f'{flop["stopped"] / flop["unet"]:.0%}')
-        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
-    return '\n'.join(lines)
+def titles(measured: bool) -> str:
+    """Head of the Markdown table."""
+    names = ['size', 'layers', 'T', 'E', 'dtype']
+    if measured:
+        names += ['ms/image', 'published ms', 'ratio', 'peak GB', 'published GB']
+    names += ['TFLOP', 'of published', 'of full', 'over least', 'UNet pass']
+    return f'| {" | ".join(names)} |\n|{"---|" * len(names)}'
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A case's line of the Markdown table."""
+    case, flop = row['case'], row['flop']
+    cells = [case['size'], case['layers'], case['timesteps'], case['ensemble'], case['dtype']]
+    if 'measured' in row:
+        ours, theirs = row['measured']['ours'], row['measured']['published']
+        cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{row["measured"]["ratio"]:.2f}']
+        cells += ['-' if each['peak'] is None else f'{each["peak"] / 1e9:.2f}' for each in (ours, theirs)]
+    cells += [f'{flop["ours"] / 1e12:.3g}', f'{flop["ours"] / flop["published"]:.0%}']
+    cells += [f'{flop["ours"] / flop["full"]:.0%}', f'{flop["ours"] / flop["least"] - 1:+.2%}']
+    cells.append(f'{flop["stopped"] / flop["unet"]:.0%}')
+    return f'| {" | ".join(map(str, cells))} |'
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -319,6 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.case:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return 0
+    on_gpu = args.device.startswith('cuda')
+    machine = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
+    how = 'counted' if args.count_only else f'{machine}, {torch.get_num_threads()} threads'
+    print(f'{args.model}{", random weights" * args.random}; {how}; torch {torch.__version__}\n')
+    print(titles(not args.count_only))
     rows = []
     choices = itertools.product(args.sizes, args.layers, args.timesteps, args.ensembles, args.dtypes)
     try:
@@ -331,16 +337,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 row['measured'] = in_subprocess(case)
                 row['flop'] |= {name: row['measured'][name]['flop'] for name in ('ours', 'published')}
             rows.append(row)
+            print(line(row), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2) + '\n')
     except (OSError, RuntimeError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    on_gpu = args.device.startswith('cuda')
-    machine = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
-    how = 'counted' if args.count_only else f'{machine}, {torch.get_num_threads()} threads'
-    print(f'{args.model}{", random weights" * args.random}; {how}; torch {torch.__version__}\n')
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + '\n')
     return 0
 
 
