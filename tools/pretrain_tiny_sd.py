@@ -223,7 +223,10 @@ def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) 
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges make one token of every word of the captions; other words are spelled."""
+    """A CLIP tokenizer that knows the words of the captions; other words are spelled.
+
+    Byte-pair merges apply in the order of their rank, so 'photo' splits the later 'elephant' into five tokens.
+    """
     words = ['a', 'an', 'photo', 'of', *SPECIES]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
     tokens = [*letters, *(f'{letter}</w>' for letter in letters)]

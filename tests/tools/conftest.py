@@ -1,6 +1,8 @@
+"""Tools are scripts and in no package: tests import them by path."""
+
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -9,15 +11,16 @@ import pytest
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """`tool(name)` is the module tools/NAME.py, imported anew."""
+@pytest.fixture(scope='session')
+def load_tool() -> Iterator[Callable[[str], ModuleType]]:
+    """`load_tool(name)` is the module tools/NAME.py, imported anew."""
+    with pytest.MonkeyPatch.context() as patch:
 
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
+        def load(name: str) -> ModuleType:
+            spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, name, module)  # where dataclasses look their module up
+            spec.loader.exec_module(module)
+            return module
 
-    return load
+        yield load

@@ -1,9 +1,7 @@
 """The benchmark: what it counts is what runs, and the bounds hold in their order."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +12,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffseg.diffusion.activations import ActivationRecorder
 from diffseg.diffusion.extractor import DiffusionExtractor
 
-PATH = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
 QUERY = 'up-level1-repeat1-vit-block0-cross-q'
 
 
 @pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('benchmark', PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def tool(load_tool):
+    return load_tool('benchmark')
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Features on disk: all of them, once, whole, of one configuration."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,16 +14,12 @@ from safetensors.torch import load, load_file
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 
-PATH = Path(__file__).resolve().parents[2] / 'tools' / 'extract_features.py'
 LAYERS = ['up-level1-repeat1-vit-block0-cross-q', 'up-level2-repeat0-res-out']
 
 
 @pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('extract_features', PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool('extract_features')
 
 
 @pytest.fixture

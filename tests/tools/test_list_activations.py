@@ -1,6 +1,5 @@
 """The list of activations: complete, with the true shapes, and copied from a config as the backbone gives them."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,8 @@ LAYERS = ['up-level1-repeat1-vit-block0-cross-q', 'dift-2']
 
 
 @pytest.fixture(scope='module')
-def main():
-    spec = importlib.util.spec_from_file_location('list_activations', ROOT / 'tools' / 'list_activations.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(load_tool):
+    return load_tool('list_activations').main
 
 
 def write_config(folder: Path, **backbone) -> str:

@@ -14,8 +14,8 @@ def digest(folder):
 
 
 @pytest.fixture
-def draw(tool):
-    return tool('make_toy_data').main
+def draw(load_tool):
+    return load_tool('make_toy_data').main
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ SMALL = {'block_out_channels': (8, 8, 8, 8), 'cross_attention_dim': 16, 'attenti
 
 
 @pytest.fixture
-def pretrain(tool, tmp_path, monkeypatch):
+def pretrain(load_tool, tmp_path, monkeypatch):
     """`pretrain(name, *options)` runs the tool on a few small steps and returns the folder; its module is `.tool`."""
-    module = tool('pretrain_tiny_sd')
+    module = load_tool('pretrain_tiny_sd')
     monkeypatch.setattr(module, 'UNET', {**module.UNET, **SMALL})
     monkeypatch.setattr(module, 'TEXT_ENCODER', {**module.TEXT_ENCODER, 'hidden_size': 16, 'num_attention_heads': 2})
     monkeypatch.setattr(module, 'TEST_IMAGES', 16)
@@ -31,8 +31,11 @@ def pretrain(tool, tmp_path, monkeypatch):
 def test_the_folder_is_an_ordinary_pipeline(pretrain):
     folder = pretrain('model')
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    ids = pipeline.tokenizer('a photo of an elephant').input_ids
-    assert len(ids) == 7  # two special tokens and one for each word
+    assert len(pipeline.tokenizer('a photo of a giraffe').input_ids) == 7  # two special tokens and one for each word
+    for caption in ('a photo of an elephant', 'a photo of a zebra'):
+        ids = pipeline.tokenizer(caption).input_ids
+        assert pipeline.tokenizer.decode(ids, skip_special_tokens=True) == caption
+        assert len(ids) <= pipeline.tokenizer.model_max_length
     features = DiffusionExtractor(folder, ['dift-1'], [50], prompt='a photo of a dog')(torch.zeros(1, 3, 64, 64))
     assert features['up-level1-upsampler-out'].shape == (1, 1, 8, 8, 8)
     assert {path.name for path in folder.glob('*.png')} == {'curves.png', 'reconstructions.png', 'samples.png'}

@@ -7,14 +7,14 @@ from diffseg.diffusion.extractor import DiffusionExtractor
 
 
 @pytest.fixture
-def pairs(tool, tmp_path):
-    tool('make_toy_data').main([str(tmp_path), '--train', '0', '--test', '0', '--pairs', '1'])
+def pairs(load_tool, tmp_path):
+    load_tool('make_toy_data').main([str(tmp_path), '--train', '0', '--test', '0', '--pairs', '1'])
     return tmp_path / 'SPair-toy'
 
 
-def test_every_layer_is_scored(tool, pairs, tiny_pipeline, capsys):
+def test_every_layer_is_scored(load_tool, pairs, tiny_pipeline, capsys):
     layers = ['up-level3-repeat0-vit-block0-self-k', 'dift-1']
-    score = tool('score_layers')
+    score = load_tool('score_layers')
     score.main([str(tiny_pipeline), str(pairs), '--layers', *layers, '--random', '--size', '32'])
     header, *rows = capsys.readouterr().out.splitlines()
     assert 'PCK@0.1-bbox/image' in header
@@ -22,15 +22,15 @@ def test_every_layer_is_scored(tool, pairs, tiny_pipeline, capsys):
     assert all(0 <= float(value) <= 100 for row in rows for value in row.split()[1:])
 
 
-def test_an_image_matches_itself(tool, pairs, tiny_pipeline):
+def test_an_image_matches_itself(load_tool, pairs, tiny_pipeline):
     pair = json.loads(next((pairs / 'PairAnnotation/test').glob('*.json')).read_text())
     same = {**pair, **{f'trg_{key}': pair[f'src_{key}'] for key in ('imname', 'imsize', 'kps', 'bndbox')}}
     extractor = DiffusionExtractor(tiny_pipeline, ['unet-in'], [0])
-    hits = tool('score_layers').match_pair(extractor, pairs, same, size=None)
+    hits = load_tool('score_layers').match_pair(extractor, pairs, same, size=None)
     assert hits['unet-in'].dtype == torch.bool
     assert hits['unet-in'].all()
 
 
-def test_missing_pairs_are_named(tool, tmp_path, tiny_pipeline):
+def test_missing_pairs_are_named(load_tool, tmp_path, tiny_pipeline):
     with pytest.raises(SystemExit, match=r'no pairs in .*PairAnnotation'):
-        tool('score_layers').main([str(tiny_pipeline), str(tmp_path), '--layers', 'dift-1'])
+        load_tool('score_layers').main([str(tiny_pipeline), str(tmp_path), '--layers', 'dift-1'])

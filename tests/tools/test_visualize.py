@@ -1,21 +1,13 @@
 """The grid of principal components: a row for each image, a column for each layer and timestep."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
-PATH = Path(__file__).resolve().parents[2] / 'tools' / 'visualize.py'
-
 
 @pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('visualize', PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool('visualize')
 
 
 @pytest.fixture
