@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import checkpoint
 from torch import Tensor
 
 STATISTICS = {name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')}
@@ -99,9 +98,9 @@ def allow_checkpoints() -> None:
     The log holds `HistoryBuffer`s: numpy arrays and their statistics, pickled as `getattr(HistoryBuffer, 'mean')`.
     `getattr` itself could reach anything from there, so its name is bound to `restricted_getattr`.
 
-    Delete when mmengine allows its own classes; an mmengine that has a list of them is left alone.
+    Delete when mmengine allows its own classes.
     """
-    if hasattr(checkpoint, 'get_torch_safe_globals'):
+    if HistoryBuffer in torch.serialization.get_safe_globals():
         return
     rebuild = [np.zeros(1).__reduce__()[0], np.float64().__reduce__()[0]]  # an array, a number
     torch.serialization.add_safe_globals(
