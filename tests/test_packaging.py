@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+ROOT_FILES = 'CHANGELOG.md LICENSE MANIFEST.in Makefile README.md constraints.txt pyproject.toml setup.py'.split()
 IGNORED = shutil.ignore_patterns('__pycache__', 'output')
 
 
@@ -28,9 +29,8 @@ def files(folder: Path) -> set[str]:
 
 def copy_source(folder: Path) -> Path:
     """A copy of what the repository holds."""
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy(path, folder)
+    for name in ROOT_FILES:
+        shutil.copy(ROOT / name, folder)
     for name in ('configs', 'demo', 'diffseg', 'tests', 'tools'):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORED)
     return folder
