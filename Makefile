@@ -18,7 +18,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@echo 'installed in $(VENV)'
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 demo: install
 	$(BIN)/python demo/run.py

@@ -62,7 +62,8 @@ with tempfile.TemporaryDirectory() as build_base:
             'onedl': ONEDL,
             'xformers': ['xformers'],
             'demo': [*MM, 'matplotlib'],
-            'dev': [*MM, 'matplotlib', 'pytest', 'ruff', 'setuptools>=70.1'],
+            'lora': ['peft'],
+            'dev': [*MM, 'matplotlib', 'peft', 'pytest', 'pytest-xdist', 'ruff', 'setuptools>=70.1'],
         },
         options={'build': {'build_base': build_base}},
     )
