@@ -1,24 +1,22 @@
 """A pretrained diffusion model as an mmseg backbone."""
 
-import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from mmengine.model import BaseModule
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffseg.diffusion.extractor import DiffusionExtractor
 
-from .frozen import freeze, reached
+from .frozen import FrozenBackbone, freeze, reached, verify_channels
 
 
 @MODELS.register_module()
-class DiffusionBackbone(BaseModule):
+class DiffusionBackbone(FrozenBackbone):
     """Activations of a diffusion model's UNet as plain feature maps.
 
     ```text
@@ -72,30 +70,13 @@ class DiffusionBackbone(BaseModule):
         self.extractor = DiffusionExtractor(model, layers, timesteps, **extractor).eval()
         self.channels = self.extractor.channels
         if channels is not None:
-            self._verify(channels)
+            verify_channels(self.extractor.layers, self.channels, channels)
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.noise = self.extractor.noise
         self.train_noise = train_noise or self.noise
         if self.train_noise not in ('seeded', 'random'):
             raise ValueError(f"train_noise is {train_noise!r}; it is 'seeded' or 'random'")
         freeze(self.extractor, trainable=() if frozen else self._choose(['*'] if trainable is None else trainable))
-
-    def _verify(self, channels: Sequence[int]) -> None:
-        """Compare a config's channels with the model's.
-
-        Raises:
-            ValueError: they differ.
-        """
-        names = self.extractor.layers
-        if len(channels) != len(names):
-            raise ValueError(f'channels={list(channels)} has {len(channels)} entries for {len(names)} layers')
-        wrong = [
-            f'{name} has {ours}, not {theirs}'
-            for name, ours, theirs in zip(names, self.channels, channels, strict=True)
-            if ours not in (None, theirs)
-        ]
-        if wrong:
-            raise ValueError(f'channels do not match the model: {"; ".join(wrong)}. The right list is {self.channels}')
 
     def _choose(self, patterns: Sequence[str]) -> set[str]:
         """Names, within the extractor, of the parameters to train.
@@ -136,48 +117,13 @@ class DiffusionBackbone(BaseModule):
         found = self.extractor(x)  # {name: (B, T, C, h, w)}
         return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
 
-    def train(self, mode: bool = True) -> 'DiffusionBackbone':
-        """Set the mode of the backbone itself; the network stays in evaluation mode."""
-        super().train(mode)
-        self.extractor.eval()
-        return self
-
-    def init_weights(self) -> None:
-        """Do nothing: the network is loaded, and none of its parts may initialise itself again."""
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> 'DiffusionBackbone':
-        """Apply `fn` to the backbone alone: an `init_cfg` of the segmentor must not reach the loaded weights."""
-        fn(self)
-        return self
+    @property
+    def network(self) -> DiffusionExtractor:
+        """What stays frozen."""
+        return self.extractor
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a head that was trained on the maps takes for granted; not the draws of noise, which may be others."""
         fingerprint = json.loads(json.dumps(self.extractor.fingerprint))
         return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}
-
-    def get_extra_state(self) -> Tensor:
-        """The fingerprint as JSON in bytes, since mmengine's weight averages take every entry for a tensor."""
-        return torch.tensor(list(json.dumps(self.fingerprint).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Compare a checkpoint's fingerprint with the network at hand.
-
-        Raises:
-            ValueError: they differ.
-        """
-        ours, theirs = self.fingerprint, json.loads(bytes(state.tolist()))
-        different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        if different:
-            raise ValueError(
-                'the checkpoint belongs to another backbone: '
-                + '; '.join(f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different)
-                + '. Build the backbone as it was, or train anew'
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'DiffusionBackbone':
-        """Copy all but the frozen tensors, which the copy shares."""
-        memo.update({id(buffer): buffer for buffer in self.extractor.buffers()})
-        clone = memo[id(self)] = type(self).__new__(type(self))
-        clone.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return clone

@@ -1,7 +1,12 @@
-"""Freezing a pretrained network inside a model that mmengine trains."""
+"""Freezing a pretrained network inside a model that mmengine trains, and what such a backbone has in common."""
 
-from collections.abc import Collection, Iterable
+import copy
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
+import torch
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 
@@ -35,3 +40,83 @@ def reached(outputs: Iterable[Tensor]) -> set[Tensor]:
                 leaves.add(node.variable)
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
     return leaves
+
+
+def verify_channels(layers: Sequence[str], channels: Sequence[int | None], expected: Sequence[int]) -> None:
+    """Compare a config's channels with the model's.
+
+    Args:
+        layers: names of the layers, for the error.
+        channels: what the model has for each layer; None where it is known at run time only.
+        expected: what the config says.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if len(expected) != len(layers):
+        raise ValueError(f'channels={list(expected)} has {len(expected)} entries for {len(layers)} layers')
+    wrong = [
+        f'{layer} has {ours}, not {theirs}'
+        for layer, ours, theirs in zip(layers, channels, expected, strict=True)
+        if ours not in (None, theirs)
+    ]
+    if wrong:
+        raise ValueError(f'channels do not match the model: {"; ".join(wrong)}. The right list is {list(channels)}')
+
+
+class FrozenBackbone(BaseModule):
+    """A backbone around a loaded network that stays in evaluation mode and out of checkpoints.
+
+    Checkpoints hold the fingerprint of the network instead, and loading one compares the two. A deep copy shares the
+    network's buffers, which is what `freeze` makes of its frozen tensors.
+
+    Attributes:
+        network: the loaded network, a child module.
+        fingerprint: what a head that was trained on the maps takes for granted, in types that JSON has.
+    """
+
+    network: nn.Module
+    fingerprint: dict[str, Any]
+
+    def train(self, mode: bool = True) -> 'FrozenBackbone':
+        """Set the mode of the backbone itself; the network stays in evaluation mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Do nothing: the network is loaded, and none of its parts may initialise itself again."""
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> 'FrozenBackbone':
+        """Apply `fn` to all but the network: an `init_cfg` of the segmentor must not reach the loaded weights."""
+        for child in self.children():
+            if child is not self.network:
+                child.apply(fn)
+        fn(self)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """The fingerprint as JSON in bytes, since mmengine's weight averages take every entry for a tensor."""
+        return torch.tensor(list(json.dumps(self.fingerprint).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare a checkpoint's fingerprint with the network at hand.
+
+        Raises:
+            ValueError: they differ.
+        """
+        ours, theirs = self.fingerprint, json.loads(bytes(state.tolist()))
+        different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if different:
+            raise ValueError(
+                'the checkpoint belongs to another backbone: '
+                + '; '.join(f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different)
+                + '. Build the backbone as it was, or train anew'
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'FrozenBackbone':
+        """Copy all but the frozen tensors, which the copy shares."""
+        memo.update({id(buffer): buffer for buffer in self.network.buffers()})
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return clone
