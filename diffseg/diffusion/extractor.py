@@ -45,6 +45,9 @@ class DiffusionExtractor(nn.Module):
     With `noise='seeded'` the draws (the posterior's and the trajectory's) depend on nothing but the seed, the ensemble
     member and the latent's size; images and timesteps share them, so that results do not depend on the batch.
 
+    Built under `torch.device('meta')` with both parts `random`, it takes no memory and gives the shapes of a full-size
+    model, and its operations can be counted.
+
     Args:
         model: Preset, hub id, diffusers folder or single checkpoint file, see `load_parts`.
         layers: Names of the activations to read, or aliases of them, see `activations.sites`.
@@ -280,7 +283,8 @@ class DiffusionExtractor(nn.Module):
     def _posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The VAE's posterior, computed in its own dtype even under autocast, in which it might overflow."""
         images = images.to(self.vae.dtype)
-        with torch.set_grad_enabled(_wants_grad(self.vae, images)), torch.autocast(images.device.type, enabled=False):
+        device = 'cpu' if images.is_meta else images.device.type  # there is no autocast on the meta device
+        with torch.set_grad_enabled(_wants_grad(self.vae, images)), torch.autocast(device, enabled=False):
             return self.vae.encode(images).latent_dist
 
     def _sample(self, posterior: DiagonalGaussianDistribution, member: int) -> Tensor:
@@ -341,6 +345,8 @@ class DiffusionExtractor(nn.Module):
                 f'images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than one latent cell, '
                 f'{cell} x {cell}; enlarge them'
             )
+        if images.is_meta:
+            return
         low, high = torch.stack(images.aminmax()).tolist()
         if low < -RANGE or high > RANGE:
             raise ValueError(
@@ -350,7 +356,7 @@ class DiffusionExtractor(nn.Module):
 
     def _check(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Raise for NaN and infinity, unless it is switched off; waits for the device once."""
-        if not self.check_finite:
+        if not self.check_finite or any(x.is_meta for x in tensors.values()):
             return
         finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
         if not all(finite):

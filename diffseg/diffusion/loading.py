@@ -122,7 +122,8 @@ class DiffusionParts:
         known = inspect.signature(DDIMScheduler.__init__).parameters
         betas = {key: value for key, value in self.scheduler_config.items() if 'beta' in key and key in known}
         steps = self.scheduler_config.get('num_train_timesteps', 1000)
-        return DDIMScheduler(num_train_timesteps=steps, **betas).alphas_cumprod
+        with torch.device('cpu'):
+            return DDIMScheduler(num_train_timesteps=steps, **betas).alphas_cumprod
 
 
 def find_source(
@@ -265,6 +266,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     They depend on every tensor's name, shape and up to 64 evenly spaced values (all values of a smaller tensor), read
     as float32. So they are the same wherever the weights come from and on any device, and differ whenever training,
     merging or rounding to another dtype has touched a sampled value; a change to single other values goes unseen.
+    Without values, on the meta device, names and shapes count.
 
     Args:
         state: Tensors of any shape and device, by name.
@@ -275,7 +277,8 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         n = min(len(values), FINGERPRINT_SAMPLES)
         index = torch.arange(n, device=values.device) * (len(values) - 1) // max(n - 1, 1)
         digest.update(f'{name} {tuple(state[name].shape)}'.encode())
-        digest.update(values[index].to('cpu', torch.float32).numpy().tobytes())
+        if not values.is_meta:
+            digest.update(values[index].to('cpu', torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

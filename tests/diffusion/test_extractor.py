@@ -312,6 +312,15 @@ def test_wrong_images(make, images, message):
             call(images)
 
 
+def test_on_the_meta_device_shapes_are_the_same(make, images):
+    shapes = {name: x.shape for name, x in make()(images).items()}
+    with torch.device('meta'):
+        extractor = make(random=('unet', 'vae'))
+    found = extractor(images.to('meta'))
+    assert all(x.is_meta for x in found.values())
+    assert {name: x.shape for name, x in found.items()} == shapes
+
+
 def test_not_finite_activations_name_the_layer_the_dtype_and_the_remedy(make, images):
     extractor = make(dtype='float16')
     extractor.unet.up_blocks[2].attentions[1].transformer_blocks[0].attn2.to_q.weight.fill_(torch.inf)
