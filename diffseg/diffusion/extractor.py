@@ -256,7 +256,7 @@ class DiffusionExtractor(nn.Module):
                     part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
                     total[name] = total[name] + part if name in total else part
             activations = {name: x.to(found[name].dtype) for name, x in total.items()}
-        device = latents.device.type
+        device = _autocast_device(latents)
         autocast = torch.is_autocast_enabled(device)
         self._check(activations, torch.get_autocast_dtype(device) if autocast else self.unet.dtype)
         return activations
@@ -283,7 +283,7 @@ class DiffusionExtractor(nn.Module):
     def _posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The VAE's posterior, computed in its own dtype even under autocast, in which it might overflow."""
         images = images.to(self.vae.dtype)
-        device = 'cpu' if images.is_meta else images.device.type  # there is no autocast on the meta device
+        device = _autocast_device(images)
         with torch.set_grad_enabled(_wants_grad(self.vae, images)), torch.autocast(device, enabled=False):
             return self.vae.encode(images).latent_dist
 
@@ -371,6 +371,10 @@ class DiffusionExtractor(nn.Module):
 
 def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in chain(inputs, module.parameters()))
+
+
+def _autocast_device(x: Tensor) -> str:
+    return 'cpu' if x.is_meta else x.device.type  # the meta device has no autocast of its own
 
 
 def _texts(prompts: Prompts | None) -> list[str]:
