@@ -11,10 +11,10 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diffseg.diffusion.activations import Site, resolve, sites
 from diffseg.diffusion.conditioning import Conditioning, encode_prompts
+from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.trajectories import (
     Activations,
@@ -26,7 +26,6 @@ from diffseg.diffusion.trajectories import (
 )
 
 ATTENTION = 'attn'  # the key of the aggregated attention maps
-RANGE = 1.25  # images are in [-1, 1]; bicubic resizing overshoots a little
 
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
 
@@ -206,8 +205,8 @@ class DiffusionExtractor(nn.Module):
             ValueError: Images of a wrong shape, type or range, or smaller than one latent cell.
             FloatingPointError: NaN or infinity, if `check_finite`.
         """
-        self._check_images(images)
-        canvas, members = _continue(images, self._multiple), range(self.ensemble)
+        check_images(images, self.parts.vae_scale_factor)
+        canvas, members = extend_images(images, self._multiple), range(self.ensemble)
         if self.trajectory.from_image:
             posterior = self._posterior(canvas)
             latents = torch.stack([self._sample(posterior, member) for member in members], dim=1)  # (B, E, 4, h, w)
@@ -224,8 +223,8 @@ class DiffusionExtractor(nn.Module):
 
         They are those of the continued images. Raises what `forward` does.
         """
-        self._check_images(images)
-        latent = self._sample(self._posterior(_continue(images, self._multiple)), member=0)
+        check_images(images, self.parts.vae_scale_factor)
+        latent = self._sample(self._posterior(extend_images(images, self._multiple)), member=0)
         self._check({'the latent': latent}, self.vae.dtype)
         return latent
 
@@ -332,28 +331,6 @@ class DiffusionExtractor(nn.Module):
         stride = self.sites[name].stride if name in self.sites else self.parts.vae_scale_factor
         return activation[..., : -(-height // stride), : -(-width // stride)]
 
-    def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or not len(images):
-            raise ValueError(f'images have shape {tuple(images.shape)}; expected (B, 3, H, W)')
-        if not images.is_floating_point():
-            raise ValueError(
-                f'images are {images.dtype}; expected floating point in [-1, 1], as x / 127.5 - 1 of 8 bit'
-            )
-        cell = self.parts.vae_scale_factor
-        if min(images.shape[-2:]) < cell:
-            raise ValueError(
-                f'images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than one latent cell, '
-                f'{cell} x {cell}; enlarge them'
-            )
-        if images.is_meta:
-            return
-        low, high = torch.stack(images.aminmax()).tolist()
-        if low < -RANGE or high > RANGE:
-            raise ValueError(
-                f'images are in [{low:.4g}, {high:.4g}]; expected [-1, 1], as x / 127.5 - 1 of 8 bit '
-                '(mean = std = 127.5 in an mmseg data preprocessor)'
-            )
-
     def _check(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Raise for NaN and infinity, unless it is switched off; waits for the device once."""
         if not self.check_finite or any(x.is_meta for x in tensors.values()):
@@ -394,14 +371,6 @@ def _describe(prompts: Prompts | None) -> list[str] | str | None:
         return prompts if prompts is None else _texts(prompts)
     digest = hashlib.sha256(b''.join(x.detach().cpu().float().numpy().tobytes() for x in parts))
     return f'sha256:{digest.hexdigest()[:16]}'
-
-
-def _continue(images: Tensor, multiple: int) -> Tensor:
-    """Continue images to the right and below, to a multiple: mirrored, or if they are too small for that, constant."""
-    height, width = images.shape[-2:]
-    below, right = -height % multiple, -width % multiple
-    mode = 'reflect' if below < height and right < width else 'replicate'
-    return F.pad(images, (0, right, 0, below), mode=mode)
 
 
 def _compile_unread_blocks(unet: nn.Module, read: Iterable[str], options: Mapping[str, Any]) -> None:

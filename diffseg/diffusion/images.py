@@ -1,4 +1,4 @@
-"""Image files to the tensors that the extractor takes."""
+"""Image files to the tensors that networks take, and what such tensors must be."""
 
 from pathlib import Path
 
@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 SUFFIXES = frozenset('.avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
 ROTATED = range(5, 9)  # EXIF orientations that exchange width and height
+RANGE = 1.25  # images are in [-1, 1]; bicubic resizing overshoots a little
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -63,3 +65,43 @@ def image_size(path: str | Path) -> tuple[int, int]:
             return file.size if rotated else file.size[::-1]
     except Exception as error:
         raise ValueError(f'{path}: cannot be read as an image ({error})') from error
+
+
+def check_images(images: Tensor, cell: int) -> None:
+    """Verify that images are what a network takes.
+
+    Args:
+        images: RGB in [-1, 1], with shape (B, 3, H, W).
+        cell: side, in pixels, of the smallest image that the network takes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f'images have shape {tuple(images.shape)}; expected (B, 3, H, W)')
+    if not images.is_floating_point():
+        raise ValueError(f'images are {images.dtype}; expected floating point in [-1, 1], as x / 127.5 - 1 of 8 bit')
+    if min(images.shape[-2:]) < cell:
+        raise ValueError(
+            f'images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than one cell of the network, '
+            f'{cell} x {cell}; enlarge them'
+        )
+    if images.is_meta:
+        return
+    low, high = torch.stack(images.aminmax()).tolist()
+    if low < -RANGE or high > RANGE:
+        raise ValueError(
+            f'images are in [{low:.4g}, {high:.4g}]; expected [-1, 1], as x / 127.5 - 1 of 8 bit '
+            '(mean = std = 127.5 in an mmseg data preprocessor)'
+        )
+
+
+def extend_images(images: Tensor, multiple: int) -> Tensor:
+    """Continue images (B, 3, H, W) to the right and below, to sides that are a multiple.
+
+    Mirrored, or if they are too small for that, constant.
+    """
+    height, width = images.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    mode = 'reflect' if below < height and right < width else 'replicate'
+    return F.pad(images, (0, right, 0, below), mode=mode)

@@ -302,7 +302,7 @@ def test_wrong_options(make, options, message):
         (torch.zeros(0, 3, 64, 64), r'expected \(B, 3, H, W\)'),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'uint8'),
         (torch.full((1, 3, 64, 64), 255.0), r'\[255, 255\]; expected \[-1, 1\]'),
-        (torch.zeros(1, 3, 7, 64), 'smaller than one latent cell'),
+        (torch.zeros(1, 3, 7, 64), 'smaller than one cell'),
     ],
 )
 def test_wrong_images(make, images, message):
