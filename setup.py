@@ -52,6 +52,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'diffusers>=0.42,<0.43',
             'transformers>=5,<6',
             'accelerate',
+            'filelock',
             'numpy',
             'pillow',
             'safetensors',

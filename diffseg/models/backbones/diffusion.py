@@ -1,7 +1,7 @@
 """A pretrained diffusion model as an mmseg backbone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffseg.cache import build_cache
 from diffseg.diffusion.extractor import DiffusionExtractor
 
 from .frozen import FrozenBackbone, freeze, reached, verify_channels
@@ -41,6 +42,9 @@ class DiffusionBackbone(FrozenBackbone):
         trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
             `up_blocks.1.*`; all of the UNet by default. What no chosen activation depends on stays frozen all the same.
         train_noise: noise in training mode, where 'random' augments; by default the extractor's `noise`.
+        cache: folder in which maps are kept, to be found again by the bytes of the image and all else that they depend
+            on; or `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that
+            dtype. Not with random noise, nor with anything trainable in the backbone.
         extractor: further options of `DiffusionExtractor`: `trajectory`, `prompt`, `ensemble`, `noise`, `seed`,
             `dtype`, ...
 
@@ -48,7 +52,8 @@ class DiffusionBackbone(FrozenBackbone):
         channels: channels C of each layer; None for attention maps, whose channels are the keys.
 
     Raises:
-        ValueError: `channels` is not what the model has, or the choice of trainable parts is void or contradictory.
+        ValueError: `channels` is not what the model has, the choice of trainable parts is void or contradictory, or
+            what is to be cached changes.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class DiffusionBackbone(FrozenBackbone):
         frozen: bool = True,
         trainable: Sequence[str] | None = None,
         train_noise: Literal['seeded', 'random'] | None = None,
+        cache: str | Mapping[str, Any] | None = None,
         **extractor: Any,
     ) -> None:
         super().__init__()
@@ -77,6 +83,9 @@ class DiffusionBackbone(FrozenBackbone):
         if self.train_noise not in ('seeded', 'random'):
             raise ValueError(f"train_noise is {train_noise!r}; it is 'seeded' or 'random'")
         freeze(self.extractor, trainable=() if frozen else self._choose(['*'] if trainable is None else trainable))
+        self.cache = build_cache(cache)
+        if self.cache is not None:
+            self._check_cacheable()
 
     def _choose(self, patterns: Sequence[str]) -> set[str]:
         """Names, within the extractor, of the parameters to train.
@@ -111,11 +120,49 @@ class DiffusionBackbone(FrozenBackbone):
         Returns:
             L maps with shapes (B, T*C, h, w), one for each layer.
         """
+        self.extractor.noise = self.train_noise if self.training else self.noise
+        if self.cache is None:
+            return self._extract(x)
+        self._check_cacheable()  # again, for a subclass or a user may have added parameters
+        return self.cache.fetch(x, self._cache_context(), self._extract, self.extractor.layers)
+
+    def _extract(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`forward` without the cache."""
         if self.input_size is not None:
             x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
-        self.extractor.noise = self.train_noise if self.training else self.noise
         found = self.extractor(x)  # {name: (B, T, C, h, w)}
         return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
+
+    def _check_cacheable(self) -> None:
+        """Raise a ValueError if the maps of an image are not the same each time."""
+        for name in ('noise', 'train_noise'):
+            if getattr(self, name) == 'random':
+                raise ValueError(
+                    f"{name}='random' draws other maps each time, which cannot be cached; set it to 'seeded', or leave "
+                    f'out the cache'
+                )
+        trained = next((name for name, parameter in self.named_parameters() if parameter.requires_grad), None)
+        if trained is not None:
+            raise ValueError(
+                f'{trained} is trained, so that maps change and cannot be cached; leave out the cache, or train '
+                f'nothing in the backbone'
+            )
+
+    def _cache_context(self) -> dict[str, Any]:
+        """All that maps depend on, but for the image.
+
+        To the fingerprint belong the draws, and the configurations: what they say of heads, groups and betas is in no
+        weight.
+        """
+        parts = self.extractor.parts
+        configs = (self.extractor.unet.config, parts.vae_config, parts.scheduler_config)
+        return {
+            **self.fingerprint,
+            **self.extractor.fingerprint,
+            'configs': [{key: value for key, value in config.items() if key[0] != '_'} for config in configs],
+            'vae_dtype': str(self.extractor.vae.dtype),
+            'input_size': self.input_size,
+        }
 
     @property
     def network(self) -> DiffusionExtractor:

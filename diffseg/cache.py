@@ -1,0 +1,328 @@
+"""Activations on disk, found by the content of the image that they were computed from.
+
+```text
+FOLDER/ab/abcd....safetensors    the maps of one image, under the digest of the image and of all else they depend on
+FOLDER/.size                     bytes of all entries, never less than there are
+FOLDER/.lock                     held by the process that writes
+FOLDER/.writing                  what it writes, until it is whole
+```
+"""
+
+import hashlib
+import json
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from mmengine.logging import print_log
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from diffseg import __version__
+
+DTYPES = {name: getattr(torch, name) for name in ('float16', 'bfloat16', 'int8', 'float32')}
+UNITS = {'B': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
+LOW_WATER = 0.9  # eviction frees a tenth of the limit at once, since it has to look at every entry
+POLL = 0.005  # seconds between attempts to get the lock
+HEADER = 128, 96  # bytes that an entry's header takes, and each tensor's description in it; about
+SCALE = '{}.scale'  # name of the scales of the int8 map of that number
+
+
+class DamagedEntryError(ValueError):
+    """A file that is not what was once written under its name."""
+
+
+@dataclass
+class CacheCounts:
+    """What a cache did since it was made: images found, images computed, entries deleted and entries not usable."""
+
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+    damaged: int = 0
+
+    def __str__(self) -> str:
+        return f'{self.hits} hits, {self.misses} misses, {self.evicted} evicted, {self.damaged} damaged'
+
+
+class FeatureCache:
+    """A folder of activations that are computed once.
+
+    An entry's name is the digest of the image's bytes and of the `context`, so a repeated input is found and an
+    augmented one is not, whatever the data pipeline. A context that says all that activations depend on is the
+    caller's business.
+
+    Several processes may use one folder: reading takes no lock, and entries appear as a whole. Each entry carries a
+    checksum; one that is truncated, altered or in the wrong place is reported, computed anew and replaced.
+
+    Note that a limit smaller than the data set helps little: each epoch evicts what the next one asks for first.
+
+    Args:
+        path: The folder; made when it is first written to.
+        dtype: What values are stored as: 'float16', 'bfloat16', 'float32', or 'int8' with one scale for each channel of
+            each map, so that no value is off by more than 1/254 of the channel's largest magnitude.
+        max_size: Limit of the entries together, in bytes or as in '20GB' (10^9 bytes each), kept by deleting those
+            whose last use is longest ago; None is no limit. All users of a folder should agree on it.
+
+    Attributes:
+        counts: Hits, misses and so on; logged when the cache is disposed of, at the latest when the program ends.
+
+    Raises:
+        ValueError: Unknown dtype or malformed size.
+    """
+
+    def __init__(self, path: str | Path, dtype: str = 'float16', max_size: int | str | None = None) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f'cache dtype is {dtype!r}; it is one of {", ".join(DTYPES)}')
+        self.path = Path(path).expanduser()
+        self.dtype = dtype
+        self.max_size = None if max_size is None else parse_size(max_size)
+        self.counts = CacheCounts()
+        weakref.finalize(self, _report, self.path, self.counts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'FeatureCache':
+        """A copied model uses the same folder, and the same counts."""
+        return self
+
+    def fetch(
+        self,
+        images: Tensor,
+        context: Mapping[str, Any],
+        compute: Callable[[Tensor], Sequence[Tensor]],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        """Read the maps of those images that are known, and compute and keep those of the others.
+
+        What is computed passes through the storage dtype as well, so that first and later runs agree.
+
+        Args:
+            images: With shape (B, 3, H, W), or with more channels: all bytes count.
+            context: All else that maps depend on, except for autocast; ready for JSON.
+            compute: Turns images (b, 3, H, W) into maps (b, C, h, w), without gradients. Called at most once.
+            names: Of the first maps, for errors.
+
+        Returns:
+            Maps (B, C, h, w) in the dtype and on the device of the images.
+
+        Raises:
+            ValueError: Images that require gradients, which stored maps have not; values that the storage dtype cannot
+                hold; or an entry larger than the limit.
+        """
+        if images.requires_grad and torch.is_grad_enabled():
+            raise ValueError('images require gradients, which cached activations do not have; switch the cache off')
+        paths = [self._path(key) for key in self.keys(images, context)]
+        entries = [self._read(path) for path in paths]
+        missing = [i for i, entry in enumerate(entries) if entry is None]
+        if missing:
+            with torch.no_grad():
+                maps = compute(images if len(missing) == len(images) else images[missing])
+            for i, entry in zip(missing, self._pack(maps, names), strict=True):
+                self._write(paths[i], entry)
+                entries[i] = entry
+        self.counts.hits += len(images) - len(missing)
+        self.counts.misses += len(missing)
+        stacked = {name: torch.stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
+        numbers = [str(i) for i in range(len(stacked)) if str(i) in stacked]
+        return tuple(dequantize(stacked[i], stacked.get(SCALE.format(i))).to(images.dtype) for i in numbers)
+
+    def keys(self, images: Tensor, context: Mapping[str, Any]) -> list[str]:
+        """Names of the entries of images (B, C, H, W)."""
+        device = images.device.type
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        common = hashlib.sha256(json.dumps([__version__, self.dtype, autocast, context], sort_keys=True).encode())
+        keys = []
+        for image in images.detach().cpu().contiguous():
+            digest = common.copy()
+            digest.update(f'{image.dtype} {tuple(image.shape)}'.encode())
+            digest.update(_bytes(image))
+            keys.append(digest.hexdigest())
+        return keys
+
+    def entries(self) -> Iterator[Path]:
+        """The files of all entries."""
+        return self.path.glob('??/*.safetensors')
+
+    def size(self) -> int:
+        """Bytes of all entries, counted anew."""
+        return sum(size for _, size, _ in self._listed())
+
+    def prune(self, limit: int) -> None:
+        """Delete the entries used longest ago until the others take at most `limit` bytes."""
+        if self.path.is_dir():
+            with self._lock():
+                self._set_used(self._evict(limit))
+
+    def _path(self, key: str) -> Path:
+        return self.path / key[:2] / f'{key}.safetensors'
+
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        """An entry, as of now the one used last; None if it is not there or damaged."""
+        try:
+            entry = read_entry(path)
+        except FileNotFoundError:  # never written, or evicted since
+            return None
+        except DamagedEntryError as error:
+            self.counts.damaged += 1
+            print_log(f'feature cache: {error}; it is computed anew', 'current', WARNING)
+            return None
+        with suppress(OSError):  # evicted since, or another user's
+            os.utime(path)
+        return entry
+
+    def _pack(self, maps: Sequence[Tensor], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Each image's tensors on the CPU as they are stored, of maps (b, C, h, w)."""
+        packed: dict[str, Tensor] = {}
+        for i, x in enumerate(maps):
+            packed[str(i)], scale = quantize(x) if self.dtype == 'int8' else (x.to(DTYPES[self.dtype]), None)
+            if scale is not None:
+                packed[SCALE.format(i)] = scale
+            if not (packed[str(i)] if scale is None else scale).isfinite().all():
+                raise ValueError(
+                    f'{names[i] if i < len(names) else f"map {i}"} has a value of {x.abs().max():.4g}, which cannot be '
+                    f"kept as {self.dtype}; cache finite values, with dtype 'bfloat16', 'float32' or 'int8'"
+                )
+        packed = {name: tensor.cpu() for name, tensor in packed.items()}
+        for i in range(len(maps[0])):
+            yield {name: tensor[i].contiguous() for name, tensor in packed.items()}
+
+    def _write(self, path: Path, entry: Mapping[str, Tensor]) -> None:
+        data = save(dict(entry), {'checksum': _checksum(path.stem, entry)})
+        if self.max_size is not None and len(data) > self.max_size:
+            raise ValueError(f'an entry of {format_size(len(data))} exceeds max_size={format_size(self.max_size)}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            used = self._used()
+            if self.max_size is not None and used + len(data) > self.max_size:
+                used = self._evict(max(0, int(LOW_WATER * self.max_size) - len(data)))
+            self._set_used(used + len(data))  # beforehand: a writer that is killed leaves it too large, not too small
+            partial = self.path / '.writing'
+            partial.write_bytes(data)
+            os.replace(partial, path)
+
+    def _lock(self) -> Any:
+        """A context in which no other process writes or evicts. The system frees the lock of a killed process."""
+        return FileLock(self.path / '.lock').acquire(poll_interval=POLL)
+
+    def _used(self) -> int:
+        try:
+            return int((self.path / '.size').read_text())
+        except (FileNotFoundError, ValueError):  # the first writer, or one was killed
+            return self.size()
+
+    def _set_used(self, size: int) -> None:
+        (self.path / '.size').write_text(str(size))
+
+    def _listed(self) -> list[tuple[int, int, Path]]:
+        """Time of the last use, in ns, and bytes of all entries."""
+        found = []
+        for path in self.entries():
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+        return found
+
+    def _evict(self, limit: int) -> int:
+        """Delete entries down to `limit` bytes; returns the bytes left."""
+        found = sorted(self._listed())
+        total = sum(size for _, size, _ in found)
+        for _, size, path in found:
+            if total <= limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+            self.counts.evicted += 1
+        return total
+
+
+def build_cache(cache: str | Path | Mapping[str, Any] | None) -> FeatureCache | None:
+    """A cache from what a config says: a folder, arguments of `FeatureCache`, or None for none."""
+    if cache is None:
+        return None
+    return FeatureCache(**cache) if isinstance(cache, Mapping) else FeatureCache(cache)
+
+
+def read_entry(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of an entry.
+
+    Raises:
+        FileNotFoundError: No such entry.
+        DamagedEntryError: It is not what was written under this name.
+    """
+    data = path.read_bytes()  # no memory map: an evicted file must not take the process with it
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
+        expected = header['__metadata__']['checksum']
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DamagedEntryError(f'{path} is damaged ({error})') from error
+    if _checksum(path.stem, tensors) != expected:
+        raise DamagedEntryError(f'{path} is damaged (its checksum is that of other content)')
+    return tensors
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (..., C, h, w) as int8 and what to multiply it by, float32 (..., C, 1, 1)."""
+    x = x.float()
+    scale = x.abs().amax((-2, -1), keepdim=True) / 127
+    return (x / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round().to(torch.int8), scale
+
+
+def dequantize(values: Tensor, scale: Tensor | None) -> Tensor:
+    """Undo `quantize`; without a scale, the values."""
+    return values if scale is None else values * scale
+
+
+def entry_size(shapes: Sequence[tuple[int, int, int]], dtype: str) -> int:
+    """Bytes, to within a few hundred, of an entry with maps of these shapes (C, h, w)."""
+    values = sum(c * h * w for c, h, w in shapes)
+    scales = sum(c for c, _, _ in shapes) if dtype == 'int8' else 0
+    tensors = len(shapes) * (2 if scales else 1)
+    return values * DTYPES[dtype].itemsize + scales * torch.float32.itemsize + HEADER[0] + HEADER[1] * tensors
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as 500, '500MB' or '1.5 TB', with units of powers of 1000.
+
+    Raises:
+        ValueError: It is none, or not positive.
+    """
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    match = re.fullmatch(r'(\d+(?:\.\d*)?)\s*([a-z]*)', str(size).strip().lower())
+    factor = units.get(match[2] or 'b') if match else None
+    count = int(float(match[1]) * factor) if factor else 0
+    if count < 1:
+        raise ValueError(f'{size!r} is no size; give bytes, or a number with {", ".join(UNITS)}')
+    return count
+
+
+def format_size(size: int) -> str:
+    """A size with three digits and a unit."""
+    unit = next((unit for unit in reversed(UNITS) if size >= UNITS[unit]), 'B')
+    return f'{size / UNITS[unit]:.3g} {unit}'
+
+
+def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
+    """Digest of an entry's name and content."""
+    digest = hashlib.sha256(key.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _report(path: Path, counts: CacheCounts) -> None:
+    if counts.hits or counts.misses:
+        print_log(f'feature cache {path}: {counts}', 'current')
