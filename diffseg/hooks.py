@@ -1,0 +1,110 @@
+"""Hooks with which a run that was stopped at any moment and resumed ends in the same bits as an undisturbed one."""
+
+import random
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, get_rank, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, set_random_seed
+from mmseg.registry import HOOKS
+
+
+@HOOKS.register_module()
+class IterationSeedHook(Hook):
+    """Seed every training step from (seed, rank, iteration), apart from the random numbers that the data take.
+
+    Dropout and noise of a step then do not depend on how many steps this process has run. The data pipeline goes on
+    with its own generators (torch's, numpy's and Python's), which steps and validation leave untouched, so that they
+    are where they belong after `IterBasedTrainLoop` has read all earlier batches again, as it does on resuming.
+
+    `EpochBasedTrainLoop` does not read them again; there the data's generators start every epoch from (seed, rank,
+    epoch), and a run resumed from the end of an epoch is exact unless it has `persistent_workers`.
+
+    Needs `randomness=dict(seed=...)`, as otherwise the sampler of a resumed run is built with another seed. On a GPU,
+    bits are the same only with `deterministic=True` there. Gradients that are accumulated over iterations are in no
+    checkpoint: let its interval be a multiple.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        """Warn where a resumed run could not be exact."""
+        if runner.cfg.get('randomness', {}).get('seed') is None:
+            runner.logger.warning(
+                'The config has no randomness=dict(seed=...): a resumed run will read the data in another order.'
+            )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seed the data of an epoch; all iterations of `IterBasedTrainLoop` are one."""
+        _seed(runner.seed, 0, runner.epoch)
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Put the data's generators aside and seed a step."""
+        self._data_state = _get_state()
+        _seed(runner.seed, 1, runner.iter)
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Take the data's generators up again."""
+        _set_state(self._data_state)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Put the generators of the training data aside."""
+        self._data_state = _get_state()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Take the generators of the training data up again."""
+        _set_state(self._data_state)
+
+
+@HOOKS.register_module()
+class CheckpointFallbackHook(Hook):
+    """Resume from the newest checkpoint that is whole, where the one that the work dir names is not.
+
+    mmengine writes checkpoints in place, and with `save_best` writes the latest one a second time, so that a run that
+    is killed meanwhile leaves half a file, or an empty `last_checkpoint`.
+    """
+
+    def before_run(self, runner: Runner) -> None:
+        """Correct the file `last_checkpoint`, from which `resume` starts."""
+        if runner.cfg.get('resume') and runner.cfg.get('load_from') is None and is_main_process():
+            _repair(runner)
+        barrier()
+
+
+def _repair(runner: Runner) -> None:
+    pointer = Path(runner.work_dir, 'last_checkpoint')
+    if not pointer.is_file() or _is_whole(named := Path(pointer.read_text().strip())):
+        return
+    folder = named.parent if named.name else pointer.parent
+    steps = {path: re.fullmatch(r'(?:iter|epoch)_(\d+)', path.stem) for path in folder.glob('*.pth')}
+    found = {path: int(step[1]) for path, step in steps.items() if step and _is_whole(path)}
+    if found:
+        newest = max(found, key=found.get)
+        runner.logger.warning(f'{named} is missing or was not written to its end; going on from {newest}.')
+        pointer.write_text(str(newest))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a file was written to its end, where the directory of a zip archive is; `torch.save` writes these."""
+    return zipfile.is_zipfile(checkpoint)
+
+
+def _seed(seed: int, *key: int) -> None:
+    """Seed the global generators of Python, numpy and torch (all devices)."""
+    set_random_seed(int(np.random.SeedSequence((seed, get_rank(), *key)).generate_state(1)[0]))
+
+
+def _get_state() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
