@@ -1,24 +1,21 @@
 """Part segmentation from a few dozen labelled pictures, in the folder layout of DatasetDDPM (arXiv 2112.03126)."""
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 
+from .categories import CATEGORIES
 from .toy import PALETTE, PARTS
 
-_HORSE_21 = (
-    'background', 'person', 'back', 'barrel', 'bridle', 'chest', 'ear', 'eye', 'forelock', 'head', 'hoof', 'leg',
-    'mane', 'muzzle', 'neck', 'nostril', 'tail', 'thigh', 'saddle', 'shoulder', 'leg protection',
-)  # fmt: skip
-_HORSE_21_PALETTE = (
-    (255, 255, 255), (255, 74, 70), (0, 137, 65), (0, 111, 166), (163, 0, 89), (255, 219, 229), (122, 73, 0),
-    (0, 0, 166), (99, 255, 172), (183, 151, 98), (0, 77, 67), (143, 176, 255), (241, 38, 110), (27, 210, 105),
-    (128, 150, 147), (228, 230, 158), (160, 136, 106), (79, 198, 1), (59, 93, 255), (115, 214, 209), (255, 47, 128),
-)  # fmt: skip
+IGNORED = 255  # the label that mmseg's losses and metrics ignore
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.gif')
 
 
 @DATASETS.register_module()
@@ -30,34 +27,57 @@ class ScarceDataset(BaseSegDataset):
         horse_21
         └── real
             ├── train
-            │   ├── NAME.png    picture
+            │   ├── NAME.png    picture; also .jpg, .jpeg, .gif
             │   └── NAME.npy    class of every pixel (H, W), integers
             └── test
 
     `LoadLabelArray` reads the labels in the pipeline.
 
+    The published tables are means over random splits. `resplit=SEED` draws one as GDF (arXiv 2410.03558) does: the
+    sorted pictures of `train`, followed by those of `test`, are shuffled by `random.Random(SEED).shuffle`; the first
+    ones, as many as `train` has, are for training, the others for testing. So the training and the test set of one seed
+    complement each other, and they keep their sizes.
+
     Args:
-        category: key of `CATEGORIES`, gives class names and palette.
+        category: key of `CATEGORIES`, gives class names, palette and ignored label.
         data_root: folder of the category, e.g. "data/horse_21".
         split: folder below `data_root` that holds pictures and labels, e.g. "real/train".
+        resplit: seed of a random split into training and test pictures; by default the folders are the split.
+        ignore_label: label of the pixels that are neither trained nor scored, loaded as 255. By default the category's
+            in DatasetDDPM, which for bedroom_28 is 0, the background. Unlike GDF, which trains and scores the
+            background of bedroom_28: that is `ignore_label=255`.
         **kwargs: what `BaseSegDataset` takes.
 
     Raises:
-        ValueError: on an unknown category, a folder without pictures, or pictures without labels.
+        ValueError: on an unknown category, a folder without pictures, pictures without labels, or a `split` that is
+            neither training nor test set but is to be drawn anew.
     """
 
     CATEGORIES: ClassVar[dict[str, dict]] = {
-        'horse_21': {'classes': _HORSE_21, 'palette': _HORSE_21_PALETTE},
-        'toy': {'classes': PARTS, 'palette': PALETTE},
+        **CATEGORIES,
+        'toy': {'classes': PARTS, 'palette': PALETTE, 'ignore_label': IGNORED},
     }
 
-    def __init__(self, category: str, data_root: str, split: str, **kwargs) -> None:
+    def __init__(
+        self,
+        category: str,
+        data_root: str,
+        split: str,
+        resplit: int | None = None,
+        ignore_label: int | None = None,
+        **kwargs,
+    ) -> None:
         if category not in self.CATEGORIES:
             raise ValueError(f'category {category!r} is unknown, choose from {", ".join(self.CATEGORIES)}')
+        if resplit is not None and Path(split).name not in ('train', 'test'):
+            raise ValueError(f'split {split!r} cannot be drawn anew: its last folder must be train or test')
+        self.resplit = resplit
+        metainfo = dict(self.CATEGORIES[category])
+        if ignore_label is not None:
+            metainfo['ignore_label'] = ignore_label
         super().__init__(
-            img_suffix='.png',
             seg_map_suffix='.npy',
-            metainfo=self.CATEGORIES[category],
+            metainfo=metainfo,
             data_root=data_root,
             data_prefix={'img_path': split, 'seg_map_path': split},
             reduce_zero_label=False,
@@ -65,26 +85,66 @@ class ScarceDataset(BaseSegDataset):
         )
 
     def load_data_list(self) -> list[dict]:
-        """Paths of the pictures, sorted, and of their labels."""
+        """Paths of the pictures and of their labels; sorted, unless the split is drawn."""
         folder = Path(self.data_prefix['img_path'])
-        data_list = super().load_data_list() if folder.is_dir() else []
-        if not data_list:
-            raise ValueError(
-                f'no .png pictures in {folder}; tools/make_toy_data.py draws toy ones, DatasetDDPM has the real ones'
-            )
-        missing = [item['seg_map_path'] for item in data_list if not Path(item['seg_map_path']).is_file()]
-        if missing:
+        if self.resplit is None:
+            pictures = find_pictures(folder)
+        else:
+            train, test = (find_pictures(folder.parent / name) for name in ('train', 'test'))
+            pictures = redraw(train, test, self.resplit)[('train', 'test').index(folder.name)]
+        labels = [picture.with_suffix(self.seg_map_suffix) for picture in pictures]
+        if missing := [label for label in labels if not label.is_file()]:
             raise ValueError(f'{len(missing)} pictures in {folder} have no label, the first one misses {missing[0]}')
-        return data_list
+        return [
+            {
+                'img_path': str(picture),
+                'seg_map_path': str(label),
+                'ignore_label': self.metainfo['ignore_label'],
+                'reduce_zero_label': False,
+                'seg_fields': [],
+            }
+            for picture, label in zip(pictures, labels, strict=True)
+        ]
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Pictures in a folder and below it, sorted by path.
+
+    Raises:
+        ValueError: there are none.
+    """
+    pictures = sorted((path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES), key=str)
+    if not pictures:
+        raise ValueError(
+            f'no pictures ({", ".join(SUFFIXES)}) in {folder}; tools/make_toy_data.py draws toy ones, DatasetDDPM has '
+            'the real ones'
+        )
+    return pictures
+
+
+def redraw(train: Sequence[Path], test: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
+    """Shuffle `train` and `test` together and divide them again, in the same numbers."""
+    pooled = [*train, *test]
+    random.Random(seed).shuffle(pooled)
+    return pooled[: len(train)], pooled[len(train) :]
 
 
 @TRANSFORMS.register_module()
 class LoadLabelArray(BaseTransform):
     """Read `seg_map_path`, an .npy file of integer class indices (H, W), into `gt_seg_map`, uint8.
 
+    The data set's `ignore_label` becomes 255.
+
+    Args:
+        size: side or (height, width) to which labels are resized (nearest), whatever the size of the picture.
+            Predictions are brought to the same size (`ori_shape`) and compared there: 256 in the published tables.
+
     Raises:
         ValueError: when the array is not two-dimensional and integer, or holds values outside 0..255.
     """
+
+    def __init__(self, size: int | Sequence[int] | None = None) -> None:
+        self.size = (size, size) if isinstance(size, int) else size
 
     def transform(self, results: dict) -> dict:
         """Add `gt_seg_map` to `results`."""
@@ -94,6 +154,30 @@ class LoadLabelArray(BaseTransform):
                 f'{results["seg_map_path"]} holds {labels.dtype} of shape {labels.shape}; expected class indices '
                 '(H, W), integers in 0..255'
             )
-        results['gt_seg_map'] = labels.astype(np.uint8)
+        labels = labels.astype(np.uint8)
+        labels[labels == results.get('ignore_label', IGNORED)] = IGNORED
+        if self.size is not None:
+            labels = mmcv.imresize(labels, self.size[::-1], interpolation='nearest')
+            results['ori_shape'] = tuple(self.size)
+        results['gt_seg_map'] = labels
         results.setdefault('seg_fields', []).append('gt_seg_map')
+        return results
+
+
+@TRANSFORMS.register_module()
+class IgnoreSmallClasses(BaseTransform):
+    """Set the label of classes of which a picture has only a few pixels to 255; for training, as DatasetDDPM does.
+
+    Args:
+        min_pixels: a class keeps its label if the picture has at least as many pixels of it.
+    """
+
+    def __init__(self, min_pixels: int = 20) -> None:
+        self.min_pixels = min_pixels
+
+    def transform(self, results: dict) -> dict:
+        """Change `gt_seg_map` of `results`."""
+        labels = results['gt_seg_map']
+        counts = np.bincount(labels.ravel(), minlength=256)
+        results['gt_seg_map'] = np.where(counts[labels] < self.min_pixels, np.uint8(IGNORED), labels)
         return results
