@@ -2,5 +2,6 @@
 
 from .aggregation import AggregationNeck, MixingWeights
 from .concat import ConcatNeck
+from .sequence import NeckSequence
 
-__all__ = ['AggregationNeck', 'ConcatNeck', 'MixingWeights']
+__all__ = ['AggregationNeck', 'ConcatNeck', 'MixingWeights', 'NeckSequence']

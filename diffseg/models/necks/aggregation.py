@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .levels import Size, check_fine_to_coarse, finest, parse_sizes, resize, split_levels
+from .levels import Size, check_order, finest, parse_sizes, resize, split_levels
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class AggregationNeck(BaseModule):
         """
         levels = split_levels(inputs, self.channels, self.timesteps)
         sizes = [size or finest(maps) for size, maps in zip(self.output_sizes, levels, strict=True)]
-        check_fine_to_coarse(sizes)
+        check_order(sizes)
         return tuple(
             level(maps, size, self.resize_first) for level, maps, size in zip(self.levels, levels, sizes, strict=True)
         )

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]
+Order = Literal['fine-to-coarse', 'coarse-to-fine']
 
 
 def parse_sizes(output_sizes: Sequence[int | Sequence[int]] | None, num_levels: int) -> list[Size | None]:
@@ -58,19 +60,19 @@ def finest(maps: Sequence[Tensor]) -> Size:
     return max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps)
 
 
-def check_fine_to_coarse(sizes: Sequence[Size]) -> None:
-    """Verify that no level is finer than the one before it.
+def check_order(sizes: Sequence[Size], order: Order = 'fine-to-coarse') -> None:
+    """Verify that levels go one way.
 
-    mmseg's heads expect this order (UPerHead pools `inputs[-1]` and predicts at the size of `inputs[0]`).
-    Unlike GDF, whose configs list levels coarse -> fine and so predict at the coarsest size.
+    mmseg's heads expect them fine -> coarse (UPerHead pools `inputs[-1]` and predicts at the size of `inputs[0]`).
+    Unlike GDF, whose configs list levels coarse -> fine and so predict at the coarsest size; `order` allows that.
 
     Raises:
-        ValueError: a level is finer than the one before it.
+        ValueError: a level is finer (or coarser) than the one before it.
     """
-    for before, after in pairwise(sizes):
+    for before, after in pairwise(sizes if order == 'fine-to-coarse' else reversed(sizes)):
         if after[0] > before[0] or after[1] > before[1]:
             raise ValueError(
-                f'levels must go from fine to coarse, but their sizes (height, width) are {list(sizes)}; '
+                f'levels must go from {order.replace("-", " ")}, but their sizes (height, width) are {list(sizes)}; '
                 f'reorder the levels of the neck and the layers of the backbone'
             )
 

@@ -51,6 +51,35 @@ def test_levels_out_of_order():
         ConcatNeck([[4], [3, 5]], 2)([coarse, fine_a, fine_b])
 
 
+def test_levels_may_go_from_coarse_to_fine_where_that_is_asked_for():
+    fine_a, fine_b, coarse = make_maps()
+    first, second = ConcatNeck([[4], [3, 5]], 2, order='coarse-to-fine')([coarse, fine_a, fine_b])
+    assert first.shape == (2, 8, 3, 5) and second.shape == (2, 16, 6, 10)
+    with pytest.raises(ValueError, match=r'from coarse to fine.*\(6, 10\), \(3, 5\)'):
+        ConcatNeck([[3, 5], [4]], 2, order='coarse-to-fine')([fine_a, fine_b, coarse])
+
+
+def test_maps_that_come_in_another_order():
+    maps = make_maps()
+    expected = ConcatNeck([[3, 5], [4]], 2)(maps)
+    found = ConcatNeck([[3, 5], [4]], 2, in_index=[[1, 2], [0]])([maps[2], maps[0], maps[1]])
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r'\[1, 2, 0\], but the neck got 2'):
+        ConcatNeck([[3, 5], [4]], 2, in_index=[[1, 2], [0]])(maps[:2])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'order': 'up'}, "order is 'up'; it is 'fine-to-coarse' or 'coarse-to-fine'"),
+        ({'in_index': [[0], [1]]}, 'one position for every layer'),
+    ],
+)
+def test_wrong_options(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ConcatNeck([[3, 5], [4]], 2, **options)
+
+
 def test_one_output_size_per_level():
     with pytest.raises(ValueError, match='one size per level'):
         ConcatNeck([[3, 5], [4]], 2, output_sizes=[8])
