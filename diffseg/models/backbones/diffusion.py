@@ -130,7 +130,8 @@ class DiffusionBackbone(FrozenBackbone):
         """`forward` without the cache."""
         if self.input_size is not None:
             x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
-        found = self.extractor(x)  # {name: (B, T, C, h, w)}
+        with self.resident(x.device):
+            found = self.extractor(x)  # {name: (B, T, C, h, w)}
         return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
 
     def _check_cacheable(self) -> None:

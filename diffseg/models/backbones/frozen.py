@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,16 @@ def verify_channels(layers: Sequence[str], channels: Sequence[int | None], expec
         raise ValueError(f'channels do not match the model: {"; ".join(wrong)}. The right list is {list(channels)}')
 
 
+def keep_device(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Of what `nn.Module._apply` does to tensors, such as `.to()`, the change of dtype alone."""
+    return lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype)
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    """Lock a tensor's memory, where there is an accelerator that reads such memory faster."""
+    return tensor.pin_memory() if torch.accelerator.is_available() and tensor.device.type == 'cpu' else tensor
+
+
 class FrozenBackbone(BaseModule):
     """A backbone around a loaded network that stays in evaluation mode and out of checkpoints.
 
@@ -71,12 +82,59 @@ class FrozenBackbone(BaseModule):
     network's buffers, which is what `freeze` makes of its frozen tensors.
 
     Attributes:
-        network: the loaded network, a child module.
+        network: the loaded network, a child module. It runs within `resident()`.
         fingerprint: what a head that was trained on the maps takes for granted, in types that JSON has.
+        offloaded: whether the network's buffers stay where they are and only visit the images' device.
+        label: what errors call the backbone.
     """
 
     network: nn.Module
     fingerprint: dict[str, Any]
+    offloaded: bool = False
+    label: str = 'backbone'
+
+    def offload(self) -> None:
+        """From now on, keep the network's buffers where they are, and have copies on the device only within `resident`.
+
+        Parameters move with the backbone as ever, so that optimizers keep what they were given.
+
+        Raises:
+            ValueError: parts of the network are to be recomputed in the backward pass, when they are gone again.
+        """
+        if any(getattr(module, 'gradient_checkpointing', False) for module in self.network.modules()):
+            raise ValueError(
+                'gradient checkpointing runs the network again in the backward pass, when an offloaded network is not '
+                'on the device; leave out one of the two'
+            )
+        self.offloaded = True
+        for module, name, buffer in list(self._network_buffers()):
+            setattr(module, name, _pin(buffer))
+
+    @contextmanager
+    def resident(self, device: torch.device) -> Iterator[None]:
+        """Have the network on `device`: at once if it is not offloaded, else through copies of its buffers.
+
+        Copies that a backward pass needs live until then.
+        """
+        visitors = list(self._network_buffers()) if self.offloaded else []
+        try:
+            for module, name, buffer in visitors:
+                setattr(module, name, buffer.to(device, non_blocking=True))
+            yield
+        finally:
+            for module, name, buffer in visitors:
+                setattr(module, name, buffer)
+
+    def _network_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for module in self.network.modules():
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                yield module, name, buffer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'FrozenBackbone':
+        """What `.to()`, `.half()` and so on do; of an offloaded network's buffers, only the dtype follows."""
+        resting = {id(buffer) for _, _, buffer in self._network_buffers()} if self.offloaded else set()
+        stay = keep_device(fn)
+        return super()._apply(lambda x: _pin(stay(x)) if id(x) in resting else fn(x), recurse)
 
     def train(self, mode: bool = True) -> 'FrozenBackbone':
         """Set the mode of the backbone itself; the network stays in evaluation mode."""
@@ -109,7 +167,7 @@ class FrozenBackbone(BaseModule):
         different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         if different:
             raise ValueError(
-                'the checkpoint belongs to another backbone: '
+                f'the checkpoint belongs to another {self.label}: '
                 + '; '.join(f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different)
                 + '. Build the backbone as it was, or train anew'
             )
