@@ -16,8 +16,9 @@ MM = [
     'ftfy',  # mmsegmentation imports it without requiring it
     'regex',  # likewise
     'setuptools<82',  # mmengine resolves `mmseg::` config paths with pkg_resources
+    'scipy',  # .mat annotations of PF-Pascal and CUB; mmsegmentation requires it as well
 ]
-ONEDL = ['onedl-mmsegmentation>=1.4.2', 'onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6']
+ONEDL = ['onedl-mmsegmentation>=1.4.2', 'onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6', 'scipy']
 
 
 class BuildWithMim(build_py):
