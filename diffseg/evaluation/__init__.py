@@ -1,5 +1,6 @@
 """Metrics."""
 
 from .pck import correct_keypoints, pck
+from .scarce import ScarceIoUMetric
 
-__all__ = ['correct_keypoints', 'pck']
+__all__ = ['ScarceIoUMetric', 'correct_keypoints', 'pck']

@@ -1,6 +1,7 @@
 """Parts for mmsegmentation: importing this package registers them in `mmseg.registry.MODELS`."""
 
 from .backbones import DiffusionBackbone
+from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 
-__all__ = ['AggregationNeck', 'ConcatNeck', 'DiffusionBackbone']
+__all__ = ['AggregationNeck', 'ConcatNeck', 'DiffusionBackbone', 'PixelClassifierHead']

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import METRICS
+
+from diffseg.evaluation.scarce import areas, class_iou
+
+PREDICTION = torch.tensor([[0, 0, 1, 1], [0, 2, 1, 1]])
+TRUTH = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 255]], dtype=torch.uint8)
+
+
+def evaluate(metric, *pairs, classes=3, **meta):
+    metric = METRICS.build(metric)
+    metric.dataset_meta = {'classes': [str(i) for i in range(classes)], **meta}
+    samples = [
+        {'pred_sem_seg': {'data': prediction[None]}, 'gt_sem_seg': {'data': truth[None]}} for prediction, truth in pairs
+    ]
+    metric.process({}, samples)
+    return metric.evaluate(len(samples))
+
+
+def test_by_hand():
+    # class 0: 3 of 4; class 1: 2 of 5, where the pixel of ignored truth is in the union; class 2: predicted once
+    assert areas(PREDICTION, TRUTH, 4).tolist() == [[3, 2, 0, 0], [4, 5, 1, 0]]
+    assert class_iou(areas(PREDICTION, TRUTH, 4)).tolist() == [0.75, 0.4, 0, 0]
+    assert evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH)) == {
+        'scarce/mIoU': pytest.approx(100 * (0.75 + 0.4) / 3)
+    }
+
+
+def test_absent_classes_count_and_the_ignored_one_does_not():
+    found = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), classes=4, ignore_label=0)
+    assert found == {'scarce/mIoU': pytest.approx(100 * 0.4 / 3)}
+
+
+def test_whole_data_set_not_mean_over_pictures():
+    other = torch.zeros_like(PREDICTION), torch.zeros_like(TRUTH)
+    # class 0: (3 + 8) / (4 + 8)
+    found = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), other)
+    assert found['scarce/mIoU'] == pytest.approx(100 * (11 / 12 + 0.4) / 3)
+
+
+def test_identity_is_one():
+    truth = torch.arange(12).view(3, 4) % 3
+    assert class_iou(areas(truth, truth, 3)).tolist() == [1, 1, 1]
+    assert evaluate({'type': 'ScarceIoUMetric'}, (truth, truth)) == {'scarce/mIoU': 100}
+
+
+def test_equals_mmseg_where_all_classes_are_present_and_none_is_ignored():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [tuple(torch.randint(5, (2, 8, 8), generator=generator)) for _ in range(3)]
+    ours = evaluate({'type': 'ScarceIoUMetric'}, *pairs, classes=5)['scarce/mIoU']
+    assert ours == pytest.approx(evaluate({'type': IoUMetric}, *pairs, classes=5)['mIoU'], abs=0.005)
