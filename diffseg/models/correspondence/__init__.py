@@ -1,5 +1,5 @@
 """Semantic correspondence."""
 
-from .matching import match_points
+from .matching import UpsampledSimilarity, best_buddies, descriptors_at, match_points, mutual_nearest_neighbours
 
-__all__ = ['match_points']
+__all__ = ['UpsampledSimilarity', 'best_buddies', 'descriptors_at', 'match_points', 'mutual_nearest_neighbours']

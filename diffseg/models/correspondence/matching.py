@@ -1,45 +1,358 @@
-"""Nearest neighbours between the descriptors of two images."""
+"""Matching the descriptors of two images.
+
+Points are (x, y) in whole pixels, and maps of descriptors have shape (C, h, w). "Upsampled" means bilinearly and with
+`align_corners=False`, as `torch.nn.functional.interpolate` does it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
+
+Size = tuple[int, int]
+CHUNK = 2**18  # similarities that are held at once
+QUERIES = 256  # that are matched at once
 
 
 def match_points(
-    source: Tensor, target: Tensor, points: Tensor, source_size: tuple[int, int], target_size: tuple[int, int]
+    source: Tensor,
+    target: Tensor,
+    points: Tensor,
+    source_size: Size,
+    target_size: Size,
+    window: int | None = None,
+    temperature: float = 0.04,
 ) -> Tensor:
     """Find in the target image what lies at given points of the source image.
 
-    Both maps are upsampled to the size of their image (bilinear), the source's descriptor is read at every point, and
-    the target pixel of highest cosine similarity is its match (DIFT, arXiv 2306.03881, evaluation on SPair-71k).
+    Both maps are upsampled to the size of their image, the source's descriptor is read at every point, and the target
+    pixel of highest cosine similarity is its match (DIFT, arXiv 2306.03881, evaluation on SPair-71k). The upsampled
+    maps are not materialised, see `UpsampledSimilarity`.
+
+    From the middle of a border cell outwards all pixels are alike. Of these, the one at the point's own place is taken
+    if it is among them, so that an image matches itself exactly, and otherwise the outermost. Unlike DIFT and DHF,
+    where at the upper and left borders the outermost is taken always, and at the others rounding errors decide.
 
     Args:
         source: descriptors with shape (C, h, w).
         target: descriptors with shape (C, h', w').
-        points: (x, y) in whole pixels of the source image, with shape (N, 2).
+        points: with shape (N, 2).
         source_size: height and width of the source image in pixels.
         target_size: height and width of the target image in pixels.
+        window: refine matches within a window of this side, see `UpsampledSimilarity.soft_argmax`.
+        temperature: of the refinement.
 
     Returns:
-        (x, y) in pixels of the target image, with shape (N, 2), int64.
+        (x, y) in pixels of the target image, with shape (N, 2); int64, or floating point if refined.
 
     Raises:
         ValueError: when a point lies outside the source image, or the maps differ in channels.
     """
-    if source.shape[0] != target.shape[0]:
-        raise ValueError(
-            f'source has {source.shape[0]} channels and target {target.shape[0]}; they must be of the same kind'
-        )
-    x, y = points.long().to(source.device).unbind(dim=-1)
-    height, width = source_size
+    matches = []
+    for queries in descriptors_at(source, points, source_size).split(QUERIES):
+        similarity = UpsampledSimilarity.of(queries, target, target_size)
+        matches.append(similarity.argmax() if window is None else similarity.soft_argmax(window, temperature))
+    found = torch.cat(matches)
+    if window is not None:
+        return found
+    own = points.to(found) * found.new_tensor(target_size[::-1]) // found.new_tensor(source_size[::-1])
+    axes = zip(found.T, own.T, target.shape[:0:-1], target_size[::-1], strict=True)
+    return torch.stack([_settle_on_border(*axis) for axis in axes], dim=1)
+
+
+def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
+    """Read a map of descriptors that is upsampled to `size` at some points.
+
+    Args:
+        maps: with shape (C, h, w).
+        points: with shape (N, 2).
+        size: height and width in pixels.
+
+    Returns:
+        Shape (N, C), in the precision in which similarities are computed.
+
+    Raises:
+        ValueError: when a point lies outside.
+    """
+    height, width = size
+    x, y = points.long().to(maps.device).unbind(dim=-1)
     if ((x < 0) | (y < 0) | (x >= width) | (y >= height)).any():
         raise ValueError(
             f'points {points.tolist()} are not all inside the source image of {width} x {height} pixels (x, y)'
         )
-    upsampled = F.interpolate(source[None], source_size, mode='bilinear')[0]
-    descriptors = F.normalize(upsampled[:, y, x], dim=0)  # (C, N)
-    candidates = F.normalize(
-        F.interpolate(target[None], target_size, mode='bilinear')[0].flatten(1), dim=0
-    )  # (C, H' W')
-    best = (descriptors.T @ candidates).argmax(dim=1)
-    return torch.stack([best % target_size[1], best // target_size[1]], dim=1)
+    top, bottom, dy = (each[y] for each in _neighbours(maps.shape[1], height, maps.device))
+    left, right, dx = (each[x] for each in _neighbours(maps.shape[2], width, maps.device))
+    upper = torch.lerp(_precise(maps[:, top, left]), _precise(maps[:, top, right]), dx)  # (C, N)
+    lower = torch.lerp(_precise(maps[:, bottom, left]), _precise(maps[:, bottom, right]), dx)
+    return torch.lerp(upper, lower, dy).T
+
+
+@dataclass(frozen=True)
+class UpsampledSimilarity:
+    """Cosine similarity of K queries with every pixel of an upsampled map, evaluated where it is wanted.
+
+    A pixel's descriptor is v = sum_i w_i f_i over the four cells around it. So the product <q, v> = sum_i w_i <q, f_i>
+    is the upsampled map of the cells' products, and |v|^2 = sum_ij w_i w_j <f_i, f_j> follows from the products of
+    neighbouring cells. Both cost C operations per cell and a few per pixel, where upsampling the map costs C per pixel.
+
+    Everything is computed in double precision, except on devices that have none (MPS). What is interpolated along the
+    rows is kept; a pixel takes one more interpolation, between two rows.
+
+    Attributes:
+        dots: products with the queries, shape (K, h, W).
+        squares: squared norms within each row of cells, shape (h, W).
+        crosses: products of each row of cells with the next (the last with itself), shape (h, W).
+        top: the row of cells above each row of pixels, shape (H,).
+        bottom: the row of cells below it, shape (H,).
+        fraction: of the way from one to the other, shape (H,).
+    """
+
+    dots: Tensor
+    squares: Tensor
+    crosses: Tensor
+    top: Tensor
+    bottom: Tensor
+    fraction: Tensor
+
+    @classmethod
+    def of(cls, queries: Tensor, maps: Tensor, size: Size) -> 'UpsampledSimilarity':
+        """Prepare.
+
+        Args:
+            queries: descriptors with shape (K, C), of any length other than zero.
+            maps: with shape (C, h, w).
+            size: height H and width W in pixels to which the map is upsampled.
+
+        Raises:
+            ValueError: the queries and the map differ in channels.
+        """
+        if queries.shape[1] != maps.shape[0]:
+            raise ValueError(
+                f'queries have {queries.shape[1]} channels and the map {maps.shape[0]}; they must be of the same kind'
+            )
+        dots, norm, along, cross, diagonals = _cell_products(F.normalize(_precise(queries), dim=1), maps)
+        left, right, b = _neighbours(maps.shape[2], size[1], maps.device)
+        a = 1 - b
+        return cls(
+            torch.lerp(dots[..., left], dots[..., right], b),
+            a * a * norm[:, left] + 2 * a * b * along[:, left] + b * b * norm[:, right],
+            a * a * cross[:, left] + a * b * diagonals[:, left] + b * b * cross[:, right],
+            *_neighbours(maps.shape[1], size[0], maps.device),
+        )
+
+    @property
+    def size(self) -> Size:
+        """Height and width in pixels."""
+        return len(self.top), self.dots.shape[2]
+
+    def at(self, query: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Similarities at some pixels.
+
+        Args:
+            query: indices of queries, which broadcast with y and x.
+            y: rows.
+            x: columns.
+        """
+        top, bottom, c = self.top[y], self.bottom[y], self.fraction[y]
+        dots = torch.lerp(self.dots[query, top, x], self.dots[query, bottom, x], c)
+        return dots / self._norm(self.squares[top, x], self.squares[bottom, x], self.crosses[top, x], c)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Similarities at the pixels of rows `first` to `last` (exclusive), shape (K, last - first, W)."""
+        top, bottom, c = self.top[first:last], self.bottom[first:last], self.fraction[first:last, None]
+        dots = torch.lerp(self.dots[:, top], self.dots[:, bottom], c)
+        return dots / self._norm(self.squares[top], self.squares[bottom], self.crosses[top], c)
+
+    def argmax(self, chunk: int = CHUNK) -> Tensor:
+        """The most similar pixel of each query; of equal ones the first, row by row.
+
+        Args:
+            chunk: how many similarities to hold at once.
+
+        Returns:
+            (x, y) with shape (K, 2), int64.
+        """
+        height, width = self.size
+        step = max(1, chunk // max(1, len(self.dots) * width))
+        best = self.dots.new_full((len(self.dots),), -torch.inf)
+        index = torch.zeros_like(best, dtype=torch.long)
+        for first in range(0, height, step):
+            found = self.rows(first, first + step).flatten(1)  # (K, step * W)
+            place = found.argmax(1)
+            value = found.gather(1, place[:, None])[:, 0]
+            better = value > best
+            best = torch.where(better, value, best)
+            index = torch.where(better, place + first * width, index)
+        return torch.stack([index % width, index // width], dim=1)
+
+    def soft_argmax(self, window: int, temperature: float = 0.04) -> Tensor:
+        """The mean position around the most similar pixel, weighted by a softmax: sub-pixel.
+
+        Args:
+            window: side in pixels, odd, of the square that is averaged over; it is cut at the borders.
+            temperature: by which similarities are divided before the softmax.
+
+        Returns:
+            (x, y) with shape (K, 2), floating point.
+
+        Raises:
+            ValueError: the window is even or not positive.
+        """
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f'window is {window}; it is an odd number of pixels, so that it has a middle')
+        height, width = self.size
+        offsets = torch.arange(window, device=self.dots.device) - window // 2
+        x, y = self.argmax().unbind(1)
+        x, y = x[:, None, None] + offsets, y[:, None, None] + offsets[:, None]  # (K, 1, s), (K, s, 1)
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # (K, s, s)
+        queries = torch.arange(len(self.dots), device=self.dots.device)[:, None, None]
+        logits = self.at(queries, y.clamp(0, height - 1), x.clamp(0, width - 1)) / temperature
+        weights = logits.masked_fill(~inside, -torch.inf).flatten(1).softmax(1).view_as(logits)
+        return torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], dim=1)
+
+    @staticmethod
+    def _norm(upper: Tensor, lower: Tensor, cross: Tensor, c: Tensor) -> Tensor:
+        square = (1 - c) ** 2 * upper + 2 * c * (1 - c) * cross + c**2 * lower
+        return square.clamp_min(1e-24).sqrt()
+
+
+def mutual_nearest_neighbours(
+    source: Tensor, target: Tensor, metric: Literal['cosine', 'l2'] = 'cosine', chunk: int = CHUNK
+) -> Tensor:
+    """Pairs of descriptors that are each other's nearest neighbour.
+
+    Args:
+        source: with shape (N, C).
+        target: with shape (M, C).
+        metric: what is near.
+        chunk: how many similarities to hold at once.
+
+    Returns:
+        Indices into source and target with shape (P, 2), in the order of the source.
+
+    Raises:
+        ValueError: on another metric.
+    """
+    if metric not in ('cosine', 'l2'):
+        raise ValueError(f"metric is {metric!r}; it is 'cosine' or 'l2'")
+    if not len(source) or not len(target):
+        return torch.empty(0, 2, dtype=torch.long, device=source.device)
+    if metric == 'cosine':
+        source, target = F.normalize(source, dim=1), F.normalize(target, dim=1)
+    forward = []
+    best = source.new_full((len(target),), -torch.inf)
+    backward = torch.zeros_like(best, dtype=torch.long)
+    step = max(1, chunk // len(target))
+    for first in range(0, len(source), step):
+        part = source[first : first + step]
+        similarity = part @ target.T  # (n, M)
+        if metric == 'l2':  # -|a - b|^2
+            similarity = 2 * similarity - part.square().sum(1)[:, None] - target.square().sum(1)
+        forward.append(similarity.argmax(1))
+        place = similarity.argmax(0)
+        value = similarity.gather(0, place[None])[0]
+        better = value > best
+        best = torch.where(better, value, best)
+        backward = torch.where(better, place + first, backward)
+    forward = torch.cat(forward)
+    indices = torch.arange(len(source), device=source.device)
+    mutual = backward[forward] == indices
+    return torch.stack([indices[mutual], forward[mutual]], dim=1)
+
+
+def best_buddies(
+    source: Tensor,
+    target: Tensor,
+    num_pairs: int = 10,
+    source_saliency: Tensor | None = None,
+    target_saliency: Tensor | None = None,
+    threshold: float = 0.05,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A few good matches, well spread, between two maps without annotation (the demo of DHF, arXiv 2305.14334).
+
+    Cells that are each other's nearest neighbour, and both salient, are clustered (k-means) by what they look like; of
+    each cluster the most salient pair is taken.
+
+    Unlike DHF, both cells of a pair must be salient; there it suffices for the target if a salient cell of it has the
+    pair's source cell as its nearest neighbour. Unlike DHF, coordinates are whole cells; there y is `index / width`.
+
+    Args:
+        source: with shape (C, h, w).
+        target: with shape (C, h', w').
+        num_pairs: how many to find at most.
+        source_saliency: in [0, 1] with shape (h, w); all alike when None.
+        target_saliency: with shape (h', w').
+        threshold: which saliency must be exceeded.
+        seed: of the clustering.
+
+    Returns:
+        (x, y) in cells of the source and of the target, each with shape (P, 2).
+    """
+    maps = source, target
+    saliencies = [
+        x.new_ones(x.shape[1:]) if saliency is None else saliency.to(x)
+        for x, saliency in zip(maps, (source_saliency, target_saliency), strict=True)
+    ]
+    descriptors = [F.normalize(x.flatten(1).T, dim=1) for x in maps]  # (h*w, C)
+    pairs = mutual_nearest_neighbours(*descriptors)
+    saliency = torch.stack([s.flatten()[i] for s, i in zip(saliencies, pairs.T, strict=True)])  # (2, P)
+    salient = (saliency > threshold).all(0)
+    pairs, saliency = pairs[salient], saliency[:, salient].mean(0)
+    if len(pairs) > num_pairs:
+        joint = torch.cat([x[i] for x, i in zip(descriptors, pairs.T, strict=True)], dim=1)
+        _, labels = kmeans2(joint.double().cpu().numpy(), num_pairs, minit='++', seed=seed)
+        labels = torch.from_numpy(labels).to(saliency.device)
+        chosen = [torch.where(labels == label, saliency, -torch.inf).argmax() for label in labels.unique()]
+        pairs = pairs[torch.stack(chosen)]
+    points = [torch.stack([i % x.shape[2], i // x.shape[2]], dim=1) for x, i in zip(maps, pairs.T, strict=True)]
+    return points[0], points[1]
+
+
+def _cell_products(queries: Tensor, maps: Tensor, channels: int = 64) -> tuple[Tensor, ...]:
+    """Sums over channels, some of them at a time.
+
+    Returns:
+        The products of all cells with the queries (K, h, w); and of cells with themselves, the cell on the right, the
+        cell below, and of both diagonals, summed, each (h, w). Beyond the last cell is the last cell.
+    """
+    total: list[Tensor | float] = [0.0] * 5
+    for q, part in zip(queries.split(channels, 1), maps.split(channels), strict=True):
+        f = F.pad(_precise(part), (0, 1, 0, 1), mode='replicate')
+        here, right, below, across = f[:, :-1, :-1], f[:, :-1, 1:], f[:, 1:, :-1], f[:, 1:, 1:]
+        products = [(here * each).sum(0) for each in (here, right, below)]
+        products.append((here * across).sum(0) + (right * below).sum(0))
+        dots = torch.einsum('kc,chw->khw', q, here)
+        total = [old + new for old, new in zip(total, [dots, *products], strict=True)]
+    return tuple(total)
+
+
+def _settle_on_border(found: Tensor, own: Tensor, cells: int, pixels: int) -> Tensor:
+    """One coordinate of matches, with shape (N,): choose among the pixels that are alike at either end of an axis."""
+    alike = pixels if cells == 1 else int(pixels / (2 * cells) + 0.5)
+    low, high = found < alike, found >= pixels - alike
+    found = torch.where(low, torch.where(own < alike, own, 0), found)
+    return torch.where(high & ~low, torch.where(own >= pixels - alike, own, pixels - 1), found)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(_precision(x.device))
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    """Double precision, where the device has it."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def _neighbours(cells: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pixel the cells before and after its middle, and the fraction of the way between these.
+
+    Beyond the middle of the first and the last cell all pixels are equal.
+    """
+    middle = (torch.arange(pixels, dtype=_precision(device), device=device) + 0.5) * (cells / pixels) - 0.5
+    middle = middle.clamp(0, cells - 1)
+    before = middle.long()
+    return before, (before + 1).clamp(max=cells - 1), middle - before
