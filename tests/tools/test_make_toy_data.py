@@ -20,13 +20,13 @@ def draw(load_tool):
 
 @pytest.fixture
 def folder(tmp_path, draw):
-    draw([str(tmp_path / 'one'), '--train', '4', '--test', '2', '--pairs', '2'])
+    draw([str(tmp_path / 'one'), '--train', '4', '--test', '2', '--pairs', '2', '--across', '1'])
     return tmp_path / 'one'
 
 
 def test_the_same_seed_writes_the_same_bytes(folder, draw):
     again, other = folder.parent / 'two', folder.parent / 'three'
-    draw([str(again), '--train', '4', '--test', '2', '--pairs', '2'])
+    draw([str(again), '--train', '4', '--test', '2', '--pairs', '2', '--across', '1'])
     draw([str(other), '--train', '4', '--test', '2', '--seed', '1'])
     assert digest(folder) == digest(again)
     assert not set(digest(folder).values()) & set(digest(other).values())
@@ -43,11 +43,12 @@ def test_part_segmentation_layout(folder):
     assert len(set(digest(folder / 'toy').values())) == 12  # no picture twice
 
 
-def test_pair_layout(folder):
-    root = folder / 'SPair-toy'
+@pytest.mark.parametrize('name, count', [('SPair-toy', 2 * 4), ('SPair-toy-across', 4 * 3)])
+def test_pair_layout(folder, name, count):
+    root = folder / name
     for split in ('trn', 'val', 'test'):
         stems = (root / 'Layout/large' / f'{split}.txt').read_text().split()
-        assert len(stems) == 2 * len(SPECIES)
+        assert len(stems) == count
         for stem in stems:
             pair = json.loads((root / 'PairAnnotation' / split / f'{stem}.json').read_text())
             _, source, target = stem.split(':')[0].split('-')
@@ -63,3 +64,15 @@ def test_pair_layout(folder):
                 silhouette = np.asarray(Image.open(root / 'Segmentation' / category / name.replace('jpg', 'png')))
                 rows, columns = np.nonzero(silhouette)
                 assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x1, y1, x2, y2)
+
+
+def test_the_pictures_across_species_are_those_within(folder):
+    within, across = (digest(folder / name) for name in ('SPair-toy', 'SPair-toy-across'))
+    pictures = {path: value for path, value in across.items() if path.startswith('JPEGImages')}
+    assert len(pictures) == 3 * 12 * 2
+    assert set(pictures.values()) < set(within.values())
+    stems = (folder / 'SPair-toy-across/Layout/large/test.txt').read_text().split()
+    assert {stem.split(':')[1] for stem in stems} == {f'{a}_{b}' for a in SPECIES for b in SPECIES if a != b}
+    for stem in stems:  # e.g. 000000-horse_test_000000-giraffe_test_000001:horse_giraffe
+        pair, category = stem.split(':')
+        assert [name.split('_')[0] for name in pair.split('-')[1:]] == category.split('_')
