@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -111,27 +112,35 @@ class DiffusionBackbone(FrozenBackbone):
             )
         return {f'unet.{name}' for names in selected.values() for name in names}
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """Extract.
 
         Args:
             x: images with shape (B, 3, H, W) in [-1, 1], RGB.
+            prompts: one for each image; None takes the configured one.
 
         Returns:
             L maps with shapes (B, T*C, h, w), one for each layer.
         """
         self.extractor.noise = self.train_noise if self.training else self.noise
         if self.cache is None:
-            return self._extract(x)
+            return self._extract(x, prompts)
         self._check_cacheable()  # again, for a subclass or a user may have added parameters
-        return self.cache.fetch(x, self._cache_context(), self._extract, self.extractor.layers)
+        context = self._cache_context()
+        if prompts is None:
+            return self.cache.fetch(x, context, self._extract, self.extractor.layers)
+        found = []
+        for image, prompt in zip(x.unsqueeze(1), prompts, strict=True):
+            compute = partial(self._extract, prompts=[prompt])
+            found.append(self.cache.fetch(image, {**context, 'prompt': [prompt]}, compute, self.extractor.layers))
+        return tuple(torch.cat(maps) for maps in zip(*found, strict=True))
 
-    def _extract(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _extract(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """`forward` without the cache."""
         if self.input_size is not None:
             x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
         with self.resident(x.device):
-            found = self.extractor(x)  # {name: (B, T, C, h, w)}
+            found = self.extractor(x, prompts)  # {name: (B, T, C, h, w)}
         return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
 
     def _check_cacheable(self) -> None:

@@ -98,6 +98,21 @@ def test_training_noise_may_be_fresh(make: Callable):
 # ---- channels and errors
 
 
+@pytest.mark.parametrize('cached', [False, True])
+def test_each_image_may_have_its_own_prompt(make: Callable, tmp_path: Path, cached: bool):
+    images = make_images()
+    backbone = make(cache={'path': str(tmp_path), 'dtype': 'float32'} if cached else None)
+    found = backbone(images, ['a horse', 'a dog'])
+    for i, prompt in enumerate(('a horse', 'a dog')):
+        alone = make(prompt=prompt)(images[i : i + 1])
+        for ours, theirs in zip(found, alone, strict=True):
+            torch.testing.assert_close(ours[i], theirs[0], rtol=1e-4, atol=1e-4)
+    other = backbone(images, ['a dog', 'a horse'])
+    assert not torch.allclose(found[0], other[0], rtol=1e-3, atol=1e-3)
+    for ours, again in zip(found, backbone(images, ['a horse', 'a dog']), strict=True):
+        assert torch.equal(ours, again)
+
+
 def test_channels_are_verified(make: Callable):
     assert make(channels=[32, 32, 64, 64]).channels == [32, 32, 64, 64]
     with pytest.raises(ValueError, match=rf'{LAYERS[1]} has 32, not 640.*right list is \[32, 32, 64, 64\]'):
