@@ -1,7 +1,7 @@
 """Parts for mmsegmentation: importing this package registers them in `mmseg.registry.MODELS`."""
 
-from .backbones import DiffusionBackbone
+from .backbones import DiffusionBackbone, VisionBackbone
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 
-__all__ = ['AggregationNeck', 'ConcatNeck', 'DiffusionBackbone', 'PixelClassifierHead']
+__all__ = ['AggregationNeck', 'ConcatNeck', 'DiffusionBackbone', 'PixelClassifierHead', 'VisionBackbone']

@@ -1,5 +1,6 @@
 """Backbones: image -> tuple of feature maps."""
 
 from .diffusion import DiffusionBackbone
+from .vision import VisionBackbone
 
-__all__ = ['DiffusionBackbone']
+__all__ = ['DiffusionBackbone', 'VisionBackbone']

@@ -1,0 +1,420 @@
+"""Pretrained vision transformers (DINOv2, DINOv3, MAE, CLIP) as mmseg backbones."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmseg.registry import MODELS
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    CLIPVisionModel,
+    Dinov2Backbone,
+    Dinov2WithRegistersBackbone,
+    DINOv3ViTBackbone,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTMAEModel,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from diffseg.cache import build_cache
+from diffseg.diffusion.images import check_images, extend_images
+from diffseg.diffusion.loading import fingerprint
+
+from .frozen import FrozenBackbone, freeze, verify_channels
+
+# By the type that configurations state. The first three follow transformers' backbone API.
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    'dinov2': Dinov2Backbone,
+    'dinov2_with_registers': Dinov2WithRegistersBackbone,
+    'dinov3_vit': DINOv3ViTBackbone,
+    'vit_mae': ViTMAEModel,
+    'clip_vision_model': CLIPVisionModel,
+}
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
+FOLDER_FILES = 'config.json, preprocessor_config.json and model.safetensors'
+FINAL_NORMS = {'vit_mae': 'layernorm', 'clip_vision_model': 'post_layernorm'}  # of those without a backbone class
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIZES = {
+    's': {'hidden_size': 384, 'num_hidden_layers': 12, 'num_attention_heads': 6},
+    'b': {'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12},
+    'l': {'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16},
+    'g': {'hidden_size': 1536, 'num_hidden_layers': 40, 'num_attention_heads': 24},
+}
+
+
+@dataclass(frozen=True)
+class VisionPreset:
+    """A published vision transformer.
+
+    Attributes:
+        repo_id: Repository on the Hugging Face hub.
+        license: Licence of the weights.
+        config: Type, and what differs from the defaults of that type's configuration.
+        normalization: Mean and standard deviation of RGB in [0, 1].
+        gated: Whether the hub asks to accept the licence before it gives the weights.
+    """
+
+    repo_id: str
+    license: str
+    config: Mapping[str, Any]
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    gated: bool = False
+
+
+def _width(size: str) -> dict[str, int]:
+    """A size of those types whose hidden layers' width is stated, not a ratio."""
+    return {**SIZES[size], 'intermediate_size': 4 * SIZES[size]['hidden_size']}
+
+
+PRESETS: dict[str, VisionPreset] = {
+    **{
+        f'dinov2-{size}': VisionPreset(
+            repo_id=f'facebook/dinov2-{name}',
+            license='Apache-2.0',
+            config={
+                'model_type': 'dinov2',
+                'image_size': 518,
+                'patch_size': 14,
+                'use_swiglu_ffn': size == 'g',
+                **SIZES[size],
+            },
+        )
+        for size, name in {'s': 'small', 'b': 'base', 'l': 'large', 'g': 'giant'}.items()
+    },
+    **{
+        f'dinov3-{size}': VisionPreset(
+            repo_id=f'facebook/dinov3-vit{size}16-pretrain-lvd1689m',
+            license='DINOv3 License',
+            config={'model_type': 'dinov3_vit', 'patch_size': 16, 'num_register_tokens': 4, **_width(size)},
+            gated=True,
+        )
+        for size in 'sbl'
+    },
+    **{
+        f'mae-{size}': VisionPreset(
+            repo_id=f'facebook/vit-mae-{name}',
+            license='Apache-2.0',
+            config={'model_type': 'vit_mae', 'patch_size': 16, **_width(size)},
+        )
+        for size, name in {'b': 'base', 'l': 'large'}.items()
+    },
+    **{
+        f'clip-{size}{patch}': VisionPreset(
+            repo_id=f'openai/clip-vit-{name}-patch{patch}',
+            license='MIT',
+            config={'model_type': 'clip_vision_model', 'patch_size': patch, **_width(size)},
+            normalization=OPENAI_CLIP,
+        )
+        for size, name, patch in [('b', 'base', 16), ('l', 'large', 14)]
+    },
+}
+
+
+class HiddenStates(nn.Module):
+    """A vision transformer for which transformers has no backbone class, behind the interface of one.
+
+    Args:
+        model: gives hidden states with a class token before those of the patches.
+        out_features: which of 'stem', 'stage1', ... to return, in this order.
+        norm: applied to every map.
+    """
+
+    def __init__(self, model: PreTrainedModel, out_features: Sequence[str], norm: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self.norm = norm
+        self.out_features = list(out_features)
+        stages = stage_names(model.config)
+        self._indices = [stages.index(name) for name in out_features]
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        """Images (B, 3, H, W), whose sides are multiples of the patch, to maps (B, C, h, w)."""
+        size = [side // self.model.config.patch_size for side in pixel_values.shape[-2:]]
+        options = {}
+        if hasattr(self.model.config, 'mask_ratio'):  # MAE sorts patches by this noise, even when it drops none
+            options['noise'] = torch.arange(size[0] * size[1], device=pixel_values.device).expand(len(pixel_values), -1)
+        found = self.model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, **options)
+        tokens = [found.hidden_states[i] for i in self._indices]  # (B, 1 + h*w, C)
+        if self.norm is not None:
+            tokens = [self.norm(x) for x in tokens]
+        return BackboneOutput(feature_maps=tuple(x[:, 1:].transpose(1, 2).unflatten(2, size) for x in tokens))
+
+
+def stage_names(config: PreTrainedConfig) -> list[str]:
+    """What transformers' backbones call the hidden states: 'stem' before the first block, 'stage{n}' after the n-th."""
+    return ['stem', *(f'stage{n + 1}' for n in range(config.num_hidden_layers))]
+
+
+def resolve_layers(layers: Sequence[int | str], stages: Sequence[str]) -> list[str]:
+    """Names of hidden states.
+
+    Args:
+        layers: names, or positions in `stages`, from the end if negative.
+        stages: all names.
+
+    Raises:
+        ValueError: no such hidden state, or one is asked for twice.
+    """
+    numbered = {**dict(enumerate(stages)), **{i - len(stages): name for i, name in enumerate(stages)}}
+    known = {**numbered, **{name: name for name in stages}}
+    if unknown := [layer for layer in layers if layer not in known]:
+        raise ValueError(
+            f'the model has no layers {unknown}; there are {stages[0]!r} or 0 to {stages[-1]!r} or {len(stages) - 1}'
+        )
+    names = [known[layer] for layer in layers]
+    if len(set(names)) < len(names):
+        raise ValueError(f'layers={list(layers)} asks for a layer twice')
+    return names
+
+
+def find_preset(model: str | Path) -> VisionPreset | None:
+    """What is known beforehand of a preset's name or a hub id; None for a folder and for an unknown hub id.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError: neither a preset, a hub id nor a folder.
+    """
+    text = str(model)
+    if text in PRESETS:
+        return PRESETS[text]
+    if Path(text).expanduser().is_dir():
+        return None
+    if isinstance(model, Path) or text.count('/') > 1 or text[:1] in './~':
+        raise FileNotFoundError(f'no model at {text}; give a folder with {FOLDER_FILES}, a hub id or a preset')
+    if '/' not in text:
+        near = difflib.get_close_matches(text, PRESETS, n=3)
+        hint = f'did you mean {", ".join(near)}? ' if near else ''
+        raise ValueError(
+            f'no vision preset {text!r}; {hint}presets: {", ".join(PRESETS)}; or give a hub id or a folder'
+        )
+    return next((preset for preset in PRESETS.values() if preset.repo_id == text), None)
+
+
+def load_vision_config(model: str | Path, revision: str | None = None, *, from_preset: bool = True) -> PreTrainedConfig:
+    """A model's configuration, without its weights.
+
+    Args:
+        model: preset, hub id or folder.
+        revision: of a hub model.
+        from_preset: take what a preset knows, which needs no network, instead of what stands beside the weights.
+
+    Raises:
+        ValueError: unknown model, or a type that is not supported.
+        OSError: the configuration cannot be read.
+    """
+    preset = find_preset(model)
+    if preset is not None and from_preset:
+        options = dict(preset.config)
+        config = CLASSES[options.pop('model_type')].config_class(**options)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(_location(model), revision=revision)
+        except (OSError, ValueError) as error:
+            raise _explain(model, error) from error
+        config = getattr(config, 'vision_config', config)  # CLIP as a whole
+    if config.model_type not in CLASSES:
+        raise ValueError(f'{model} is a {config.model_type}; supported are {", ".join(CLASSES)}')
+    if hasattr(config, 'mask_ratio'):  # MAE would drop patches
+        config.mask_ratio = 0.0
+    return config
+
+
+def load_normalization(model: str | Path, revision: str | None = None) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation, of RGB in [0, 1], that a model was trained with.
+
+    Raises:
+        OSError: a folder or repository does not say.
+    """
+    if preset := find_preset(model):
+        return preset.normalization
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(_location(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise _explain(model, error) from error
+    return found['image_mean'], found['image_std']
+
+
+def load_vision_model(
+    model: str | Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    random: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The network in evaluation mode.
+
+    Args:
+        model: preset, hub id or folder.
+        config: as `load_vision_config` gives it.
+        dtype: of the weights.
+        random: initialise at random, the same each time, instead of reading weights.
+        revision: of a hub model.
+
+    Raises:
+        OSError: weights cannot be read, or some are missing.
+    """
+    cls = CLASSES[config.model_type]
+    if random:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return cls(config).to(dtype).eval()
+    try:
+        network, info = cls.from_pretrained(
+            _location(model), config=config, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _explain(model, error) from error
+    if info['missing_keys']:
+        raise OSError(f'{model} lacks weights: {", ".join(sorted(info["missing_keys"]))}')
+    return network.eval()
+
+
+def _location(model: str | Path) -> str:
+    """Hub id or folder."""
+    path = Path(model).expanduser()
+    return PRESETS[str(model)].repo_id if str(model) in PRESETS else str(path if path.is_dir() else model)
+
+
+def _explain(model: str | Path, error: Exception) -> OSError:
+    """The error to raise when a model could not be read."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+    preset = find_preset(model)
+    gated = f' Accept its licence at https://huggingface.co/{preset.repo_id} first.' if preset and preset.gated else ''
+    return OSError(f'cannot load {model}: {reason}.{gated} Without network, give a folder with {FOLDER_FILES}')
+
+
+@MODELS.register_module()
+class VisionBackbone(FrozenBackbone):
+    """Hidden states of a frozen vision transformer as plain feature maps.
+
+    ```text
+    image (B, 3, H, W) in [-1, 1] -> mean and std of the model -> transformer -> L maps (B, C, h, w)
+    ```
+
+    It takes the same images as `DiffusionBackbone` and like that stays out of checkpoints. All maps have the stride of
+    the patch, h = ceil(H / patch): sides that are no multiple of it are continued, mirrored. Position embeddings are
+    interpolated.
+
+    Args:
+        model: preset ('dinov2-b', 'mae-l', 'clip-b16', ..., see `PRESETS`), hub id, or folder.
+        layers: hidden states, in the order of the maps: n or 'stage{n}' after the n-th block, 0 or 'stem' before the
+            first, -1 after the last.
+        channels: what the config expects for each layer; verified if given.
+        input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept).
+        layernorm: apply the model's final layer norm to every map, as the linear evaluations of DINOv2 do and as
+            transformers' backbones do by default. DINOv3's last hidden state is normed in any case.
+        dtype: of the network.
+        random: initialise at random instead of loading weights; of hub models that are no preset, the configuration is
+            still read.
+        revision: commit, tag or branch of a hub model.
+        cache: folder in which maps are kept, or options, see `FeatureCache`.
+
+    Attributes:
+        channels: channels C of each layer.
+
+    Raises:
+        ValueError: unknown model, type of model, layer or dtype, or `channels` that are not the model's.
+        OSError: the model cannot be read, or lacks weights.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        layers: Sequence[int | str],
+        *,
+        channels: Sequence[int] | None = None,
+        input_size: int | Sequence[int] | None = None,
+        layernorm: bool = True,
+        dtype: str = 'float32',
+        random: bool = False,
+        revision: str | None = None,
+        cache: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        config = load_vision_config(model, revision, from_preset=random)
+        stages = stage_names(config)
+        self.layers = resolve_layers(layers, stages)
+        self.channels = [config.hidden_size] * len(self.layers)
+        if channels is not None:
+            verify_channels(self.layers, self.channels, channels)
+        self.patch_size: int = config.patch_size
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.layernorm = layernorm
+        self.cache = build_cache(cache)
+        if dtype not in DTYPES:
+            raise ValueError(f'unknown dtype {dtype!r}; use {", ".join(DTYPES)}')
+
+        mean, std = load_normalization(model, revision)
+        self.normalization = {'mean': list(mean), 'std': list(std)}
+        self.register_buffer('mean', 2 * torch.tensor(mean).view(1, 3, 1, 1) - 1, persistent=False)  # of [-1, 1]
+        self.register_buffer('std', 2 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+        self._out_features = sorted(self.layers, key=stages.index)  # transformers has them in order of execution
+        has_backbone = config.model_type not in FINAL_NORMS
+        if has_backbone:
+            config.out_features = self._out_features
+            config.apply_layernorm = layernorm
+        network = load_vision_model(model, config, DTYPES[dtype], random=random, revision=revision)
+        self._weights = fingerprint(network.state_dict())
+        if not has_backbone:
+            norm = getattr(network, FINAL_NORMS[config.model_type]) if layernorm else None
+            network = HiddenStates(network, self._out_features, norm)
+        freeze(network)
+        self.network = network
+        self._config = json.loads(config.to_json_string())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network."""
+        return next(buffer.dtype for buffer in self.network.buffers() if buffer.is_floating_point())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Extract.
+
+        Args:
+            x: images with shape (B, 3, H, W) in [-1, 1], RGB.
+
+        Returns:
+            L maps with shapes (B, C, h, w), one for each layer.
+
+        Raises:
+            ValueError: images of a wrong shape, type or range, or smaller than a patch.
+        """
+        if self.cache is None:
+            return self._extract(x)
+        context = {**self.fingerprint, 'config': self._config, 'input_size': self.input_size}
+        return self.cache.fetch(x, context, self._extract, self.layers)
+
+    def _extract(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`forward` without the cache."""
+        if self.input_size is not None:
+            x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
+        check_images(x, self.patch_size)
+        pixels = (extend_images(x, self.patch_size) - self.mean) / self.std
+        with self.resident(x.device):
+            maps = self.network(pixels.to(self.dtype)).feature_maps
+        found = dict(zip(self._out_features, maps, strict=True))
+        return tuple(found[name].to(x.dtype) for name in self.layers)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a head that was trained on the maps takes for granted."""
+        return {
+            'weights': self._weights,
+            'dtype': str(self.dtype).removeprefix('torch.'),
+            'layers': self.layers,
+            'layernorm': self.layernorm,
+            'normalization': self.normalization,
+        }
