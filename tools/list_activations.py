@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffseg.diffusion.activations import Site, resolve, sites
+from diffseg.diffusion.activations import Site, aggregates, resolve, sites
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config, meta_unet
 
@@ -70,9 +70,11 @@ def print_config(path: str, pattern: str, size: tuple[int, int] | None) -> None:
     for backbone in found:
         available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
         layers = resolve(backbone['layers'], available)
-        if backbone.get('attention_maps'):
-            layers.append('attn')
-            available['attn'] = Site('attn', '', None, available['unet-in'].stride, 'map')
+        categories, mode = backbone.get('attention_maps', ()), backbone.get('attention_mode', 'concat')
+        tokens = backbone.get('conditioner', {}).get('num_prompts')
+        for site, _ in aggregates(available, categories, mode, tokens):
+            layers.append(site.name)
+            available[site.name] = site
         chosen = [available[name] for name in expand([pattern], layers)]
         timesteps = len(backbone['timesteps'])
         resized = backbone.get('input_size')

@@ -5,8 +5,9 @@ Activations Have Been Evaluated as Discriminative Features" (its code is generic
 Diffusion 1.5 and 612 for SDXL. `ActivationRecorder` reads them with forward hooks.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
@@ -16,8 +17,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ATTENTION = 'attn'  # the name of aggregated attention maps, or its beginning
 ATTENTION_CATEGORIES = tuple(f'{part}_{kind}' for part in ('down', 'mid', 'up') for kind in ('cross', 'self'))
-ATTENTION_STRIDES = (2, 4)  # latent cells; GDF aggregates the attention layers between 1/32 and 1/16 of the image size
+# The strides of the layers whose attention is aggregated, in latent cells: GDF takes those between 1/32 and 1/16 of the
+# image size, VPD those of at most 1/16.
+ATTENTION_STRIDES = {'concat': (2, 4), 'average': (2, math.inf)}
+
+AttentionMode = Literal['concat', 'average']
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Site:
     Attributes:
         name: GDF's name.
         path: The module, inside the UNet, that the activation belongs to.
-        channels: Of the activation; None for a map, which has as many as there are keys.
+        channels: Of the activation; None for a map whose number of keys is not known.
         stride: Image pixels per cell.
         kind: What the module gives: 'spatial' (B,C,h,w), 'tokens' (B,h*w,C), 'input' (the module's input is read, with
             shape (B,C,h,w)) or 'map' (attention, recomputed from the module's queries and keys).
@@ -113,6 +119,64 @@ def _walk_transformer(name: str, path: str, block: nn.Module, stride: int) -> It
     yield Site(f'{name}-out', path, channels, stride, 'tokens')
 
 
+class Aggregate(NamedTuple):
+    """Attention maps as one activation.
+
+    Attributes:
+        site: Its name, channels and stride.
+        groups: Layers, one list for each group. Those of a group are averaged, and the groups are resized to `site`'s
+            stride and concatenated.
+    """
+
+    site: Site
+    groups: list[list[Site]]
+
+
+def aggregates(
+    available: Mapping[str, Site],
+    categories: Sequence[str],
+    mode: AttentionMode = 'concat',
+    tokens: int | None = None,
+) -> list[Aggregate]:
+    """Describe aggregated attention: probabilities, averaged over heads and layers.
+
+    With 'concat', as GDF has it, everything is in one activation 'attn' of the latent's size: for each category and,
+    within it, each size (1/2 and 1/4 of the latent's, in order of execution) the average over layers, resized
+    (nearest). With 'average', as VPD has it, there is one activation for each size (1/2 of the latent's and smaller),
+    the average over the layers of all categories: 'attn-16', 'attn-32', ..., named after their strides, fine first.
+
+    Args:
+        available: The network's sites, as `sites` gives them.
+        categories: Out of `{down,mid,up}_{cross,self}`.
+        mode: 'concat' or 'average'.
+        tokens: Of the prompt, the keys of cross-attention.
+
+    Raises:
+        ValueError: An unknown category or mode, attention that the network does not have, or an average of cross- and
+            self-attention, whose keys are not the same.
+    """
+    if mode not in ATTENTION_STRIDES:
+        raise ValueError(f'attention mode is {mode!r}; it is {" or ".join(map(repr, ATTENTION_STRIDES))}')
+    if not categories:
+        return []
+    latent = available['unet-in'].stride
+    finest, coarsest = (latent * stride for stride in ATTENTION_STRIDES[mode])
+    layers = {category: _attention_layers(category, available.values(), finest, coarsest) for category in categories}
+    kinds = {category.partition('_')[2] for category in categories}
+    if mode == 'average' and len(kinds) > 1:
+        raise ValueError(f'{list(categories)} cannot be averaged: cross- and self-attention have different keys')
+
+    def describe(name: str, stride: int, groups: list[list[Site]]) -> Aggregate:
+        channels = tokens * len(groups) if tokens and kinds == {'cross'} else None
+        return Aggregate(Site(name, '', channels, stride, 'map'), groups)
+
+    if mode == 'concat':
+        groups = [group for members in layers.values() for group in _by_stride(members).values()]
+        return [describe(ATTENTION, latent, groups)]
+    by_stride = _by_stride([site for members in layers.values() for site in members])
+    return [describe(f'{ATTENTION}-{stride}', stride, [by_stride[stride]]) for stride in sorted(by_stride)]
+
+
 def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
     """Translate aliases and check names.
 
@@ -177,9 +241,9 @@ class ActivationRecorder:
         names: Sites to read, or aliases, see `resolve`.
         stop_early: End the forward pass with the last activation that is wanted. With gradient checkpointing in use it
             runs to its end all the same, since checkpointed modules must not be left by an exception.
-        attention: Categories out of `{down,mid,up}_{cross,self}` for GDF's aggregated attention, which adds the key
-            'attn': for each category, the attention probabilities, averaged over heads and over the layers of one
-            size (1/2 and 1/4 of the latent's, in order of execution), resized to the latent (nearest), concatenated.
+        attention: Categories of aggregated attention, which is returned after `names`, see `aggregates`.
+        attention_mode: How it is aggregated, 'concat' or 'average'.
+        vae_scale_factor: Image pixels per latent cell, which strides and so some names tell.
 
     Raises:
         ValueError: For names that the UNet does not have.
@@ -191,16 +255,19 @@ class ActivationRecorder:
         names: Sequence[str],
         stop_early: bool = True,
         attention: Sequence[str] = (),
+        attention_mode: AttentionMode = 'concat',
+        vae_scale_factor: int = 8,
     ) -> None:
-        available = sites(unet, vae_scale_factor=1)  # strides in latent cells
+        available = sites(unet, vae_scale_factor)
         self.unet = unet
+        self.vae_scale_factor = vae_scale_factor
         self.stop_early = stop_early
         self.sites = [available[name] for name in resolve(names, available)]
-        self.attention = {category: _attention_sites(category, available.values()) for category in attention}
+        self.aggregates = aggregates(available, attention, attention_mode)
         self.taps = {tap for site in self._all_sites() for tap in _taps(site)}
 
     def _all_sites(self) -> list[Site]:
-        return [*self.sites, *(site for layers in self.attention.values() for site in layers)]
+        return [*self.sites, *(site for _, groups in self.aggregates for group in groups for site in group)]
 
     def __call__(
         self,
@@ -233,11 +300,12 @@ class ActivationRecorder:
         if masked and any(site.kind == 'map' for site in self._all_sites()):
             raise ValueError('attention maps cannot be read under an attention mask; ask for other activations')
         raw = self._run(x_t, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **unet_kwargs)
-        size = x_t.shape[-2:]
-        read = {site.name: self._read(site, raw, size) for site in self.sites}
-        if self.attention:
-            maps = [resized for layers in self.attention.values() for resized in self._aggregate(layers, raw, size)]
-            read['attn'] = torch.cat(maps, dim=1)  # (B, categories * sizes * keys, h, w)
+        height, width = (side * self.vae_scale_factor for side in x_t.shape[-2:])
+        read = {site.name: self._read(site, raw, (height, width)) for site in self.sites}
+        for site, groups in self.aggregates:
+            maps = [self._average(group, raw, (height, width)) for group in groups]
+            resized = [F.interpolate(x, size=site.size(height, width)) for x in maps]
+            read[site.name] = torch.cat(resized, dim=1)  # (B, groups * keys, h, w)
         return read
 
     def _run(self, *args: Any, **kwargs: Any) -> dict[_Tap, Tensor]:
@@ -282,10 +350,8 @@ class ActivationRecorder:
             value = _attention_map(self.unet.get_submodule(site.path), value, *key)
         return value.transpose(1, 2).unflatten(2, site.size(*size))  # (B, h*w, C) -> (B, C, h, w)
 
-    def _aggregate(self, layers: Sequence[Site], raw: dict[_Tap, Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        for stride in dict.fromkeys(site.stride for site in layers):
-            maps = [self._read(site, raw, size) for site in layers if site.stride == stride]
-            yield F.interpolate(sum(maps) / len(maps), size=size)
+    def _average(self, layers: Sequence[Site], raw: dict[_Tap, Tensor], size: tuple[int, int]) -> Tensor:
+        return sum(self._read(site, raw, size) for site in layers) / len(layers)
 
 
 def _taps(site: Site) -> tuple[_Tap, ...]:
@@ -295,19 +361,25 @@ def _taps(site: Site) -> tuple[_Tap, ...]:
     return (_Tap(site.path, is_input=site.kind == 'input'),)
 
 
-def _attention_sites(category: str, available: Iterable[Site]) -> list[Site]:
-    """The maps that GDF aggregates under one category."""
+def _attention_layers(category: str, available: Iterable[Site], finest: float, coarsest: float) -> list[Site]:
+    """The maps of one category, in order of execution, whose strides are within bounds."""
     if category not in ATTENTION_CATEGORIES:
         raise ValueError(f'unknown attention {category!r}; there are: {", ".join(ATTENTION_CATEGORIES)}')
     part, kind = category.split('_')
-    layers = [
-        site
-        for site in available
-        if site.name.startswith(f'{part}-') and site.name.endswith(f'-{kind}-map') and site.stride in ATTENTION_STRIDES
-    ]
-    if not layers:
-        raise ValueError(f'attention {category!r} is empty: this UNet has none there at 1/2 or 1/4 of the latent size')
-    return layers
+    maps = [site for site in available if site.name.startswith(f'{part}-') and site.name.endswith(f'-{kind}-map')]
+    if layers := [site for site in maps if finest <= site.stride <= coarsest]:
+        return layers
+    raise ValueError(
+        f'attention {category!r} is empty: this UNet has none there at strides of {finest} to {coarsest} pixels'
+    )
+
+
+def _by_stride(layers: Sequence[Site]) -> dict[int, list[Site]]:
+    """Sites sorted by stride, strides and sites in the order in which they come."""
+    found: dict[int, list[Site]] = {}
+    for site in layers:
+        found.setdefault(site.stride, []).append(site)
+    return found
 
 
 def _attention_map(attention: nn.Module, query: Tensor, key: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ class Conditioning:
     embeds: Tensor
     pooled: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The embeddings, and the pooled ones where there are such."""
+        return [self.embeds] if self.pooled is None else [self.embeds, self.pooled]
+
     def unet_kwargs(
         self,
         index: Tensor | Sequence[int],

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from diffseg.diffusion.activations import Site, resolve, sites
+from diffseg.diffusion.activations import AttentionMode, Site, aggregates, resolve, sites
 from diffseg.diffusion.conditioning import Conditioning, encode_prompts
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
@@ -24,8 +25,6 @@ from diffseg.diffusion.trajectories import (
     build_trajectory,
     seeded_noise,
 )
-
-ATTENTION = 'attn'  # the key of the aggregated attention maps
 
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
 
@@ -54,11 +53,12 @@ class DiffusionExtractor(nn.Module):
         trajectory: 'noise', 'clean', 'inversion' or 'generation', or a dict with `type` and the trajectory's options,
             to which belongs `negative_prompt` (default '') where there is guidance.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
-            embedding.
+            embedding; or None, if each call brings its own.
         ensemble: Number of draws over which activations are averaged.
         noise: 'seeded', or 'random' for fresh draws from torch's global generator, one per image, timestep and member.
         seed: Of the seeded draws.
-        attention_maps: Groups of aggregated attention ('up_cross', ...) to return under the key 'attn'.
+        attention_maps: Categories of aggregated attention ('up_cross', ...) to return after the layers.
+        attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `activations.aggregates`.
         dtype: Of the UNet, and of the VAE unless it would overflow.
         attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
         random: Parts ('unet', 'vae') that are initialised at random instead of loaded.
@@ -67,6 +67,8 @@ class DiffusionExtractor(nn.Module):
         config: Preset or folder that describes a single checkpoint file, see `load_parts`.
         unet_weights: File with other weights for the UNet, see `load_parts`.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
+        scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
+            do not.
         vae_slicing: Encode one image at a time, to save memory.
         vae_tiling: Encode large images in tiles, to save memory.
         micro_batch: The largest number of latents in one call of the UNet.
@@ -87,11 +89,12 @@ class DiffusionExtractor(nn.Module):
         timesteps: Sequence[int],
         *,
         trajectory: str | Mapping[str, Any] = 'noise',
-        prompt: Prompts = '',
+        prompt: Prompts | None = '',
         ensemble: int = 1,
         noise: str = 'seeded',
         seed: int = 0,
         attention_maps: Sequence[str] = (),
+        attention_mode: AttentionMode = 'concat',
         dtype: str | torch.dtype = 'float32',
         attention: str = 'auto',
         random: Sequence[str] = (),
@@ -100,6 +103,7 @@ class DiffusionExtractor(nn.Module):
         config: str | Path | None = None,
         unet_weights: str | Path | None = None,
         vae_sample: str = 'sample',
+        scale_latent: bool = True,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
         micro_batch: int | None = None,
@@ -123,16 +127,17 @@ class DiffusionExtractor(nn.Module):
         )
         self.unet = self.parts.unet.requires_grad_(False).eval()
         self.vae = self.parts.vae.requires_grad_(False).eval()
-        available = sites(self.unet, self.parts.vae_scale_factor)
-        self.sites: dict[str, Site] = {name: available[name] for name in resolve(layers, available)}
+        self._layers = resolve(layers, sites(self.unet, self.parts.vae_scale_factor))
         schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
         self.trajectory = build_trajectory(options, timesteps, schedule)
         self._multiple = self.parts.vae_scale_factor * 2**self.unet.num_upsamplers  # sizes that the UNet halves evenly
         self.attention_maps = tuple(attention_maps)
+        self.attention_mode = attention_mode
         self.ensemble = ensemble
         self.noise = noise
         self.seed = seed
         self.vae_sample = vae_sample
+        self.scale_latent = scale_latent
         self.vae_tiling = vae_tiling
         self.micro_batch = micro_batch
         self.check_finite = check_finite
@@ -146,19 +151,37 @@ class DiffusionExtractor(nn.Module):
             self.vae.enable_tiling()
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self._denoiser = Denoiser(self.unet, list(self.sites), self.attention_maps, micro_batch)
+        self._denoiser = Denoiser(
+            self.unet,
+            self._layers,
+            self.attention_maps,
+            micro_batch,
+            attention_mode=attention_mode,
+            vae_scale_factor=self.parts.vae_scale_factor,
+        )
         if compile:
             _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
 
         self._encode_prompts = partial(encode_prompts, model, **source, cache_dir=cache_dir)
         self._prompt = prompt
-        self._conditioning = self._encode(prompt)
+        self._conditioning = None if prompt is None else self._encode(prompt)
+        self.sites = self.describe(None if self._conditioning is None else self._conditioning.embeds.shape[1])
         self._negative_prompt = negative_prompt if self.trajectory.needs_negative else None
         self._negative = self._encode(negative_prompt) if self.trajectory.needs_negative else None
 
+    def describe(self, tokens: int | None) -> dict[str, Site]:
+        """What is returned, name by name, for prompts with this number of tokens; None if that is not known."""
+        available = sites(self.unet, self.parts.vae_scale_factor)
+        layers = {name: available[name] for name in self._layers}
+        for name, site in layers.items():
+            if name.endswith('cross-map'):
+                layers[name] = replace(site, channels=tokens)
+        attention = aggregates(available, self.attention_maps, self.attention_mode, tokens)
+        return layers | {site.name: site for site, _ in attention}
+
     @property
     def layers(self) -> list[str]:
-        """Names of the activations, in the order in which they are returned."""
+        """Names of the activations, in the order in which they are returned; aggregated attention is the last."""
         return list(self.sites)
 
     @property
@@ -168,7 +191,7 @@ class DiffusionExtractor(nn.Module):
 
     @property
     def channels(self) -> list[int | None]:
-        """Channels of each layer; None for maps, whose channels are the keys."""
+        """Channels of each layer; of attention to the constructor's prompt the tokens, None for other attention."""
         return [site.channels for site in self.sites.values()]
 
     @property
@@ -179,6 +202,7 @@ class DiffusionExtractor(nn.Module):
             'dtype': str(self.unet.dtype).removeprefix('torch.'),
             'layers': self.layers,
             'attention_maps': list(self.attention_maps),
+            'attention_mode': self.attention_mode,
             'timesteps': list(self.timesteps),
             'trajectory': self.trajectory.options,
             'prompt': _describe(self._prompt),
@@ -187,6 +211,7 @@ class DiffusionExtractor(nn.Module):
             'noise': self.noise,
             'seed': self.seed,
             'vae_sample': self.vae_sample,
+            'scale_latent': self.scale_latent,
             'vae_tiling': self.vae_tiling,
         }
 
@@ -248,7 +273,7 @@ class DiffusionExtractor(nn.Module):
         conditioning, rows = self._choose(prompts, b)
         fit = e if self.micro_batch is None else max(1, self.micro_batch // (b * len(self.timesteps)))
         total: Activations = {}
-        with torch.set_grad_enabled(_wants_grad(self.unet, latents, conditioning.embeds)):
+        with torch.set_grad_enabled(_wants_grad(self.unet, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
                 found = self._read_members(latents[:, first : first + fit], first, conditioning, rows)
                 for name, x in found.items():  # (m, B, T, C, h, w)
@@ -291,6 +316,8 @@ class DiffusionExtractor(nn.Module):
         latent = posterior.mean.float()
         if self.vae_sample == 'sample':
             latent = latent + posterior.std.float() * self._draw('posterior', member, latent.shape, latent.device)
+        if not self.scale_latent:
+            return latent
         return (latent - (self.vae.config.shift_factor or 0)) * self.parts.scaling_factor
 
     def _draw(self, purpose: str, member: int, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -310,6 +337,8 @@ class DiffusionExtractor(nn.Module):
         """Embeddings, and which row of them each of `batch` images takes, with shape (batch,)."""
         known, texts = _texts(self._prompt), _texts(prompts)
         if prompts is None:
+            if self._conditioning is None:
+                raise ValueError('the extractor has no prompt; give one with each call')
             conditioning, rows = self._conditioning, [0]
             if (n := len(conditioning.embeds)) > 1:
                 raise ValueError(f'the extractor has {n} prompts; say with each call which image takes which')
@@ -328,7 +357,7 @@ class DiffusionExtractor(nn.Module):
         return conditioning.unet_kwargs(rows, size, latents.device, self.unet.dtype)
 
     def _crop(self, name: str, activation: Tensor, height: int, width: int) -> Tensor:
-        stride = self.sites[name].stride if name in self.sites else self.parts.vae_scale_factor
+        stride = self.sites[name].stride
         return activation[..., : -(-height // stride), : -(-width // stride)]
 
     def _check(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -364,7 +393,7 @@ def _texts(prompts: Prompts | None) -> list[str]:
 def _describe(prompts: Prompts | None) -> list[str] | str | None:
     """Prompts for a fingerprint: the texts, or a digest of the embeddings."""
     if isinstance(prompts, Conditioning):
-        parts = [prompts.embeds] if prompts.pooled is None else [prompts.embeds, prompts.pooled]
+        parts = prompts.tensors
     elif isinstance(prompts, Tensor):
         parts = [prompts]
     else:

@@ -23,7 +23,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from diffseg.diffusion.activations import ActivationRecorder
+from diffseg.diffusion.activations import ActivationRecorder, AttentionMode
 
 CLEAN = -1  # the timestep of a latent without noise
 PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
@@ -111,8 +111,10 @@ class Denoiser:
     Args:
         unet: The UNet to read from.
         layers: The activations to read.
-        attention: The groups of aggregated attention to read, see `ActivationRecorder`.
+        attention: Categories of aggregated attention to read, see `ActivationRecorder`.
         micro_batch: The largest number of latents in one UNet call; larger batches are cut and joined again.
+        attention_mode: How attention is aggregated.
+        vae_scale_factor: Image pixels per latent cell.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class Denoiser:
         layers: Sequence[str],
         attention: Sequence[str] = (),
         micro_batch: int | None = None,
+        attention_mode: AttentionMode = 'concat',
+        vae_scale_factor: int = 8,
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'micro_batch is {micro_batch}; it is a number of latents, 1 or more')
@@ -128,8 +132,13 @@ class Denoiser:
         self.micro_batch = micro_batch
         self._layers = list(layers)
         both = self._layers if PREDICTION in self._layers else [*self._layers, PREDICTION]
-        self._read = ActivationRecorder(unet, self._layers, attention=attention)
-        self._read_and_predict = ActivationRecorder(unet, both, attention=attention)
+        aggregated = {
+            'attention': attention,
+            'attention_mode': attention_mode,
+            'vae_scale_factor': vae_scale_factor,
+        }
+        self._read = ActivationRecorder(unet, self._layers, **aggregated)
+        self._read_and_predict = ActivationRecorder(unet, both, **aggregated)
         self._predict = ActivationRecorder(unet, [PREDICTION])
 
     @property

@@ -41,12 +41,37 @@ def assert_same(found, expected, **tolerance):
 def test_shapes_follow_the_sites(make, size):
     extractor = make([*LAYERS, 'up-level2-repeat0-vit-block0-cross-map'], attention_maps=['up_cross'])
     found = extractor(torch.zeros(1, 3, *size))
-    assert list(found) == [*extractor.layers, 'attn']
+    assert list(found) == extractor.layers == [*LAYERS, 'up-level2-repeat0-vit-block0-cross-map', 'attn']
+    assert extractor.channels[-2:] == [77, 2 * 77]
     assert [site.stride for site in extractor.sites.values()][:3] == STRIDES
     for (name, site), channels in zip(extractor.sites.items(), extractor.channels, strict=True):
-        assert found[name].shape == (1, 2, channels or 77, *(math.ceil(side / site.stride) for side in size))
+        assert found[name].shape == (1, 2, channels, *(math.ceil(side / site.stride) for side in size))
         assert found[name].shape[-2:] == site.size(*size)
-    assert found['attn'].shape[-2:] == tuple(math.ceil(side / 8) for side in size)
+
+
+def test_averaged_attention_is_cropped_at_its_own_stride(make):
+    extractor = make(attention_maps=['up_cross', 'down_cross'], attention_mode='average')
+    found = extractor(torch.zeros(1, 3, 70, 129))
+    assert extractor.layers[-2:] == ['attn-16', 'attn-32'] and extractor.channels[-2:] == [77, 77]
+    assert found['attn-16'].shape == (1, 2, 77, 5, 9) and found['attn-32'].shape == (1, 2, 77, 3, 5)
+
+
+def test_the_latent_of_vpd_is_the_mode_as_it_is(make, images):
+    extractor = make(['unet-in'], (1,), trajectory='clean', vae_sample='mode', scale_latent=False)
+    with torch.no_grad():
+        mode = extractor.vae.encode(images).latent_dist.mode()
+    torch.testing.assert_close(extractor(images)['unet-in'][:, 0], mode)
+    scaled = make(['unet-in'], (1,), trajectory='clean', vae_sample='mode')(images)['unet-in'][:, 0]
+    torch.testing.assert_close(scaled, mode * 0.18215)
+
+
+def test_without_a_prompt_each_call_gives_one(make, images):
+    extractor = make(prompt=None, attention_maps=['up_cross'])
+    embedding = seeded_noise((1, 77, 32), 0)
+    assert_same(extractor(images, embedding), make(attention_maps=['up_cross'])(images))
+    assert extractor.fingerprint['prompt'] is None and extractor.channels[-1] is None
+    with pytest.raises(ValueError, match='give one with each call'):
+        extractor(images)
 
 
 def test_continuing_an_image_is_reflection_and_cropping(make, images):
@@ -261,7 +286,9 @@ def test_the_fingerprint_says_what_activations_depend_on(make, tiny_unet, tmp_pa
         {'dtype': 'bfloat16'},
         {'unet_weights': tmp_path / 'unet.safetensors'},
         {'vae_sample': 'mode'},
+        {'scale_latent': False},
         {'attention_maps': ['up_cross']},
+        {'attention_mode': 'average'},
     ):
         assert make(**options).fingerprint != base, options
     guided = {'type': 'generation', 'negative_prompt': 'blurred'}
