@@ -1,10 +1,15 @@
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import DATASETS
 from PIL import Image
 
+import diffseg  # noqa: F401
 from diffseg.datasets.toy import SPECIES
 
 
@@ -76,3 +81,15 @@ def test_the_pictures_across_species_are_those_within(folder):
     for stem in stems:  # e.g. 000000-horse_test_000000-giraffe_test_000001:horse_giraffe
         pair, category = stem.split(':')
         assert [name.split('_')[0] for name in pair.split('-')[1:]] == category.split('_')
+
+
+def test_base_config_of_pairs(folder):
+    cfg = Config.fromfile(Path(__file__).parents[2] / 'configs/_base_/datasets/spair_toy.py')
+    init_default_scope('mmseg')
+    for name, count in (('SPair-toy', 2 * 4), ('SPair-toy-across', 4 * 3)):
+        for split in ('train', 'val', 'test'):
+            dataset = DATASETS.build({**cfg[f'{split}_dataloader'].dataset, 'data_root': str(folder / name)})
+            assert len(dataset) == count and dataset.metainfo['dataset'] == name
+            assert not dataset.damaged
+            assert dataset[0]['inputs']['image0'].shape == (3, 64, 64)
+            assert dataset.get_data_info(0)['swaps'] == ()
