@@ -130,7 +130,7 @@ class FeatureCache:
                 entries[i] = entry
         self.counts.hits += len(images) - len(missing)
         self.counts.misses += len(missing)
-        stacked = {name: torch.stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
+        stacked = {name: _stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
         numbers = [str(i) for i in range(len(stacked)) if str(i) in stacked]
         return tuple(dequantize(stacked[i], stacked.get(SCALE.format(i))).to(images.dtype) for i in numbers)
 
@@ -317,6 +317,14 @@ def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, of which autocast would change the dtype (and on a CPU does not take float16)."""
+    stacked = tensors[0].new_empty(len(tensors), *tensors[0].shape)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row.copy_(tensor)
+    return stacked
 
 
 def _bytes(tensor: Tensor) -> memoryview:
