@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .levels import Size, check_order, finest, parse_sizes, resize, split_levels
+from .levels import Size, check_order, finest, parse_sizes, resize, split_levels, spread_timesteps
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class MixingWeights:
     Attributes:
         timesteps: T labels.
         layers: L labels.
-        weights: shape (T, L), on the CPU; not negative, and one in sum.
+        weights: shape (T, L), on the CPU; not negative, and one in sum. Zero where a layer has fewer timesteps.
     """
 
     timesteps: tuple[str, ...]
@@ -75,15 +75,18 @@ class Bottleneck(nn.Module):
 class LevelAggregation(nn.Module):
     """One level: a bottleneck per layer, shared over timesteps, and the softmax-weighted sum of what they give."""
 
-    def __init__(self, channels: Sequence[int], timesteps: int, out_channels: int, num_groups: int) -> None:
+    def __init__(self, channels: Sequence[int], timesteps: Sequence[int], out_channels: int, num_groups: int) -> None:
         super().__init__()
-        self.timesteps = timesteps
+        self.timesteps = list(timesteps)
         self.bottleneck_layers = nn.ModuleList(nn.Sequential(Bottleneck(c, out_channels, num_groups)) for c in channels)
-        self.mixing_weights = nn.Parameter(torch.ones(timesteps * len(channels)))  # index s*L + l
+        held = torch.arange(max(timesteps)).unsqueeze(1) < torch.tensor(timesteps)  # (T, L): layer l has a timestep s
+        self.register_buffer('held', held, persistent=False)
+        self.mixing_weights = nn.Parameter(torch.ones(sum(timesteps)))  # index s*L + l, if all have as many timesteps
 
     def weights(self) -> Tensor:
         """Softmax over all timesteps and layers together, shape (T, L)."""
-        return self.mixing_weights.softmax(0).view(self.timesteps, len(self.bottleneck_layers))
+        weights = self.mixing_weights.softmax(0)
+        return weights.new_zeros(self.held.shape).masked_scatter(self.held, weights)
 
     def forward(self, maps: Sequence[Tensor], size: Size, resize_first: bool) -> Tensor:
         """Mix.
@@ -101,12 +104,13 @@ class LevelAggregation(nn.Module):
         """
         weights = self.weights()
         sums: dict[Size, Tensor | float] = defaultdict(float)  # size -> (B, P, h, w)
-        for layer, x in enumerate(maps):
-            x = x.unflatten(1, (self.timesteps, -1)).flatten(0, 1)  # (B*T, C, h, w)
+        for layer, (x, steps) in enumerate(zip(maps, self.timesteps, strict=True)):
+            x = x.unflatten(1, (steps, -1)).flatten(0, 1)  # (B*T, C, h, w)
             if resize_first:
                 x = resize(x, size)
-            y = self.bottleneck_layers[layer](x).unflatten(0, (-1, self.timesteps))  # (B, T, P, h, w)
-            sums[y.shape[-2:]] = sums[y.shape[-2:]] + torch.einsum('t,btphw->bphw', weights[:, layer].to(y.dtype), y)
+            y = self.bottleneck_layers[layer](x).unflatten(0, (-1, steps))  # (B, T, P, h, w)
+            w = weights[:steps, layer].to(y.dtype)
+            sums[y.shape[-2:]] = sums[y.shape[-2:]] + torch.einsum('t,btphw->bphw', w, y)
         return sum(resize(y, size) for y in sums.values())
 
 
@@ -120,7 +124,7 @@ class AggregationNeck(BaseModule):
 
     Args:
         levels: the channels C of every layer of every level, fine -> coarse, in the backbone's order of layers.
-        timesteps: how many timesteps T every map holds.
+        timesteps: how many timesteps T every map holds; or a number for each, nested as `levels` is.
         out_channels: channels P of every level's map; DHF has 384.
         num_groups: groups of every group norm.
         output_sizes: for each level a side or (height, width) in cells; by default the finest map of the level. DHF
@@ -138,7 +142,7 @@ class AggregationNeck(BaseModule):
     def __init__(
         self,
         levels: Sequence[Sequence[int]],
-        timesteps: int,
+        timesteps: int | Sequence[Sequence[int]],
         out_channels: int,
         num_groups: int = 32,
         output_sizes: Sequence[int | Sequence[int]] | None = None,
@@ -155,29 +159,31 @@ class AggregationNeck(BaseModule):
         if resize not in ('after', 'before'):
             raise ValueError(f"resize={resize!r} is neither 'after' nor 'before'")
         self.channels = [list(level) for level in levels]
-        self.timesteps = timesteps
+        self.timesteps = spread_timesteps(timesteps, self.channels)
         self.out_channels = out_channels
         self.output_sizes = parse_sizes(output_sizes, len(self.channels))
         self.resize_first = resize == 'before'
+        most = max(max(numbers) for numbers in self.timesteps)
         if layer_names is None:
             layer_names = [[f'layer {i}' for i in range(len(level))] for level in self.channels]
         if timestep_names is None:
-            timestep_names = [f'step {i}' for i in range(timesteps)]
+            timestep_names = [f'step {i}' for i in range(most)]
         if [len(names) for names in layer_names] != [len(level) for level in self.channels]:
             raise ValueError(f'layer_names={layer_names} must name every layer of levels={self.channels}')
-        if len(timestep_names) != timesteps:
-            raise ValueError(f'timestep_names={timestep_names} must name {timesteps} timesteps')
+        if len(timestep_names) != most:
+            raise ValueError(f'timestep_names={timestep_names} must name {most} timesteps')
         self.layer_names = [tuple(names) for names in layer_names]
         self.timestep_names = tuple(map(str, timestep_names))
         self.levels = nn.ModuleList(
-            LevelAggregation(level, timesteps, out_channels, num_groups) for level in self.channels
+            LevelAggregation(level, steps, out_channels, num_groups)
+            for level, steps in zip(self.channels, self.timesteps, strict=True)
         )
         self.register_load_state_dict_pre_hook(_accept_single_level)
 
     def mixing_weights(self) -> list[MixingWeights]:
         """The table of mixing weights of each level."""
         return [
-            MixingWeights(self.timestep_names, names, level.weights().detach().float().cpu())
+            MixingWeights(self.timestep_names[: len(level.held)], names, level.weights().detach().float().cpu())
             for names, level in zip(self.layer_names, self.levels, strict=True)
         ]
 

@@ -30,25 +30,44 @@ def parse_sizes(output_sizes: Sequence[int | Sequence[int]] | None, num_levels: 
     return [(size, size) if isinstance(size, int) else (size[0], size[1]) for size in output_sizes]
 
 
-def split_levels(maps: Sequence[Tensor], levels: Sequence[Sequence[int]], timesteps: int) -> list[list[Tensor]]:
+def spread_timesteps(timesteps: int | Sequence[Sequence[int]], levels: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The number of timesteps T of every map of every level.
+
+    Args:
+        timesteps: one number for all maps, or one for each, nested as `levels` is.
+        levels: one item for every map of every level.
+
+    Raises:
+        ValueError: the numbers are nested otherwise.
+    """
+    if isinstance(timesteps, int):
+        return [[timesteps] * len(level) for level in levels]
+    if [len(numbers) for numbers in timesteps] != [len(level) for level in levels]:
+        raise ValueError(f'timesteps={timesteps} must be one number, or one for every layer of levels={levels}')
+    return [list(numbers) for numbers in timesteps]
+
+
+def split_levels(
+    maps: Sequence[Tensor], levels: Sequence[Sequence[int]], timesteps: Sequence[Sequence[int]]
+) -> list[list[Tensor]]:
     """Sort maps into levels and verify their channels.
 
     Args:
         maps: L maps with shapes (B, T*C, h, w), level by level.
         levels: the channels C of every map of every level.
-        timesteps: T.
+        timesteps: T of every map of every level.
 
     Raises:
         ValueError: the number of maps or the channels of one are not what `levels` says.
     """
-    expected = [channels for level in levels for channels in level]
+    expected = [pair for level in zip(timesteps, levels, strict=True) for pair in zip(*level, strict=True)]
     if len(maps) != len(expected):
         raise ValueError(f'the neck got {len(maps)} maps, but its levels {levels} name {len(expected)}')
-    for i, (x, channels) in enumerate(zip(maps, expected, strict=True)):
-        if x.shape[1] != timesteps * channels:
+    for i, (x, (steps, channels)) in enumerate(zip(maps, expected, strict=True)):
+        if x.shape[1] != steps * channels:
             raise ValueError(
-                f'map {i} has {x.shape[1]} channels, but levels and timesteps say {timesteps} * {channels} = '
-                f'{timesteps * channels}; levels={levels} must list the channels of the layers in the order in which '
+                f'map {i} has {x.shape[1]} channels, but levels and timesteps say {steps} * {channels} = '
+                f'{steps * channels}; levels={levels} must list the channels of the layers in the order in which '
                 f'the backbone returns them'
             )
     remaining = iter(maps)

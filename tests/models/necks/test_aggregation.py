@@ -144,3 +144,27 @@ def test_both_necks_refuse_the_same_inputs():
     for neck in (small_neck(), ConcatNeck([[3, 16], [5]], timesteps=2)):
         with pytest.raises(ValueError, match='map 2 has 8 channels'):
             neck([*small_maps()[:2], torch.randn(2, 8, 3, 5)])
+
+
+def test_layers_may_have_different_numbers_of_timesteps():
+    neck = AggregationNeck([[3, 16], [5]], timesteps=[[3, 1], [2]], out_channels=16, num_groups=2)
+    maps = [torch.randn(2, 3 * 3, 8, 8), torch.randn(2, 16, 8, 8), torch.randn(2, 2 * 5, 4, 4)]
+    level, coarse = neck.levels
+    with torch.no_grad():
+        level.mixing_weights.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+        fine, _ = neck(maps)
+        w = torch.tensor([0.0, 1.0, 2.0, 3.0]).softmax(0)  # of (step 0, layer 0), (step 0, layer 1), (1, 0), (2, 0)
+        first, second = level.bottleneck_layers
+        steps = [first(x) for x in maps[0].chunk(3, dim=1)]
+        torch.testing.assert_close(fine, w[0] * steps[0] + w[1] * second(maps[1]) + w[2] * steps[1] + w[3] * steps[2])
+    tables = neck.mixing_weights()
+    torch.testing.assert_close(tables[0].weights, torch.tensor([[w[0], w[1]], [w[2], 0], [w[3], 0]]))
+    assert [table.timesteps for table in tables] == [('step 0', 'step 1', 'step 2'), ('step 0', 'step 1')]
+    sum(x.square().sum() for x in neck(maps)).backward()
+    assert level.mixing_weights.grad.all() and coarse.mixing_weights.grad.all()
+
+
+@pytest.mark.parametrize('timesteps', [[[3, 1]], [[3], [2]], [[3, 1], [2, 2]]])
+def test_timesteps_that_are_nested_otherwise(timesteps: list[list[int]]):
+    with pytest.raises(ValueError, match='one for every layer of levels='):
+        AggregationNeck([[3, 16], [5]], timesteps=timesteps, out_channels=16, num_groups=2)

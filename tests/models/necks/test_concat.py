@@ -67,3 +67,11 @@ def test_unknown_order():
 def test_one_output_size_per_level():
     with pytest.raises(ValueError, match='one size per level'):
         ConcatNeck([[3, 5], [4]], 2, output_sizes=[8])
+
+
+def test_layers_may_have_different_numbers_of_timesteps():
+    neck = ConcatNeck([[6, 5], [2]], timesteps=[[1, 2], [4]])
+    plain = ConcatNeck([[3, 5], [4]], timesteps=2)
+    assert neck.out_channels == plain.out_channels
+    maps = make_maps()
+    assert all(torch.equal(x, y) for x, y in zip(neck(maps), plain(maps), strict=True))
