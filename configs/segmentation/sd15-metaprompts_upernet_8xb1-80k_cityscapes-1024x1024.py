@@ -1,0 +1,15 @@
+_base_ = [
+    '../_base_/models/metaprompts_sd15.py',
+    '../_base_/datasets/cityscapes_1024x1024.py',
+    '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_vpd_80k.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    decode_head=dict(num_classes=19, dropout_ratio=0.1),
+    auxiliary_head=dict(num_classes=19),
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(512, 512)),
+)
+train_dataloader = dict(batch_size=1)
+sync_bn = 'torch'
