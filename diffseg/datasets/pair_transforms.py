@@ -131,7 +131,7 @@ class RandomFlipPair(BaseTransform):
 
 def _rename(results: dict) -> dict:
     """Keypoints of a mirrored pair are called what they now look like, where names are known."""
-    if results.get('swaps') and 'keypoint_ids' in results:
+    if results.get('swaps') and results.get('keypoint_ids'):
         partner = _partners(results['swaps'])
         results['keypoint_ids'] = [partner.get(name, name) for name in results['keypoint_ids']]
     return results
