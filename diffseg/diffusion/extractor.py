@@ -24,6 +24,7 @@ from diffseg.diffusion.trajectories import (
     NoiseSchedule,
     build_trajectory,
     seeded_noise,
+    unet_dtype,
 )
 
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
@@ -199,7 +200,7 @@ class DiffusionExtractor(nn.Module):
         """All that the activations of an image depend on, ready for JSON. The model is told by its weights."""
         return {
             'weights': self.parts.fingerprint,
-            'dtype': str(self.unet.dtype).removeprefix('torch.'),
+            'dtype': str(unet_dtype(self.unet)).removeprefix('torch.'),
             'layers': self.layers,
             'attention_maps': list(self.attention_maps),
             'attention_mode': self.attention_mode,
@@ -282,7 +283,7 @@ class DiffusionExtractor(nn.Module):
             activations = {name: x.to(found[name].dtype) for name, x in total.items()}
         device = _autocast_device(latents)
         autocast = torch.is_autocast_enabled(device)
-        self._check(activations, torch.get_autocast_dtype(device) if autocast else self.unet.dtype)
+        self._check(activations, torch.get_autocast_dtype(device) if autocast else unet_dtype(self.unet))
         return activations
 
     def _read_members(self, latents: Tensor, first: int, conditioning: Conditioning, rows: Tensor) -> Activations:
@@ -354,7 +355,7 @@ class DiffusionExtractor(nn.Module):
     def _condition(self, conditioning: Conditioning, rows: Tensor, latents: Tensor) -> Condition:
         factor = self.parts.vae_scale_factor
         size = latents.shape[-2] * factor, latents.shape[-1] * factor
-        return conditioning.unet_kwargs(rows, size, latents.device, self.unet.dtype)
+        return conditioning.unet_kwargs(rows, size, latents.device, unet_dtype(self.unet))
 
     def _crop(self, name: str, activation: Tensor, height: int, width: int) -> Tensor:
         stride = self.sites[name].stride

@@ -105,6 +105,11 @@ def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) ->
     return {name: apply(value) for name, value in condition.items()}
 
 
+def unet_dtype(unet: UNet2DConditionModel) -> torch.dtype:
+    """In what the UNet computes, whatever the dtype of layers that are trained beside its own."""
+    return unet.conv_in.weight.dtype
+
+
 class Denoiser:
     """The UNet as the trajectories use it: a call reads activations, predicts, or does both at once.
 
@@ -164,7 +169,7 @@ class Denoiser:
         self, recorder: ActivationRecorder, x_t: Tensor, timestep: int | Tensor, condition: Condition
     ) -> Activations:
         n = len(x_t)
-        x_t = x_t.to(self.unet.dtype)
+        x_t = x_t.to(unet_dtype(self.unet))
         timestep = torch.as_tensor(timestep, device=x_t.device).expand(n)
         size = self.micro_batch or n
         chunks = []

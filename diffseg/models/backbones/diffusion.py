@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from diffseg.cache import build_cache
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 
 from .frozen import FrozenBackbone, freeze, reached, verify_channels
 
@@ -42,6 +43,8 @@ class DiffusionBackbone(FrozenBackbone):
         frozen: train nothing.
         trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
             `up_blocks.1.*`; all of the UNet by default. What no chosen activation depends on stays frozen all the same.
+        lora: train layers of low rank beside those of the frozen UNet: `dict(r=8, target_modules=['to_q', ...])`, by
+            default beside the projections of attention, see `add_lora`. Needs peft.
         train_noise: noise in training mode, where 'random' augments; by default the extractor's `noise`.
         cache: folder in which maps are kept, to be found again by the bytes of the image and all else that they depend
             on; or `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that
@@ -67,6 +70,7 @@ class DiffusionBackbone(FrozenBackbone):
         input_size: int | Sequence[int] | None = None,
         frozen: bool = True,
         trainable: Sequence[str] | None = None,
+        lora: Mapping[str, Any] | None = None,
         train_noise: Literal['seeded', 'random'] | None = None,
         cache: str | Mapping[str, Any] | None = None,
         **extractor: Any,
@@ -74,6 +78,8 @@ class DiffusionBackbone(FrozenBackbone):
         super().__init__()
         if frozen and trainable is not None:
             raise ValueError(f'trainable={list(trainable)} has no effect with frozen=True; set frozen=False')
+        if lora is not None and not frozen:
+            raise ValueError('lora is for a frozen UNet; leave out lora, or frozen=False')
         self.extractor = DiffusionExtractor(model, layers, timesteps, **extractor).eval()
         self.channels = self.extractor.channels
         if channels is not None:
@@ -83,7 +89,14 @@ class DiffusionBackbone(FrozenBackbone):
         self.train_noise = train_noise or self.noise
         if self.train_noise not in ('seeded', 'random'):
             raise ValueError(f"train_noise is {train_noise!r}; it is 'seeded' or 'random'")
-        freeze(self.extractor, trainable=() if frozen else self._choose(['*'] if trainable is None else trainable))
+        self.trained: dict[str, Any] = {}  # as the fingerprint tells it
+        if lora is not None:
+            freeze(self.extractor, trainable=self._add_lora(**lora))
+        elif not frozen:
+            self.trained['trainable'] = ['*'] if trainable is None else list(trainable)
+            freeze(self.extractor, trainable=self._choose(self.trained['trainable']))
+        else:
+            freeze(self.extractor)
         self.cache = build_cache(cache)
         if self.cache is not None:
             self._check_cacheable()
@@ -94,16 +107,12 @@ class DiffusionBackbone(FrozenBackbone):
         Raises:
             ValueError: a pattern selects nothing that influences the maps, or the UNet is not in single precision.
         """
-        unet = self.extractor.unet.requires_grad_(True)
-        if unet.dtype != torch.float32:
+        if self.extractor.unet.dtype != torch.float32:
             raise ValueError(
-                f"training parts of the UNet needs dtype='float32', not {unet.dtype}; mmengine's AmpOptimWrapper "
-                f'computes in lower precision all the same'
+                f"training parts of the UNet needs dtype='float32', not {self.extractor.unet.dtype}; mmengine's "
+                f'AmpOptimWrapper computes in lower precision all the same, and lora trains beside any dtype'
             )
-        with torch.enable_grad():
-            found = self.extractor.extract_latents(torch.zeros(1, unet.config.in_channels, 8, 8))
-        leaves = reached(found.values())
-        influential = [name for name, parameter in unet.named_parameters() if parameter in leaves]
+        influential = self._influential()
         selected = {pattern: [name for name in influential if fnmatchcase(name, pattern)] for pattern in patterns}
         if void := [pattern for pattern, names in selected.items() if not names]:
             raise ValueError(
@@ -111,6 +120,22 @@ class DiffusionBackbone(FrozenBackbone):
                 f'{influential[0]!r} to {influential[-1]!r}'
             )
         return {f'unet.{name}' for names in selected.values() for name in names}
+
+    def _add_lora(self, target_modules: Sequence[str] = TARGET_MODULES, **options: Any) -> set[str]:
+        """Put layers of low rank beside what influences the maps; their parameters' names within the extractor."""
+        modules = [name.removesuffix('.weight') for name in self._influential() if name.endswith('.weight')]
+        names = add_lora(self.extractor.unet, modules, target_modules=target_modules, **options)
+        added = self.extractor.unet.peft_config['default']
+        self.trained['lora'] = {'r': added.r, 'lora_alpha': added.lora_alpha, 'target_modules': list(target_modules)}
+        return {f'unet.{name}' for name in names}
+
+    def _influential(self) -> list[str]:
+        """Names of the UNet's parameters that the maps depend on."""
+        unet = self.extractor.unet.requires_grad_(True)
+        with torch.enable_grad():
+            found = self.extractor.extract_latents(torch.zeros(1, unet.config.in_channels, 8, 8))
+        leaves = reached(found.values())
+        return [name for name, parameter in unet.named_parameters() if parameter in leaves]
 
     def forward(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """Extract.
@@ -174,6 +199,8 @@ class DiffusionBackbone(FrozenBackbone):
             'input_size': self.input_size,
         }
 
+    optional = ('lora', 'trainable')  # what is trained here may have been frozen when a checkpoint was made
+
     @property
     def network(self) -> DiffusionExtractor:
         """What stays frozen."""
@@ -182,5 +209,5 @@ class DiffusionBackbone(FrozenBackbone):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a head that was trained on the maps takes for granted; not the draws of noise, which may be others."""
-        fingerprint = json.loads(json.dumps(self.extractor.fingerprint))
+        fingerprint = json.loads(json.dumps({**self.extractor.fingerprint, **self.trained}))
         return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}

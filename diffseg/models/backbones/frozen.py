@@ -86,12 +86,14 @@ class FrozenBackbone(BaseModule):
         fingerprint: what a head that was trained on the maps takes for granted, in types that JSON has.
         offloaded: whether the network's buffers stay where they are and only visit the images' device.
         label: what errors call the backbone.
+        optional: keys of the fingerprint that a checkpoint's may lack.
     """
 
     network: nn.Module
     fingerprint: dict[str, Any]
     offloaded: bool = False
     label: str = 'backbone'
+    optional: tuple[str, ...] = ()
 
     def offload(self) -> None:
         """From now on, keep the network's buffers where they are, and have copies on the device only within `resident`.
@@ -164,7 +166,8 @@ class FrozenBackbone(BaseModule):
             ValueError: they differ.
         """
         ours, theirs = self.fingerprint, json.loads(bytes(state.tolist()))
-        different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        required = [key for key in ours if key in theirs or key not in self.optional]
+        different = [key for key in dict.fromkeys([*required, *theirs]) if ours.get(key) != theirs.get(key)]
         if different:
             raise ValueError(
                 f'the checkpoint belongs to another {self.label}: '
