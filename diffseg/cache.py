@@ -97,8 +97,9 @@ class FeatureCache:
         self,
         images: Tensor,
         context: Mapping[str, Any],
-        compute: Callable[[Tensor], Sequence[Tensor]],
+        compute: Callable[..., Sequence[Tensor]],
         names: Sequence[str] = (),
+        each: Sequence[Any] | None = None,
     ) -> tuple[Tensor, ...]:
         """Read the maps of those images that are known, and compute and keep those of the others.
 
@@ -109,6 +110,8 @@ class FeatureCache:
             context: All else that maps depend on, except for autocast; ready for JSON.
             compute: Turns images (b, 3, H, W) into maps (b, C, h, w), without gradients. Called at most once.
             names: Of the first maps, for errors.
+            each: What else the maps of each image depend on, such as its prompt, ready for JSON; `compute` then has a
+                second argument, the list of those of its images.
 
         Returns:
             Maps (B, C, h, w) in the dtype and on the device of the images.
@@ -119,12 +122,15 @@ class FeatureCache:
         """
         if images.requires_grad and torch.is_grad_enabled():
             raise ValueError('images require gradients, which cached activations do not have; switch the cache off')
-        paths = [self._path(key) for key in self.keys(images, context)]
+        paths = [self._path(key) for key in self.keys(images, context, each)]
         entries = [self._read(path) for path in paths]
         missing = [i for i, entry in enumerate(entries) if entry is None]
         if missing:
+            arguments = [images if len(missing) == len(images) else images[missing]]
+            if each is not None:
+                arguments.append([each[i] for i in missing])
             with torch.no_grad():
-                maps = compute(images if len(missing) == len(images) else images[missing])
+                maps = compute(*arguments)
             for i, entry in zip(missing, self._pack(maps, names), strict=True):
                 self._write(paths[i], entry)
                 entries[i] = entry
@@ -134,15 +140,16 @@ class FeatureCache:
         numbers = [str(i) for i in range(len(stacked)) if str(i) in stacked]
         return tuple(dequantize(stacked[i], stacked.get(SCALE.format(i))).to(images.dtype) for i in numbers)
 
-    def keys(self, images: Tensor, context: Mapping[str, Any]) -> list[str]:
-        """Names of the entries of images (B, C, H, W)."""
+    def keys(self, images: Tensor, context: Mapping[str, Any], each: Sequence[Any] | None = None) -> list[str]:
+        """Names of the entries of images (B, C, H, W), with the arguments of `fetch`."""
         device = images.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         common = hashlib.sha256(json.dumps([__version__, self.dtype, autocast, context], sort_keys=True).encode())
         keys = []
-        for image in images.detach().cpu().contiguous():
+        own = [None] * len(images) if each is None else each
+        for image, extra in zip(images.detach().cpu().contiguous(), own, strict=True):
             digest = common.copy()
-            digest.update(f'{image.dtype} {tuple(image.shape)}'.encode())
+            digest.update(json.dumps([extra, str(image.dtype), list(image.shape)], sort_keys=True).encode())
             digest.update(_bytes(image))
             keys.append(digest.hexdigest())
         return keys

@@ -71,6 +71,18 @@ def test_what_is_missing_is_computed_in_one_call(tmp_path: Path):
     assert (cache.counts.hits, cache.counts.misses) == (2, 5)
 
 
+def test_what_is_each_images_own_is_in_its_key_and_computed_with(tmp_path: Path):
+    def add(images: Tensor, own: list[int]) -> list[Tensor]:
+        calls.append(own)
+        return [images + torch.tensor(own)[:, None, None, None]]
+
+    cache, images, calls = FeatureCache(tmp_path, 'float32'), make_images(1).expand(3, -1, -1, -1), []
+    cache.fetch(images[:1], {}, add, each=[2])
+    (found,) = cache.fetch(images, {}, add, each=[1, 2, 3])
+    assert calls == [[2], [1, 3]]
+    assert torch.equal(found, images + torch.tensor([1, 2, 3])[:, None, None, None])
+
+
 def test_key_is_that_of_everything(tmp_path: Path):
     cache, image = FeatureCache(tmp_path), make_images(1)
     context = {'timesteps': [50, 100], 'prompt': 'a horse'}
