@@ -111,6 +111,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
     ('workers', 'backbone'),
     [
         pytest.param(0, {}, id='frozen'),
+        pytest.param(0, {'lora': {'r': 2}}, id='lora'),
         pytest.param(2, {'frozen': False, 'trainable': ['up_blocks.1.*']}, id='trained'),
     ],
 )
