@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -152,13 +151,9 @@ class DiffusionBackbone(FrozenBackbone):
             return self._extract(x, prompts)
         self._check_cacheable()  # again, for a subclass or a user may have added parameters
         context = self._cache_context()
-        if prompts is None:
-            return self.cache.fetch(x, context, self._extract, self.extractor.layers)
-        found = []
-        for image, prompt in zip(x.unsqueeze(1), prompts, strict=True):
-            compute = partial(self._extract, prompts=[prompt])
-            found.append(self.cache.fetch(image, {**context, 'prompt': [prompt]}, compute, self.extractor.layers))
-        return tuple(torch.cat(maps) for maps in zip(*found, strict=True))
+        if prompts is not None:
+            context['prompt'] = None  # to each image's key belongs its own
+        return self.cache.fetch(x, context, self._extract, self.extractor.layers, prompts)
 
     def _extract(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """`forward` without the cache."""
