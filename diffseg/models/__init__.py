@@ -1,7 +1,15 @@
 """Parts for mmsegmentation: importing this package registers them in `mmseg.registry.MODELS`."""
 
 from .backbones import DiffusionBackbone, VisionBackbone
+from .correspondence import CorrespondenceModel
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 
-__all__ = ['AggregationNeck', 'ConcatNeck', 'DiffusionBackbone', 'PixelClassifierHead', 'VisionBackbone']
+__all__ = [
+    'AggregationNeck',
+    'ConcatNeck',
+    'CorrespondenceModel',
+    'DiffusionBackbone',
+    'PixelClassifierHead',
+    'VisionBackbone',
+]

@@ -1,0 +1,290 @@
+"""Semantic correspondence as a model that mmengine trains and tests."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.structures import PairSample
+
+from .heads import points_to_cells
+from .matching import match_points
+
+Images = Mapping[str, Sequence[Tensor | None]]  # 'image0', 'image1' -> of each pair, None if damaged
+VIEWS = (0, 1)  # source, target
+
+
+@MODELS.register_module()
+class PairDataPreProcessor(BaseDataPreprocessor):
+    """Bring images of pairs (3, H, W), uint8, RGB, of any sizes, to the model's device and to [-1, 1]."""
+
+    def forward(self, data: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
+        """Keep all else as it is."""
+        images = {
+            view: [None if image is None else image.to(self.device).float() / 127.5 - 1 for image in each]
+            for view, each in data['inputs'].items()
+        }
+        return {'inputs': images, 'data_samples': data['data_samples']}
+
+
+class DescriptorStore:
+    """Descriptors of the images that were used last, on the CPU.
+
+    Args:
+        max_bytes: how much to keep.
+    """
+
+    def __init__(self, max_bytes: float) -> None:
+        self.max_bytes = max_bytes
+        self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """The map, from now the one used last; None if it is not kept."""
+        if key in self._maps:
+            self._maps.move_to_end(key)
+        return self._maps.get(key)
+
+    def put(self, key: Hashable, maps: Tensor) -> None:
+        """Keep a map; forget those used longest ago if it is too much."""
+        self._maps[key] = maps
+        self._bytes += maps.nbytes
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._maps.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._maps.clear()
+        self._bytes = 0
+
+
+@MODELS.register_module()
+class CorrespondenceModel(BaseModel):
+    """Match the keypoints of image pairs by descriptors.
+
+    ```text
+    images (3, H, W) -> backbone -> maps -> neck -> one map (B, C, h, w) -> head -> descriptors (B, C', h, w)
+      loss:    descriptors of both images, annotated points -> symmetric cross-entropy
+      predict: descriptors of both images, points of the source -> points of the target
+    ```
+
+    Descriptors of an image are kept while the model is in evaluation mode, so that an image is encoded once however
+    many pairs it is in, if `store_gb` suffices for the images between; changing the mode, as every evaluation does at
+    its start, drops them.
+
+    Args:
+        backbone: config of any backbone whose images are in [-1, 1], RGB.
+        neck: config of a neck with one level, such as `AggregationNeck` (DHF's aggregation network) or `ConcatNeck`.
+            Not needed behind a backbone with one map.
+        head: config of a `DescriptorHead`.
+        data_preprocessor: config.
+        prompt: of each image, with `{category}` in place of its category's name, as DIFT's `a photo of a {category}`;
+            None leaves the backbone's own prompt.
+        match_size: to what height and width maps are upsampled for matching: those of the 'original' images, as in
+            DIFT, or the same side for all, as in DHF (224 or 512). Predictions are in original pixels either way.
+        window: refine matches to sub-pixel positions, see `match_points`.
+        temperature: of the refinement.
+        store_gb: how many descriptors to keep in evaluation, in 10^9 bytes of CPU memory.
+        store_dtype: precision of descriptors in evaluation, 'float32' or 'float16'.
+        init_cfg: of mmengine.
+
+    Raises:
+        ValueError: another `match_size` or precision.
+    """
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Any],
+        neck: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        match_size: Literal['original'] | int = 'original',
+        window: int | None = None,
+        temperature: float = 0.04,
+        store_gb: float = 4,
+        store_dtype: Literal['float32', 'float16'] = 'float32',
+        init_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor or {'type': 'PairDataPreProcessor'}, init_cfg)
+        if match_size != 'original' and (not isinstance(match_size, int) or match_size < 1):
+            raise ValueError(f"match_size is {match_size!r}; it is 'original' or a number of pixels")
+        if store_dtype not in ('float32', 'float16'):
+            raise ValueError(f"store_dtype is {store_dtype!r}; it is 'float32' or 'float16'")
+        self.backbone = MODELS.build(backbone)
+        self.neck = None if neck is None else MODELS.build(neck)
+        self.head = MODELS.build(head or {'type': 'DescriptorHead'})
+        self.prompt = prompt
+        self.match_size = match_size
+        self.window = window
+        self.temperature = temperature
+        self.store = DescriptorStore(store_gb * 1e9)
+        self.store_dtype = getattr(torch, store_dtype)
+        self._protocol: dict[str, Any] | None = None
+        self.register_load_state_dict_post_hook(CorrespondenceModel._forget)
+
+    def forward(
+        self,
+        inputs: Images,
+        data_samples: Sequence[PairSample],
+        mode: Literal['loss', 'predict', 'tensor'] = 'tensor',
+    ) -> dict[str, Tensor] | list[PairSample] | list[list[Tensor]]:
+        """What mmengine calls.
+
+        Args:
+            inputs: for both views ('image0', 'image1') the images (3, H, W) of all pairs, in [-1, 1].
+            data_samples: of all pairs.
+            mode: 'loss', 'predict', or 'tensor' for the descriptors (C', h, w) of both images of each pair.
+        """
+        if mode == 'loss':
+            return self.loss(inputs, data_samples)
+        if mode == 'predict':
+            return self.predict(inputs, data_samples)
+        if mode == 'tensor':
+            return self.encode_pairs(inputs, data_samples)
+        raise ValueError(f"mode is {mode!r}; it is 'loss', 'predict' or 'tensor'")
+
+    def loss(self, inputs: Images, data_samples: Sequence[PairSample]) -> dict[str, Tensor]:
+        """The mean loss of those pairs that have keypoints visible in both images."""
+        pairs = self.encode_pairs(inputs, data_samples)
+        losses = []
+        for descriptors, sample in zip(pairs, data_samples, strict=True):
+            if sample.visible.any():
+                cells = []
+                for view, maps in zip(VIEWS, descriptors, strict=True):
+                    points, size = sample.get(f'keypoints{view}')[sample.visible], sample.get(f'ori_shape{view}')
+                    cells.append(points_to_cells(points, size, maps.shape[1:]).to(maps.device))
+                losses.append(self.head.loss(*descriptors, *cells))
+        if not losses:  # parameters get gradients of zero, which distributed training waits for
+            return {'loss_match': 0 * sum(maps.sum() for descriptors in pairs for maps in descriptors)}
+        return {'loss_match': torch.stack(losses).mean()}
+
+    def predict(self, inputs: Images, data_samples: Sequence[PairSample]) -> list[PairSample]:
+        """Match the visible keypoints of each source.
+
+        Returns:
+            The samples, each with `pred_keypoints1`: (x, y) in original pixels of the target for every visible
+            keypoint, in order, float64 with shape (V, 2), on the CPU. One that has it already is left as it is. Damaged
+            samples get none. All say in their meta information by what `protocol` they were made.
+        """
+        wanted = [i for i, s in enumerate(data_samples) if 'damaged' not in s and 'pred_keypoints1' not in s]
+        samples = [data_samples[i] for i in wanted]
+        pairs = self.encode_pairs({view: [images[i] for i in wanted] for view, images in inputs.items()}, samples)
+        for sample, descriptors in zip(samples, pairs, strict=True):
+            sample.pred_keypoints1 = self._match(*descriptors, sample)
+        for sample in data_samples:
+            sample.set_metainfo({'protocol': self.protocol})
+        return list(data_samples)
+
+    def _match(self, source: Tensor, target: Tensor, sample: PairSample) -> Tensor:
+        sizes = original = sample.ori_shape0, sample.ori_shape1
+        if self.match_size != 'original':
+            sizes = [(self.match_size, self.match_size)] * 2
+        scales = [
+            torch.tensor([width / w, height / h], dtype=torch.float64)  # from pixels for matching to original ones
+            for (h, w), (height, width) in zip(sizes, original, strict=True)
+        ]
+        height, width = sizes[0]
+        points = sample.keypoints0[sample.visible].double().cpu() / scales[0]
+        points = torch.minimum(points.clamp(min=0), points.new_tensor([width - 1, height - 1])).round()
+        if not len(points):
+            return points
+        matches = match_points(source, target, points, *sizes, window=self.window, temperature=self.temperature)
+        return matches.cpu().double() * scales[1]
+
+    def encode_pairs(self, inputs: Images, data_samples: Sequence[PairSample]) -> list[list[Tensor]]:
+        """Descriptors (C', h, w) of both images of each pair. Images of one size are encoded together."""
+        images = [inputs[f'image{view}'][i] for i in range(len(data_samples)) for view in VIEWS]
+        paths = [sample.get(f'img_path{view}') for sample in data_samples for view in VIEWS]
+        prompts = [self._prompt_of(sample) for sample in data_samples for _ in VIEWS]
+        keep = not self.training and not torch.is_grad_enabled()
+        shapes = [image.shape for image in images]
+        keys: list[Hashable] = list(zip(paths, prompts, shapes, strict=True) if keep else range(len(images)))
+        found = {key: self.store.get(key) if keep else None for key in keys}
+        groups: dict[torch.Size, dict[Hashable, int]] = {}  # shape -> key -> one of the images with this key
+        for i, key in enumerate(keys):
+            if found[key] is None:
+                groups.setdefault(shapes[i], {})[key] = i
+        for group in groups.values():
+            chosen = list(group.values())
+            maps = self.encode(torch.stack([images[i] for i in chosen]), [prompts[i] for i in chosen])
+            if keep:
+                maps = [x.to('cpu', self.store_dtype, copy=True) for x in maps]
+                for key, x in zip(group, maps, strict=True):
+                    self.store.put(key, x)
+            found |= zip(group, maps, strict=True)
+        descriptors = [found[key].to(image.device) for key, image in zip(keys, images, strict=True)]
+        return [descriptors[i : i + 2] for i in range(0, len(descriptors), 2)]
+
+    def encode(self, images: Tensor, prompts: Sequence[str | None]) -> Tensor:
+        """Descriptors of images.
+
+        Args:
+            images: with shape (B, 3, H, W), in [-1, 1].
+            prompts: of each image; None where the model has none.
+
+        Returns:
+            Shape (B, C', h, w).
+
+        Raises:
+            ValueError: there is more than one map, or none.
+        """
+        maps = self.backbone(images) if self.prompt is None else self.backbone(images, prompts)
+        if self.neck is not None:
+            maps = self.neck(maps)
+        if len(maps) != 1:
+            raise ValueError(
+                f'the {"backbone" if self.neck is None else "neck"} gives {len(maps)} maps and matching takes one; '
+                f"join them with a neck, such as dict(type='ConcatNeck', levels=[[...]], output_sizes=[64])"
+            )
+        return self.head(maps[0])
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a prediction depends on, for the record; in types that JSON has."""
+        if self._protocol is None:
+            model = getattr(self.backbone, 'fingerprint', type(self.backbone).__name__)
+            own_prompt = model.get('prompt') if isinstance(model, dict) else None
+            extractors = [module for module in self.modules() if isinstance(module, DiffusionExtractor)]
+            self._protocol = {
+                'match_size': self.match_size,
+                'window': self.window,
+                'temperature': None if self.window is None else self.temperature,
+                'prompt': own_prompt if self.prompt is None else self.prompt,
+                'input_size': getattr(self.backbone, 'input_size', None),
+                'draws': [{'noise': e.noise, 'seed': e.seed, 'ensemble': e.ensemble} for e in extractors],
+                'store_dtype': str(self.store_dtype).removeprefix('torch.'),
+                'model': model,
+                'weights': _digest(self.state_dict()),
+            }
+        return self._protocol
+
+    def train(self, mode: bool = True) -> 'CorrespondenceModel':
+        """Set the mode, and forget descriptors: weights may have changed."""
+        self._forget()
+        return super().train(mode)
+
+    def _forget(self, *_: object) -> None:
+        self.store.clear()
+        self._protocol = None
+
+    def _prompt_of(self, sample: PairSample) -> str | None:
+        return None if self.prompt is None else self.prompt.format(category=sample.category)
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Of a state dict's content."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f'sha256:{digest.hexdigest()[:16]}'
