@@ -1,6 +1,6 @@
 """Parts for mmsegmentation: importing this package registers them in `mmseg.registry.MODELS`."""
 
-from .backbones import DiffusionBackbone, VisionBackbone
+from .backbones import DiffusionBackbone, EnsembleBackbone, VisionBackbone
 from .correspondence import CorrespondenceModel
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
@@ -10,6 +10,7 @@ __all__ = [
     'ConcatNeck',
     'CorrespondenceModel',
     'DiffusionBackbone',
+    'EnsembleBackbone',
     'PixelClassifierHead',
     'VisionBackbone',
 ]
