@@ -1,6 +1,7 @@
-"""Metrics."""
+"""Metrics, and hooks around evaluations."""
 
-from .pck import correct_keypoints, pck
+from .hooks import ResumableTestHook, SelectionGuardHook
+from .pck import PCKMetric, correct_keypoints, pck
 from .scarce import ScarceIoUMetric
 
-__all__ = ['ScarceIoUMetric', 'correct_keypoints', 'pck']
+__all__ = ['PCKMetric', 'ResumableTestHook', 'ScarceIoUMetric', 'SelectionGuardHook', 'correct_keypoints', 'pck']

@@ -1,10 +1,39 @@
-"""Percentage of correct keypoints (PCK)."""
+"""Percentage of correct keypoints (PCK): pure functions, and the metric that states how its figures came about.
 
-from collections.abc import Sequence
-from typing import Literal
+A figure is named by threshold, base and mean, `PCK@0.1-bbox/point`:
 
+* a keypoint is correct within `threshold * extent`, where
+* the base is the longer side of the target's box ('bbox') or of the target image ('img'), in original pixels;
+* the mean is over all keypoints alike ('point': Diffusion Hyperfeatures, later papers), over the pairs' own percentages
+  ('image': DIFT's 52.9 on SPair-71k), or over the categories' percentages of keypoints ('category').
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import mmengine
+import mmseg
 import torch
+import transformers
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
+from mmseg.registry import METRICS
+from prettytable import PrettyTable
 from torch import Tensor
+
+from diffseg import __version__
+
+THRESHOLDS = (0.01, 0.05, 0.1, 0.15)
+BASES = ('bbox', 'img')
+PACKAGES = (diffusers, mmengine, mmseg, torch, transformers)
+
+Base = Literal['bbox', 'img']
+Mean = Literal['point', 'image', 'category']
+Record = Mapping[str, Any]  # of one pair, see `make_record`
 
 
 def correct_keypoints(predicted: Tensor, target: Tensor, extent: float, alpha: float = 0.1) -> Tensor:
@@ -31,22 +60,214 @@ def correct_keypoints(predicted: Tensor, target: Tensor, extent: float, alpha: f
     return torch.linalg.vector_norm(predicted.double() - target.double(), dim=-1) <= alpha * extent
 
 
-def pck(correct: Sequence[Tensor], mean: Literal['image', 'point']) -> float:
-    """PCK in percent over pairs.
+def pck(correct: Sequence[Tensor], mean: Mean, categories: Sequence[str] | None = None) -> float:
+    """PCK in percent over pairs; those without keypoints do not count.
 
     Args:
         correct: for every pair which of its keypoints are correct, bool with shape (N_pair,).
-        mean: 'image' averages the pairs' own percentages, as DIFT's 52.9 on SPair-71k does; 'point' counts all
-            keypoints alike, as later papers do.
+        mean: 'point', 'image' or 'category', see above.
+        categories: of the pairs; for 'category'.
 
     Raises:
-        ValueError: without any keypoint, or on another `mean`.
+        ValueError: without any keypoint, on another `mean`, or without the categories that it needs.
     """
     pairs = [each.double() for each in correct if len(each)]
     if not pairs:
         raise ValueError('there is no keypoint to score')
-    if mean == 'image':
-        return 100 * float(torch.stack([each.mean() for each in pairs]).mean())
     if mean == 'point':
         return 100 * float(torch.cat(pairs).mean())
-    raise ValueError(f"mean is {mean!r}, choose 'image' or 'point'")
+    if mean == 'image':
+        return 100 * float(torch.stack([each.mean() for each in pairs]).mean())
+    if mean != 'category':
+        raise ValueError(f"mean is {mean!r}, choose 'point', 'image' or 'category'")
+    if categories is None or len(categories) != len(correct):
+        raise ValueError("mean='category' needs the category of each pair")
+    groups: dict[str, list[Tensor]] = {}
+    for category, each in zip(categories, correct, strict=True):
+        if len(each):
+            groups.setdefault(category, []).append(each)
+    return sum(pck(group, 'point') for group in groups.values()) / len(groups)
+
+
+def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of one pair, ready for JSON.
+
+    Args:
+        sample: the fields and the meta information of a `PairSample` that a model has completed.
+
+    Returns:
+        `pair_id` and `category`, and either `damaged` or, all in original pixels, `predicted` and `target` keypoints
+        (N, 2), those visible in both images; the target's `bbox`, (x1, y1, x2, y2); the target image's `size`, (height,
+        width); the (height, width) of both images as `loaded`, None if that is the original size and "varies" if they
+        differ; and the pair's `variations`.
+    """
+    record = {'pair_id': sample['pair_id'], 'category': sample['category']}
+    if 'damaged' in sample:
+        return record | {'damaged': sample['damaged']}
+    loaded, original = ([tuple(sample[f'{kind}_shape{view}']) for view in (0, 1)] for kind in ('img', 'ori'))
+    return record | {
+        'predicted': sample['pred_keypoints1'].tolist(),
+        'target': sample['keypoints1'][sample['visible']].tolist(),
+        'bbox': sample['bbox1'].tolist(),
+        'size': list(sample['ori_shape1']),
+        'loaded': None if loaded == original else list(loaded[0]) if loaded[0] == loaded[1] else 'varies',
+        'variations': dict(sample.get('variations', {})),
+    }
+
+
+def figure_name(threshold: float, base: Base, mean: Mean) -> str:
+    """For example `PCK@0.1-bbox/point`."""
+    return f'PCK@{threshold:g}-{base}/{mean}'
+
+
+def score(
+    records: Iterable[Record], thresholds: Sequence[float] = THRESHOLDS, bases: Sequence[Base] = BASES
+) -> dict[str, dict[str, float]]:
+    """All figures of an evaluation.
+
+    Args:
+        records: of all pairs, see `make_record`; damaged ones do not count.
+        thresholds: fractions of the extent.
+        bases: what the extent is.
+
+    Returns:
+        Under 'all' the figures with all three means, and under each category, in alphabetical order, those of its pairs
+        with the means over points and images; in percent.
+
+    Raises:
+        ValueError: no pair has a keypoint.
+    """
+    pairs = [record for record in records if record.get('predicted')]
+    categories = [record['category'] for record in pairs]
+    figures: dict[str, dict[str, float]] = {name: {} for name in ('all', *sorted(set(categories)))}
+    for threshold in thresholds:
+        for base in bases:
+            correct = [_correct(record, threshold, base) for record in pairs]
+            for group, found in figures.items():
+                chosen = [c for c, category in zip(correct, categories, strict=True) if group in ('all', category)]
+                for mean in ('point', 'image'):
+                    found[figure_name(threshold, base, mean)] = pck(chosen, mean)
+            figures['all'][figure_name(threshold, base, 'category')] = pck(correct, 'category', categories)
+    return figures
+
+
+def _correct(record: Record, threshold: float, base: Base) -> Tensor:
+    if base not in BASES:
+        raise ValueError(f'base is {base!r}, choose from {", ".join(BASES)}')
+    x1, y1, x2, y2 = record['bbox']
+    extent = max(x2 - x1, y2 - y1) if base == 'bbox' else max(record['size'])
+    predicted, target = (torch.tensor(record[key], dtype=torch.float64) for key in ('predicted', 'target'))
+    return correct_keypoints(predicted, target, extent, threshold)
+
+
+def format_table(
+    figures: Mapping[str, Mapping[str, float]],
+    thresholds: Sequence[float] = THRESHOLDS,
+    bases: Sequence[Base] = BASES,
+) -> str:
+    """Figures as `score` returns them as a text table: a row for each category, all pairs, and mean of the categories.
+
+    Each cell has the means over points and over images.
+    """
+    columns = [(threshold, base) for base in bases for threshold in thresholds]
+    table = PrettyTable(['PCK /point /image', *(f'@{threshold:g}-{base}' for threshold, base in columns)], align='r')
+    table.align['PCK /point /image'] = 'l'
+    names = [[figure_name(*column, mean) for mean in ('point', 'image')] for column in columns]
+    categories = [name for name in figures if name != 'all']
+
+    def add(label: str, groups: Sequence[str], divider: bool = False) -> None:
+        means = [[sum(figures[group][name] for group in groups) / len(groups) for name in both] for both in names]
+        table.add_row([label, *(f'{point:.2f} {image:.2f}' for point, image in means)], divider=divider)
+
+    for category in categories:
+        add(category, [category], divider=category == categories[-1])
+    add('all pairs', ['all'])
+    add('mean of categories', categories)
+    return table.get_string()
+
+
+@METRICS.register_module()
+class PCKMetric(BaseMetric):
+    """PCK with all thresholds, bases and means at once, see above.
+
+    What is returned are the figures of all pairs under their names, and the number of damaged pairs; the log has a
+    table with a row for each category.
+
+    Args:
+        thresholds: fractions of the extent.
+        bases: what the extent is, 'bbox' and 'img'.
+        out_file: JSON file to write. It holds the `protocol` that led to the figures: data set, split, number of pairs,
+            resizing, what the model says of itself, versions; the `figures`; and the `predictions`, one record for each
+            pair, from which `tools/rescore.py` recomputes the figures without the model.
+        allow_selection_on_test: let checkpoints be chosen by figures on the test split, as some published figures were;
+            the protocol then says so. See `SelectionGuardHook`.
+        **kwargs: what `BaseMetric` takes.
+
+    Raises:
+        ValueError: unknown base.
+    """
+
+    def __init__(
+        self,
+        thresholds: Sequence[float] = THRESHOLDS,
+        bases: Sequence[Base] = BASES,
+        out_file: str | None = None,
+        allow_selection_on_test: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if unknown := set(bases) - set(BASES):
+            raise ValueError(f'bases {sorted(unknown)} are unknown, choose from {", ".join(BASES)}')
+        self.thresholds = tuple(thresholds)
+        self.bases = tuple(bases)
+        self.out_file = out_file
+        self.allow_selection_on_test = allow_selection_on_test
+        self._model: dict[str, Any] = {}
+
+    def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the record of each pair, and what the model says of itself."""
+        for sample in data_samples:
+            self._model = sample.get('protocol', {})
+            self.results.append(make_record(sample))
+
+    def compute_metrics(self, results: list[Record]) -> dict[str, float]:
+        """Score the records of all pairs, write the result and log the table."""
+        damaged = [record['damaged'] for record in results if 'damaged' in record]
+        if len(damaged) == len(results):
+            raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')
+        figures = score(results, self.thresholds, self.bases)
+        print_log('\n' + format_table(figures, self.thresholds, self.bases), logger='current')
+        if damaged:
+            print_log(f'{len(damaged)} of {len(results)} pairs were damaged and do not count', logger='current')
+        if self.out_file is not None:
+            content = {
+                'protocol': self._protocol(results),
+                'figures': figures,
+                'damaged': sorted(set(damaged)),
+                'predictions': results,
+            }
+            _write(Path(self.out_file), json.dumps(content, indent=1))
+        return {**figures['all'], 'damaged': len(damaged)}
+
+    def _protocol(self, results: Sequence[Record]) -> dict[str, Any]:
+        data = self.dataset_meta or {}
+        loaded = [record['loaded'] for record in results if 'loaded' in record]
+        return {
+            **{key: data.get(key) for key in ('dataset', 'split', 'list', 'box')},
+            'pairs': len(results),
+            'damaged': sum('damaged' in record for record in results),
+            'loaded_size': loaded[0] if all(size == loaded[0] for size in loaded) else 'varies',
+            **self._model,
+            'thresholds': self.thresholds,
+            'bases': self.bases,
+            'selection_on_test': self.allow_selection_on_test,
+            'versions': {'diffseg': __version__, **{package.__name__: package.__version__ for package in PACKAGES}},
+        }
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'{path.name}.partial')
+    partial.write_text(content)
+    os.replace(partial, path)

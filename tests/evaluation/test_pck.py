@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffseg.evaluation import correct_keypoints, pck
+from diffseg.evaluation import PCKMetric, correct_keypoints, pck
+from diffseg.evaluation.pck import format_table, score
 from diffseg.models.correspondence import match_points
 
 
@@ -24,6 +25,7 @@ def test_image_and_point_means_differ():
     correct = [torch.tensor([True, True, True, False]), torch.tensor([False]), torch.tensor([], dtype=torch.bool)]
     assert pck(correct, 'image') == pytest.approx(37.5)
     assert pck(correct, 'point') == pytest.approx(60)
+    assert pck(correct, 'category', ['a', 'b', 'b']) == pytest.approx((75 + 0) / 2)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,9 @@ def test_image_and_point_means_differ():
     [
         (lambda: pck([], 'image'), 'no keypoint'),
         (lambda: pck([torch.ones(1)], 'median'), 'median'),
+        (lambda: pck([torch.ones(1)], 'category'), 'category of each pair'),
+        (lambda: score([make_sample_record()], bases=['box']), "base is 'box'"),
+        (lambda: PCKMetric(bases=['box']), 'box'),
         (lambda: correct_keypoints(torch.zeros(2, 2), torch.zeros(3, 2), 1), 'shape'),
         (lambda: correct_keypoints(torch.zeros(2, 2), torch.zeros(2, 2), 0), 'extent'),
     ],
@@ -40,21 +45,176 @@ def test_bad_input(call, message):
         call()
 
 
+def make_sample(pair_id, category, predicted, target, bbox=(0, 0, 100, 50), size=(300, 200), **changes):
+    """What the metric is given of one pair: the fields and meta information of a PairSample."""
+    visible = torch.tensor([True] * len(target) + [False])
+    sample = {
+        'pair_id': pair_id,
+        'category': category,
+        'pred_keypoints1': torch.tensor(predicted, dtype=torch.float64).reshape(-1, 2),
+        'keypoints1': torch.tensor([*target, (-1, -1)], dtype=torch.float32),
+        'visible': visible,
+        'bbox1': torch.tensor(bbox, dtype=torch.float32),
+        'ori_shape0': (300, 200),
+        'ori_shape1': size,
+        'img_shape0': (64, 64),
+        'img_shape1': (64, 64),
+        'variations': {'mirror': 1},
+        'protocol': {'match_size': 224, 'weights': 'sha256:0'},
+    }
+    return {**sample, **changes}
+
+
+def make_sample_record():
+    return {'pair_id': '0', 'category': 'cow', 'predicted': [[0, 0]], 'target': [[0, 0]], 'bbox': [0, 0, 1, 1]}
+
+
+def evaluate(metric, samples):
+    metric.dataset_meta = {'dataset': 'SPair-71k', 'split': 'test', 'list': 'Layout/large/test.txt', 'box': 'object'}
+    metric.process({}, samples)
+    return metric.evaluate(len(samples))
+
+
+# Thresholds 0.1 of the box, 10 pixels, and of the image, 30 pixels.
+HAND_MADE = [
+    make_sample('0', 'cow', [(10, 10), (50, 55), (70, 99)], [(10, 10), (50, 66), (40, 99)]),  # 0, 11, 30 pixels off
+    make_sample('1', 'cow', [(10, 20)], [(10, 30)]),  # 10
+    make_sample('2', 'dog', [(0, 0)], [(30, 40)]),  # 50
+    make_sample('3', 'dog', [], []),
+]
+
+
+def test_hand_made_case():
+    found = evaluate(PCKMetric(thresholds=[0.1]), HAND_MADE)
+    expected = {
+        'PCK@0.1-bbox/point': 2 / 5,
+        'PCK@0.1-bbox/image': (1 / 3 + 1 + 0) / 3,
+        'PCK@0.1-bbox/category': (2 / 4 + 0) / 2,
+        'PCK@0.1-img/point': 4 / 5,
+        'PCK@0.1-img/image': (1 + 1 + 0) / 3,
+        'PCK@0.1-img/category': (1 + 0) / 2,
+    }
+    assert found == {**{name: pytest.approx(100 * value) for name, value in expected.items()}, 'damaged': 0}
+
+
+def test_all_figures_are_exactly_100_for_perfect_predictions():
+    points = [(3.5, 7.25), (199, 299)]
+    found = evaluate(PCKMetric(), [make_sample(str(i), 'cow', points, points) for i in range(3)])
+    assert found.pop('damaged') == 0
+    assert len(found) == 4 * 2 * 3 and set(found.values()) == {100}
+
+
+def test_damaged_pairs_are_counted_and_do_not_count():
+    damaged = {'pair_id': '9', 'category': 'cat', 'damaged': 'cat.jpg: cannot be read', 'protocol': {}}
+    with_damaged = evaluate(PCKMetric(), [*HAND_MADE, damaged])
+    assert with_damaged == {**evaluate(PCKMetric(), HAND_MADE), 'damaged': 1}
+    with pytest.raises(ValueError, match=r'none of the 1 pairs .* cat.jpg'):
+        evaluate(PCKMetric(), [damaged])
+
+
+def test_table_has_a_row_for_each_category_and_all_means():
+    metric = PCKMetric(thresholds=[0.1], bases=['bbox'])
+    metric.process({}, HAND_MADE)
+    figures = score(metric.results, [0.1], ['bbox'])
+    rows = [line.strip('| ').split('|') for line in format_table(figures, [0.1], ['bbox']).splitlines() if '|' in line]
+    assert [(row[0].strip(), row[1].split()) for row in rows] == [
+        ('PCK /point /image', ['@0.1-bbox']),
+        ('cow', ['50.00', '66.67']),
+        ('dog', ['0.00', '0.00']),
+        ('all pairs', ['40.00', '44.44']),
+        ('mean of categories', ['25.00', '33.33']),
+    ]
+
+
+def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
+    path = tmp_path / 'results' / 'pck.json'
+    damaged = {
+        'pair_id': '9',
+        'category': 'cat',
+        'damaged': 'cat.jpg: cannot be read',
+        'protocol': HAND_MADE[0]['protocol'],
+    }
+    found = evaluate(PCKMetric(out_file=str(path)), [*HAND_MADE, damaged])
+    result = json.loads(path.read_text())
+    protocol = result['protocol']
+    assert protocol['versions'].keys() == {'diffseg', 'diffusers', 'mmengine', 'mmseg', 'torch', 'transformers'}
+    assert {key: value for key, value in protocol.items() if key != 'versions'} == {
+        'dataset': 'SPair-71k',
+        'split': 'test',
+        'list': 'Layout/large/test.txt',
+        'box': 'object',
+        'pairs': 5,
+        'damaged': 1,
+        'loaded_size': [64, 64],
+        'match_size': 224,
+        'weights': 'sha256:0',
+        'thresholds': [0.01, 0.05, 0.1, 0.15],
+        'bases': ['bbox', 'img'],
+        'selection_on_test': False,
+    }
+    assert result['damaged'] == ['cat.jpg: cannot be read']
+    assert score(result['predictions']) == result['figures']
+    assert {**result['figures']['all'], 'damaged': 1} == found
+    assert result['predictions'][1]['predicted'] == [[10, 20]]
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'expected'),
+    [
+        ({'img_shape0': (300, 200), 'img_shape1': (300, 200)}, None),
+        ({'img_shape1': (32, 64)}, 'varies'),
+        ({}, [64, 64]),
+    ],
+)
+def test_loaded_size(tmp_path, shapes, expected):
+    samples = [make_sample('0', 'cow', [(0, 0)], [(0, 0)], **shapes)]
+    evaluate(PCKMetric(out_file=str(tmp_path / 'pck.json')), samples)
+    assert json.loads((tmp_path / 'pck.json').read_text())['protocol']['loaded_size'] == expected
+
+
 def test_agrees_with_dift_on_real_pairs(reference):
+    """Every figure that DIFT's script prints."""
+    expected = json.loads((reference('spair-scores') / 'expected.json').read_text())['dift']
+    figures = score(match_real_pairs(reference))
+    for name, value in expected.items():
+        group, _, mean = name.partition(' per ')
+        found = figures[group.lower()][f'PCK@0.1-bbox/{mean.removesuffix(" PCK@0.1")}']
+        assert round(found, 2) == value
+
+
+@pytest.mark.parametrize('load_size', [224, 512])
+def test_agrees_with_hyperfeatures_on_real_pairs(reference, load_size):
+    expected = json.loads((reference('spair-scores') / 'expected.json').read_text())[f'dhf_load{load_size}']
+    figures = score(match_real_pairs(reference, load_size))['all']
+    for base in ('img', 'bbox'):
+        assert figures[f'PCK@0.1-{base}/point'] == pytest.approx(expected[f'pck_{base}'], abs=1e-9)
+
+
+def match_real_pairs(reference, load_size=None):
+    """Records of the six real pairs, matched at the original sizes as DIFT does, or as Diffusion Hyperfeatures does."""
     folder = reference('spair-scores')
     data = folder.parents[1] / 'SPair-71k-mini'
     maps = load_file(folder / 'descriptors.safetensors')
-    expected = json.loads((folder / 'expected.json').read_text())['dift']
-    scores = {}
+    records = []
     for path in sorted((data / 'PairAnnotation/test').glob('*.json')):
         pair = json.loads(path.read_text())
-        sizes = [(pair[f'{side}_imsize'][1], pair[f'{side}_imsize'][0]) for side in ('src', 'trg')]
-        matches = match_points(
-            maps[pair['src_imname']][0], maps[pair['trg_imname']][0], torch.tensor(pair['src_kps']), *sizes
+        source, target = (maps[pair[f'{side}_imname']] for side in ('src', 'trg'))
+        originals = [(pair[f'{side}_imsize'][1], pair[f'{side}_imsize'][0]) for side in ('src', 'trg')]
+        points, sizes, scale = torch.tensor(pair['src_kps']).double(), originals, torch.ones(2)
+        if load_size is not None:
+            source, target = (torch.nn.functional.interpolate(x, 64, mode='bilinear') for x in (source, target))
+            sizes = [(load_size, load_size)] * 2
+            points = (points * load_size / torch.tensor(originals[0][::-1])).clamp(0, load_size - 1).round()
+            scale = torch.tensor(originals[1][::-1]).double() / load_size
+        predicted = match_points(source[0], target[0], points, *sizes) * scale
+        records.append(
+            {
+                'pair_id': path.stem,
+                'category': pair['category'],
+                'predicted': predicted.tolist(),
+                'target': pair['trg_kps'],
+                'bbox': pair['trg_bndbox'],
+                'size': originals[1],
+            }
         )
-        x1, y1, x2, y2 = pair['trg_bndbox']
-        scores[pair['category']] = correct_keypoints(matches, torch.tensor(pair['trg_kps']), max(x2 - x1, y2 - y1))
-    for category, correct in scores.items():
-        assert round(pck([correct], 'point'), 2) == expected[f'{category} per point PCK@0.1']
-    for mean in ('image', 'point'):
-        assert round(pck(list(scores.values()), mean), 2) == expected[f'All per {mean} PCK@0.1']
+    return records
