@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ class FeatureCache:
             whose last use is longest ago; None is no limit. All users of a folder should agree on it.
 
     Attributes:
-        counts: Hits, misses and so on; logged when the cache is disposed of, at the latest when the program ends.
+        counts: Hits, misses and so on of this process; logged after 100, 1000, 10000, ... images.
 
     Raises:
         ValueError: Unknown dtype or malformed size.
@@ -87,7 +86,6 @@ class FeatureCache:
         self.dtype = dtype
         self.max_size = None if max_size is None else parse_size(max_size)
         self.counts = CacheCounts()
-        weakref.finalize(self, _report, self.path, self.counts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'FeatureCache':
         """A copied model uses the same folder, and the same counts."""
@@ -134,8 +132,7 @@ class FeatureCache:
             for i, entry in zip(missing, self._pack(maps, names), strict=True):
                 self._write(paths[i], entry)
                 entries[i] = entry
-        self.counts.hits += len(images) - len(missing)
-        self.counts.misses += len(missing)
+        self._count(len(images) - len(missing), len(missing))
         stacked = {name: _stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
         numbers = [str(i) for i in range(len(stacked)) if str(i) in stacked]
         return tuple(dequantize(stacked[i], stacked.get(SCALE.format(i))).to(images.dtype) for i in numbers)
@@ -184,6 +181,13 @@ class FeatureCache:
         with suppress(OSError):  # evicted since, or another user's
             os.utime(path)
         return entry
+
+    def _count(self, hits: int, misses: int) -> None:
+        before = self.counts.hits + self.counts.misses
+        self.counts.hits += hits
+        self.counts.misses += misses
+        if before + hits + misses >= 10 ** max(2, len(str(before))):
+            print_log(f'feature cache {self.path}: {self.counts}', 'current')
 
     def _pack(self, maps: Sequence[Tensor], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Each image's tensors on the CPU as they are stored, of maps (b, C, h, w)."""
@@ -336,8 +340,3 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def _report(path: Path, counts: CacheCounts) -> None:
-    if counts.hits or counts.misses:
-        print_log(f'feature cache {path}: {counts}', 'current')
