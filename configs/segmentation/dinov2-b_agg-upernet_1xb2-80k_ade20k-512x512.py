@@ -1,0 +1,11 @@
+_base_ = [
+    '../_base_/models/dinov2_b.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_adamw_80k.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)),
+)
