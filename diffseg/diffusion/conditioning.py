@@ -1,7 +1,7 @@
 """Prompts as what the UNet reads: token embeddings and, for SDXL, a pooled embedding and time ids.
 
-A prompt is encoded once. Its embedding is kept on disk under a key of its content (text encoders, prompt, settings);
-where it is there, no text encoder is loaded.
+A prompt is encoded once. Its embedding is kept on disk under a key of its content (text encoders, learned tokens,
+prompt, settings); where it is there, no text encoder is loaded.
 """
 
 import hashlib
@@ -9,16 +9,18 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
+from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffseg.diffusion.loading import (
@@ -31,11 +33,18 @@ from diffseg.diffusion.loading import (
     load_config,
     read_checkpoint,
 )
+from diffseg.diffusion.textual_inversion import add_tokens, read_inversion, spell_out
+
+T = TypeVar('T')
 
 logger = logging.getLogger(__name__)
 
 # Belongs to the key of an embedding: changes whenever the same prompt would be encoded differently.
 ENCODING = 'float32, chunks of the tokenizer length, pooled of the truncated prompt, 1'
+CLASS_ENCODING = 'float32, pooled, mean over templates, 1'  # the same for the embeddings of classes
+CHUNK = 256  # prompts that are encoded and in memory at once
+RECENT = 64  # prompts that are in memory
+
 SINGLE_FILE_PREFIXES = ('cond_stage_model.', 'conditioner.embedders.')
 
 _ENCODERS = {'text_encoder': CLIPTextModel, 'text_encoder_2': CLIPTextModelWithProjection}
@@ -58,6 +67,10 @@ class Conditioning:
     def tensors(self) -> list[Tensor]:
         """The embeddings, and the pooled ones where there are such."""
         return [self.embeds] if self.pooled is None else [self.embeds, self.pooled]
+
+    def select(self, index: Tensor | Sequence[int] | slice) -> 'Conditioning':
+        """Some of the prompts."""
+        return Conditioning(self.embeds[index], None if self.pooled is None else self.pooled[index])
 
     def unet_kwargs(
         self,
@@ -89,18 +102,8 @@ class Conditioning:
         return {'encoder_hidden_states': embeds, 'added_cond_kwargs': added}
 
 
-def encode_prompts(
-    model: str | Path,
-    prompts: Sequence[str],
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    config: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    device: torch.device | str = 'cpu',
-    dtype: torch.dtype = torch.float32,
-) -> Conditioning:
-    """Encode prompts with a model's text encoders, or read what was encoded before.
+class PromptEncoder:
+    """The text encoders of a model, which are loaded for new prompts only.
 
     The encoders run in float32 (unlike GDF, which runs SDXL's in float16), one after the other, and are freed.
 
@@ -111,43 +114,198 @@ def encode_prompts(
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
-        prompts: All of the same number of chunks; long ones of the same number of tokens.
         revision: Commit, tag or branch of a hub id; None is the preset's, else the newest.
         variant: Variant of the weight files; None is the preset's, else none.
         config: Preset or diffusers folder that describes a single file, and has the tokenizers, which a file has not.
         cache_dir: Where embeddings are kept; None is `prompts` in the folder that the environment variable
             `DIFFSEG_CACHE` names, else in `~/.cache/diffseg`.
+        textual_inversion: Files of learned tokens, see `read_inversion`.
+        truncate: Cut long prompts off at the tokenizer's length, as diffusers' pipelines do, instead of into chunks.
+        device: Where encoders run. The results are on the CPU.
+
+    Raises:
+        OSError: Text encoders, tokenizers or tokens are missing, damaged or unreachable. Of the model this comes with
+            the first prompt.
+        ValueError: Learned tokens that cannot be read or are for another kind of model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        textual_inversion: Sequence[str | Path] = (),
+        truncate: bool = False,
+        device: torch.device | str = 'cpu',
+    ):
+        self.model = model
+        self.revision = revision
+        self.variant = variant
+        self.config = config
+        self.folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.inversions = [read_inversion(path) for path in textual_inversion]
+        self.truncate = truncate
+        self.device = device
+        self._recent: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings with shape (P, N, D), in the order of the prompts, and pooled ones with shape (P, D2) for SDXL.
+
+        Raises:
+            ValueError: None, or prompts of different numbers of tokens.
+        """
+        self.prepare(prompts)
+        found = {prompt: self._recall(prompt) for prompt in dict.fromkeys(prompts)}
+        return Conditioning(
+            **{name: torch.stack([found[prompt][name] for prompt in prompts]) for name in found[prompts[0]]}
+        )
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode prompts, as many as there may be, that are not on disk yet.
+
+        Raises:
+            ValueError: None, or prompts of different numbers of tokens.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f'prompts is {prompts!r}; it is a sequence of one or more prompts')
+        lengths = {prompt: self._length(prompt) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, length in lengths.items() if length is None]
+        with tqdm(total=len(missing), desc='encoding prompts', disable=len(missing) <= CHUNK) as progress:
+            for start in range(0, len(missing), CHUNK):
+                for prompt, tensors in self._encode(missing[start : start + CHUNK]):
+                    lengths[prompt] = len(tensors['embeds'])
+                    progress.update()
+        if len(set(lengths.values())) > 1:
+            examples = {length: prompt for prompt, length in lengths.items()}
+            listed = '; '.join(f'{length} for {prompt[:40]!r}' for length, prompt in examples.items())
+            raise ValueError(
+                f'prompts have different numbers of tokens ({listed}); encode them one by one, or cut them off at the '
+                f"tokenizer's length (truncate)"
+            )
+
+    def class_embeddings(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embeddings of classes, with shape (N, D), as VPD has them.
+
+        That of a class is the mean of the text encoder's pooled embedding, as it is (not projected, not normalised),
+        over prompts such as 'a photo of a {}.'.
+
+        Raises:
+            ValueError: A template without the place for the name, no template, or a model with two text encoders.
+        """
+        if wrong := [template for template in templates if '{}' not in template] or not templates:
+            raise ValueError(f"templates {wrong or list(templates)} have no '{{}}' for the name of a class")
+        if len(self.encoders) > 1:
+            raise ValueError(
+                f'{self.model} has two text encoders; embeddings of classes are defined for models with one'
+            )
+        path = self._path([CLASS_ENCODING, self._identity, list(names), list(templates)])
+        if (found := _read(path)) is None:
+            tokenizer, encoder = self._load('text_encoder')
+            embeds = [
+                _pooled(tokenizer, encoder, [template.format(name) for template in templates]).mean(0).cpu()
+                for name in tqdm(names, desc='encoding classes')
+            ]
+            found = {'classes': torch.stack(embeds)}
+            _write(path, found, {'classes': json.dumps(list(names)), 'encoding': CLASS_ENCODING})
+        return found['classes']
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where the text encoders come from."""
+        return find_source(self.model, revision=self.revision, variant=self.variant, config=self.config)
+
+    @cached_property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders."""
+        config = load_config(self.model, revision=self.revision, config=self.config)
+        pair = config.unet['addition_embed_type'] == 'text_time'
+        return ('text_encoder', 'text_encoder_2') if pair else ('text_encoder',)
+
+    @cached_property
+    def _identity(self) -> str:
+        learned = [[inversion.token, inversion.digest] for inversion in self.inversions]
+        return _identity(self.source, self.encoders) + (f'+{json.dumps(learned)}' if learned else '')
+
+    def _path(self, content: Any) -> Path:
+        """The file of what is determined by `content`."""
+        return self.folder / f'{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}.safetensors'
+
+    def _path_of(self, prompt: str) -> Path:
+        return self._path([ENCODING, self._identity, prompt, *(['truncated'] if self.truncate else [])])
+
+    def _length(self, prompt: str) -> int | None:
+        """Number of tokens of a prompt that is in memory or on disk, None of another."""
+        if prompt in self._recent:
+            return len(self._recent[prompt]['embeds'])
+        return _read(self._path_of(prompt), _count)
+
+    def _recall(self, prompt: str) -> dict[str, Tensor]:
+        tensors = self._recent.pop(prompt, None) or _read(self._path_of(prompt)) or dict(self._encode([prompt]))[prompt]
+        self._recent[prompt] = tensors
+        while len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return tensors
+
+    def _encode(self, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Encode prompts and write them to disk."""
+        for prompt, tensors in zip(prompts, self._run(prompts), strict=True):
+            metadata = {'prompt': prompt, 'encoders': self._identity, 'encoding': ENCODING}
+            _write(self._path_of(prompt), tensors, metadata)
+            yield prompt, tensors
+
+    def _run(self, prompts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Embeddings of each prompt on the CPU: `embeds` (N, D) and, of a pair of encoders, `pooled` (D2,)."""
+        pair = len(self.encoders) == 2
+        states: list[list[Tensor]] = [[] for _ in prompts]  # per prompt, one (N, D_e) for each encoder
+        pooled: list[Tensor] = []
+        for part in self.encoders:
+            tokenizer, encoder = self._load(part)
+            for i, prompt in enumerate(prompts):
+                text = spell_out(prompt, tokenizer) if self.inversions else prompt
+                chunks = [_truncated(tokenizer, text)] if self.truncate else _chunks(tokenizer, text)
+                outputs = [_run(encoder, ids) for ids in chunks]
+                # SD reads the last layer's normalised states (SD 2.x has its last layer cut off), SDXL those before it.
+                read = [o.hidden_states[-2] if pair else o.last_hidden_state for o in outputs]
+                states[i].append(torch.cat(read, dim=1)[0].cpu())
+                if hasattr(encoder, 'text_projection'):
+                    whole = outputs[0] if len(chunks) == 1 else _run(encoder, _truncated(tokenizer, text))
+                    pooled.append(whole.text_embeds[0].cpu())
+            del encoder
+        for i in range(len(prompts)):
+            yield {'embeds': torch.cat(states[i], dim=-1).contiguous(), **({'pooled': pooled[i]} if pair else {})}
+
+    def _load(self, part: str) -> tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]:
+        tokenizer, encoder = _load(self.source, part)
+        add_tokens(tokenizer, encoder, part, self.inversions)
+        return tokenizer, encoder.to(self.device)
+
+
+def encode_prompts(
+    model: str | Path,
+    prompts: Sequence[str],
+    *,
+    device: torch.device | str = 'cpu',
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Conditioning:
+    """Encode prompts with a model's text encoders, or read what was encoded before.
+
+    Args:
+        model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
+        prompts: All of the same number of chunks; long ones of the same number of tokens.
         device: Where encoders run. The result is there too.
         dtype: Of the result.
-
-    Returns:
-        Embeddings with shape (P, N, D), in the order of the prompts, and pooled ones with shape (P, D2) for SDXL.
+        options: Further options of `PromptEncoder`.
 
     Raises:
         OSError: Text encoders or tokenizers are missing, damaged or unreachable.
         ValueError: Prompts of different lengths, or none.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f'prompts is {prompts!r}; it is a sequence of one or more prompts')
-    source = find_source(model, revision=revision, variant=variant, config=config)
-    pair = load_config(model, revision=revision, config=config).unet['addition_embed_type'] == 'text_time'
-    encoders = ('text_encoder', 'text_encoder_2') if pair else ('text_encoder',)
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    identity = _identity(source, encoders)
-    paths = {prompt: folder / f'{_key(identity, prompt)}.safetensors' for prompt in dict.fromkeys(prompts)}
-    found = {prompt: _read(path) for prompt, path in paths.items()}
-    if missing := [prompt for prompt, tensors in found.items() if tensors is None]:
-        for prompt, tensors in zip(missing, _encode(source, encoders, missing, device), strict=True):
-            _write(paths[prompt], tensors, {'prompt': prompt, 'encoders': identity, 'encoding': ENCODING})
-            found[prompt] = tensors
-    lengths = {prompt: len(tensors['embeds']) for prompt, tensors in found.items()}
-    if len(set(lengths.values())) > 1:
-        listed = '; '.join(f'{n} for {prompt[:40]!r}' for prompt, n in lengths.items())
-        raise ValueError(f'prompts have different numbers of tokens ({listed}); encode them one by one')
-    stacked = {
-        name: torch.stack([found[prompt][name] for prompt in prompts]).to(device, dtype) for name in found[prompts[0]]
-    }
-    return Conditioning(**stacked)
+    encoded = PromptEncoder(model, device=device, **options)(prompts)
+    return Conditioning(*(x.to(device, dtype) for x in encoded.tensors))
 
 
 def default_cache_dir() -> Path:
@@ -155,16 +313,23 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get('DIFFSEG_CACHE') or Path.home() / '.cache' / 'diffseg').expanduser() / 'prompts'
 
 
-def _key(identity: str, prompt: str) -> str:
-    return hashlib.sha256(json.dumps([ENCODING, identity, prompt]).encode()).hexdigest()[:32]
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file."""
+    return load(path.read_bytes())
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors in a file, None if it is not there or damaged."""
+def _count(path: Path) -> int:
+    """Number of tokens in a file; only its beginning is read."""
+    with safe_open(path, 'pt') as file:
+        return file.get_slice('embeds').get_shape()[0]
+
+
+def _read(path: Path, read: Callable[[Path], T] = _tensors) -> T | None:
+    """What `read` finds in a file, None if the file is not there or damaged."""
     if not path.is_file():
         return None
     try:
-        return load(path.read_bytes())
+        return read(path)
     except SafetensorError as error:
         logger.warning('encoding a prompt anew, its file %s is damaged: %s', path, error)
         return None
@@ -226,33 +391,16 @@ def _text_encoders_in_file(source: ModelSource) -> dict[str, Tensor]:
     return tensors
 
 
-def _encode(
-    source: ModelSource, encoders: Sequence[str], prompts: Sequence[str], device: torch.device | str
-) -> Iterator[dict[str, Tensor]]:
-    """Embeddings of each prompt on the CPU: `embeds` (N, D) and, of a pair of encoders, `pooled` (D2,)."""
-    pair = len(encoders) == 2
-    states: list[list[Tensor]] = [[] for _ in prompts]  # per prompt, one (N, D_e) for each encoder
-    pooled: list[Tensor] = []
-    for part in encoders:
-        tokenizer, encoder = _load(source, part)
-        encoder = encoder.to(device)
-        for i, prompt in enumerate(prompts):
-            chunks = _chunks(tokenizer, prompt)
-            outputs = [_run(encoder, ids) for ids in chunks]
-            # SD reads the last layer's normalised states (SD 2.x has its last layer cut off), SDXL the layer before.
-            states[i].append(torch.cat([o.hidden_states[-2] if pair else o.last_hidden_state for o in outputs], 1)[0])
-            if hasattr(encoder, 'text_projection'):
-                whole = outputs[0] if len(chunks) == 1 else _run(encoder, _truncated(tokenizer, prompt))
-                pooled.append(whole.text_embeds[0])
-        del encoder
-    for i in range(len(prompts)):
-        tensors = {'embeds': torch.cat(states[i], dim=-1), **({'pooled': pooled[i]} if pair else {})}
-        yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
 @torch.no_grad()
 def _run(encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor) -> Any:
     return encoder(ids.to(encoder.device), output_hidden_states=True)
+
+
+def _pooled(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
+    """Pooled embeddings (P, D): the last layer's normalised state of the end token, whatever follows it."""
+    length = tokenizer.model_max_length
+    ids = tokenizer(list(prompts), padding=True, max_length=length, truncation=True, return_tensors='pt').input_ids
+    return _run(encoder, ids).pooler_output
 
 
 def _truncated(tokenizer: CLIPTokenizer, prompt: str) -> Tensor:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from diffseg.diffusion.activations import AttentionMode, Site, aggregates, resolve, sites
-from diffseg.diffusion.conditioning import Conditioning, encode_prompts
+from diffseg.diffusion.conditioning import Conditioning, PromptEncoder
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.trajectories import (
@@ -77,7 +76,9 @@ class DiffusionExtractor(nn.Module):
         compile: Compile the transformer blocks in which nothing is read; a dict gives `torch.compile` options.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         check_finite: Raise `FloatingPointError` for activations with NaN or infinity.
-        cache_dir: Where encoded prompts are kept, see `encode_prompts`.
+        textual_inversion: Files of learned tokens, which prompts may hold, see `read_inversion`.
+        truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
+        cache_dir: Where encoded prompts are kept, see `PromptEncoder`.
 
     Raises:
         ValueError: Unknown layer, or a timestep that is not on the trajectory, or an option outside its values.
@@ -112,6 +113,8 @@ class DiffusionExtractor(nn.Module):
         compile: bool | Mapping[str, Any] = False,
         gradient_checkpointing: bool = False,
         check_finite: bool = True,
+        textual_inversion: Sequence[str | Path] = (),
+        truncate_prompts: bool = False,
         cache_dir: str | Path | None = None,
     ):
         super().__init__()
@@ -163,7 +166,9 @@ class DiffusionExtractor(nn.Module):
         if compile:
             _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
 
-        self._encode_prompts = partial(encode_prompts, model, **source, cache_dir=cache_dir)
+        self.prompt_encoder = PromptEncoder(
+            model, **source, cache_dir=cache_dir, textual_inversion=textual_inversion, truncate=truncate_prompts
+        )
         self._prompt = prompt
         self._conditioning = None if prompt is None else self._encode(prompt)
         self.sites = self.describe(None if self._conditioning is None else self._conditioning.embeds.shape[1])
@@ -208,6 +213,8 @@ class DiffusionExtractor(nn.Module):
             'trajectory': self.trajectory.options,
             'prompt': _describe(self._prompt),
             'negative_prompt': _describe(self._negative_prompt),
+            'textual_inversion': {inversion.token: inversion.digest for inversion in self.prompt_encoder.inversions},
+            'truncate_prompts': self.prompt_encoder.truncate,
             'ensemble': self.ensemble,
             'noise': self.noise,
             'seed': self.seed,
@@ -332,7 +339,7 @@ class DiffusionExtractor(nn.Module):
             return prompts
         if isinstance(prompts, Tensor):
             return Conditioning(prompts)
-        return self._encode_prompts(_texts(prompts))
+        return self.prompt_encoder(_texts(prompts))
 
     def _choose(self, prompts: Prompts | None, batch: int) -> tuple[Conditioning, Tensor]:
         """Embeddings, and which row of them each of `batch` images takes, with shape (batch,)."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffseg.diffusion import conditioning
-from diffseg.diffusion.conditioning import Conditioning, default_cache_dir, encode_prompts
+from diffseg.diffusion.conditioning import Conditioning, PromptEncoder, default_cache_dir, encode_prompts
 
 PROMPTS = ['a photo of a horse', '', 'two dogs, and: an elephant!']
 LONG = 'a highly realistic photo that may contain an aeroplane, a bicycle, a bird, a boat, a bottle, a bus or a car'
@@ -231,11 +231,11 @@ def test_a_single_files_text_encoder_is_used(tiny_pipeline, tmp_path):
 def test_a_hub_ids_embeddings_can_be_used_without_its_weights(tmp_path, monkeypatch, forbid_encoders):
     forbid_encoders()
 
-    def encode(source, encoders, prompts, device):
+    def run(self, prompts):
         return [{'embeds': torch.ones(77, 2048), 'pooled': torch.ones(1280)} for _ in prompts]
 
     with monkeypatch.context() as patch:
-        patch.setattr(conditioning, '_encode', encode)
+        patch.setattr(PromptEncoder, '_run', run)
         encode_prompts('sdxl', ['x'], cache_dir=tmp_path)
     assert encode_prompts('sdxl', ['x'], cache_dir=tmp_path, dtype=torch.float16).pooled.dtype == torch.float16
     for model, options in (('sdxl-turbo', {}), ('sdxl', {'revision': 'main'})):
@@ -266,3 +266,71 @@ def test_where_embeddings_are_kept(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path / 'prompts'
     monkeypatch.delenv('DIFFSEG_CACHE')
     assert default_cache_dir() == Path.home() / '.cache' / 'diffseg' / 'prompts'
+
+
+def test_many_prompts_are_prepared_a_few_at_a_time(model, tmp_path, monkeypatch, forbid_encoders):
+    loaded, load = [], conditioning._load
+    monkeypatch.setattr(conditioning, '_load', lambda source, part: loaded.append(part) or load(source, part))
+    monkeypatch.setattr(conditioning, 'CHUNK', 4)
+    monkeypatch.setattr(conditioning, 'RECENT', 2)
+    prompts = [f'horse {i}' for i in range(10)]
+    encoder = PromptEncoder(model, cache_dir=tmp_path)
+    encoder.prepare(prompts)
+    assert len(loaded) == 3 * len(encoder.encoders) and len(list(tmp_path.iterdir())) == 10
+    forbid_encoders()
+    embeds = torch.cat([encoder(prompts[i : i + 5]).embeds for i in (0, 5)])
+    assert len(encoder._recent) == 2
+    other = PromptEncoder(model, cache_dir=tmp_path)
+    other.prepare(prompts)
+    assert torch.equal(other([prompts[7]]).embeds, embeds[7:8])
+
+
+def test_a_file_damaged_after_preparing_is_encoded_anew(tiny_pipeline, tmp_path):
+    encoder = PromptEncoder(tiny_pipeline, cache_dir=tmp_path)
+    encoder.prepare(PROMPTS)
+    expected = encoder(PROMPTS).embeds
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(PromptEncoder(tiny_pipeline, cache_dir=tmp_path)(PROMPTS).embeds, expected)
+
+
+def test_truncated_prompts_are_those_of_the_pipeline(model, tmp_path):
+    chunked = encode_prompts(model, [LONG], cache_dir=tmp_path)
+    ours = encode_prompts(model, [LONG, PROMPTS[0]], cache_dir=tmp_path, truncate=True)
+    with torch.no_grad():
+        theirs = pipeline_of(model).encode_prompt(
+            [LONG], device='cpu', num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+    torch.testing.assert_close(ours.embeds[:1], theirs)
+    assert chunked.embeds.shape[1] > ours.embeds.shape[1] == 77
+
+
+# ---- embeddings of classes
+
+CLASSES, TEMPLATES = ['horse', 'traffic light'], ['a photo of a {}.', 'the {}']
+
+
+def test_a_class_is_the_mean_of_pooled_embeddings(tiny_pipeline, tmp_path, forbid_encoders):
+    encoder = PromptEncoder(tiny_pipeline, cache_dir=tmp_path)
+    ours = encoder.class_embeddings(CLASSES, TEMPLATES)
+    pipeline = pipeline_of(tiny_pipeline)
+    for name, embedding in zip(CLASSES, ours, strict=True):
+        pooled = []
+        for template in TEMPLATES:  # one by one, and so each without padding
+            ids = pipeline.tokenizer(template.format(name), return_tensors='pt').input_ids
+            with torch.no_grad():
+                pooled.append(pipeline.text_encoder(ids).pooler_output[0])
+        torch.testing.assert_close(embedding, torch.stack(pooled).mean(0))
+    forbid_encoders()
+    assert torch.equal(PromptEncoder(tiny_pipeline, cache_dir=tmp_path).class_embeddings(CLASSES, TEMPLATES), ours)
+    with pytest.raises(AssertionError, match='was loaded'):
+        encoder.class_embeddings(CLASSES[::-1], TEMPLATES)
+
+
+def test_templates_and_models_without_class_embeddings(tiny_pipeline, tiny_sdxl_pipeline):
+    with pytest.raises(ValueError, match=r"\['a photo'\] have no '{}'"):
+        PromptEncoder(tiny_pipeline).class_embeddings(CLASSES, ['a photo', 'the {}'])
+    with pytest.raises(ValueError, match='have no'):
+        PromptEncoder(tiny_pipeline).class_embeddings(CLASSES, [])
+    with pytest.raises(ValueError, match='two text encoders'):
+        PromptEncoder(tiny_sdxl_pipeline).class_embeddings(CLASSES, TEMPLATES)
