@@ -284,7 +284,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def explain(source: ModelSource, part: str, error: Exception) -> OSError:
     """The error to raise when a part could not be read: where, why, and what can be done."""
-    reason = _reason(error)
+    reason = reason_of(error)
     if source.kind == 'file':
         return OSError(f'cannot read {part} from {source.location}: {reason}')
     if source.kind == 'folder':
@@ -307,7 +307,7 @@ def explain(source: ModelSource, part: str, error: Exception) -> OSError:
     return OSError(' '.join(parts))
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of an error, or what is behind it if that is a hub that cannot be reached."""
     cause: BaseException | None = error
     while cause is not None:
@@ -469,7 +469,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return load_single_file_checkpoint(str(path))
     except Exception as error:  # diffusers and safetensors raise many kinds
         raise OSError(
-            f'cannot read {path}: {_reason(error)}. It is truncated, no checkpoint, or holds more than tensors '
+            f'cannot read {path}: {reason_of(error)}. It is truncated, no checkpoint, or holds more than tensors '
             '(pickled objects are refused); get it again, as .safetensors'
         ) from error
 
@@ -479,7 +479,7 @@ def _download(repo_id: str, filename: str) -> str:
         return hf_hub_download(repo_id, filename)
     except (OSError, ValueError) as error:
         raise OSError(
-            f'cannot get {filename} of {repo_id} from the Hugging Face hub: {_reason(error)}. Without network, '
+            f'cannot get {filename} of {repo_id} from the Hugging Face hub: {reason_of(error)}. Without network, '
             'give the base model as a folder and the file as unet_weights=PATH'
         ) from error
 

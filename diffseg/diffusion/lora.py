@@ -1,13 +1,27 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685) of a UNet, through diffusers and peft: layers to train."""
+"""Low-rank adaptation (LoRA, arXiv 2106.09685), through diffusers and peft: layers to train, and ready-made weights."""
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from diffseg.diffusion.loading import read_checkpoint, reason_of
+
+FILE_NAME = 'pytorch_lora_weights.safetensors'  # diffusers'
+UNSUPPORTED = {'.dora_scale': 'DoRA', '.hada_': 'LoHa', '.lokr_': 'LoKr'}  # parts of names that tell other methods
 TARGET_MODULES = ('to_q', 'to_k', 'to_v', 'to_out.0')  # the projections of attention, as in diffusers' training scripts
 
 
@@ -62,3 +76,149 @@ def add_lora(
     for parameter in added.values():
         parameter.data = parameter.data.to(torch.float32)
     return list(added)
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """Ready-made weights of low rank.
+
+    Attributes:
+        path: The file.
+        scale: What the change of the weights is multiplied by.
+        digest: Of the file's content.
+        state: Tensors in diffusers' names, those of the UNet after 'unet.', others after 'text_encoder.' and so on.
+        alphas: Alphas of the modules, in files of kohya's kind.
+        metadata: The configuration of peft that diffusers writes into files.
+    """
+
+    path: str
+    scale: float
+    digest: str
+    state: Mapping[str, Tensor]
+    alphas: Mapping[str, float] | None
+    metadata: Mapping[str, Any] | None
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors for 'unet', 'text_encoder' or 'text_encoder_2'."""
+        return {key: tensor for key, tensor in self.state.items() if key.startswith(f'{name}.')}
+
+
+def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -> LoraWeights:
+    """Read weights in diffusers' or kohya's format, for SD or SDXL.
+
+    Args:
+        source: A safetensors file; a folder with one, or with one of diffusers' name; or on the hub, as 'owner/name' or
+            'owner/name/file.safetensors'.
+        unet_config: Configuration of the UNet that they are for.
+        scale: What the change of the weights is to be multiplied by.
+
+    Raises:
+        ImportError: peft is not installed.
+        OSError: There is no such file, it is damaged, or the hub cannot be reached.
+        ValueError: The file is of another format.
+    """
+    require_peft()
+    path = _find(source)
+    names = list(read_checkpoint(path))
+    if found := {kind for part, kind in UNSUPPORTED.items() if any(part in name for name in names)}:
+        raise ValueError(f'{path} holds {" and ".join(sorted(found))} weights; only LoRA is supported')
+    if not any('lora' in name for name in names):
+        raise ValueError(f'{path} holds no LoRA weights; its tensors have names such as {names[0]!r}')
+    try:
+        state, alphas, metadata = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+            str(path), unet_config=unet_config, use_safetensors=True, return_lora_metadata=True
+        )
+    except (ValueError, KeyError, IndexError) as error:  # names that the converter does not know
+        raise ValueError(f'{path} has LoRA weights in an unknown format: {reason_of(error)}') from error
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return LoraWeights(str(path), scale, digest, state, alphas, metadata)
+
+
+def _find(source: str | Path) -> Path:
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_file():
+        if path.suffix != '.safetensors':
+            raise ValueError(f'{path} is no safetensors file; LoRA weights are read from such only')
+        return path
+    if path.is_dir():
+        files = sorted(path.glob('*.safetensors'))
+        named = [file for file in files if file.name == FILE_NAME] or files
+        if len(named) != 1:
+            found = ', '.join(file.name for file in files) or 'no safetensors files'
+            raise ValueError(f'{path} holds {found}; name the file of the LoRA weights')
+        return named[0]
+    if isinstance(source, Path) or text[:1] in './~' or text.count('/') not in (1, 2):
+        raise FileNotFoundError(f'no LoRA weights at {path}; give a safetensors file, a folder with one, or a hub id')
+    owner, name, *file = text.split('/')
+    try:
+        return Path(hf_hub_download(f'{owner}/{name}', file[0] if file else FILE_NAME))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f'cannot get LoRA weights {text} from the Hugging Face hub: {reason_of(error)}. A file there is named as '
+            f'owner/name/file.safetensors; without network, give a file or a folder'
+        ) from error
+
+
+def fuse_lora(unet: UNet2DConditionModel, weights: LoraWeights) -> None:
+    """Add ready-made weights to those of a UNet, in place.
+
+    Raises:
+        ValueError: They do not fit, or there are none for a UNet.
+    """
+    if not weights.part('unet'):
+        raise ValueError(f'{weights.path} holds no LoRA weights for a UNet')
+    with _all_fitting(unet, 'unet', weights):
+        unet.load_lora_adapter(
+            dict(weights.state), prefix='unet', network_alphas=weights.alphas, metadata=weights.metadata
+        )
+    unet.fuse_lora(weights.scale)
+    unet.unload_lora()
+
+
+def fuse_text_lora(encoder: PreTrainedModel, part: str, weights: LoraWeights) -> None:
+    """Let ready-made weights change those of a text encoder, in place. There may be none for it.
+
+    Args:
+        encoder: The one called `part`.
+        part: 'text_encoder' or 'text_encoder_2'.
+        weights: Weights for it and others.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    if not weights.part(part):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with _all_fitting(encoder, part, weights):
+        StableDiffusionXLLoraLoaderMixin.load_lora_into_text_encoder(
+            dict(weights.state),
+            weights.alphas,
+            encoder,
+            prefix=part,
+            lora_scale=weights.scale,
+            adapter_name=part,
+            metadata=weights.metadata,
+        )
+    for module in encoder.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    recurse_remove_peft_layers(encoder)
+    encoder.delete_adapter(part)  # of which no layers are left
+
+
+@contextmanager
+def _all_fitting(model: nn.Module, part: str, weights: LoraWeights) -> Iterator[None]:
+    """Raise a ValueError unless all weights for a part find their place in the model."""
+    before, given = sum(1 for _ in model.parameters()), len(weights.part(part))
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'the LoRA weights in {weights.path} do not fit this {part}: {reason[:300]}') from error
+    loaded = sum(1 for _ in model.parameters()) - before
+    if loaded != given:
+        raise ValueError(
+            f'of {given} LoRA weights in {weights.path} for the {part}, this one has a place for {loaded}; they were '
+            f'made for another model'
+        )
