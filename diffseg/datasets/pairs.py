@@ -137,7 +137,7 @@ class PairDataset(BaseDataset):
         try:
             entry = self.parse_data_info(pair)
             points = [np.asarray(entry[f'keypoints{view}'], dtype=np.float32).reshape(-1, 2) for view in VIEWS]
-            boxes = [np.asarray(entry[f'bbox{view}'], dtype=np.float32) for view in VIEWS]
+            boxes = [np.asarray(entry[f'bbox{view}'], dtype=np.float32).reshape(4) for view in VIEWS]
             ids = entry.get('keypoint_ids')
             for name, count in (('target keypoints', len(points[1])), ('ids', len(points[0] if ids is None else ids))):
                 if count != len(points[0]):

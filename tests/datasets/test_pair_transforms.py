@@ -73,12 +73,14 @@ def test_two_flips_are_the_identity(pair):
 @pytest.mark.parametrize('seed', range(4))
 def test_flip_of_one_image_matches_left_with_right(pair, seed):
     np.random.seed(seed)
-    flipped = apply(pair, 'RandomFlipPair', prob=1.0, views='one')
+    flipped = apply(pair | {'visible': np.ones(4, dtype=bool)}, 'RandomFlipPair', prob=1.0, views='one')
     (view,) = [v for v in (0, 1) if not np.array_equal(flipped[f'image{v}'], pair[f'image{v}'])]
     assert np.array_equal(flipped[f'keypoints{1 - view}'], pair[f'keypoints{1 - view}'])
-    # 0 and 1 change places; 5 would be matched with 6, which the pair lacks; 7 was hidden before
-    assert flipped['visible'].tolist() == [True, True, False, False]
+    # 0 and 1 change places; 5 would be matched with 6, which the pair lacks; 7 is its own partner
+    assert flipped['visible'].tolist() == [True, True, False, True]
     assert colours_at_keypoints(flipped, view, [0, 1]) == [tuple(COLOURS[1]), tuple(COLOURS[0])]
+    once_hidden = apply(pair, 'RandomFlipPair', prob=1.0, views='one')
+    assert once_hidden['visible'].tolist() == [True, True, False, False]
 
 
 def test_flip_of_one_image_needs_to_know_left_and_right(pair):
