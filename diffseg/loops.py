@@ -1,5 +1,6 @@
 """Train loops."""
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
     def extract(self) -> tuple[list[Tensor], Tensor]:
         """Maps of all training pictures, channels last (B, h, w, C), and their labels (B, H, W).
 
+        Neighbouring maps of one size are joined.
+
         Raises:
             ValueError: pictures of different sizes, or maps that overflow the type in which they are kept.
         """
@@ -103,7 +106,8 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
             data = model.data_preprocessor(batch, training=True)
             maps = self.head.select(model.extract_feat(data['inputs']))
             labels = torch.stack([sample.gt_sem_seg.data[0] for sample in data['data_samples']])
-            batches.append([labels, *(x.permute(0, 2, 3, 1).to(self.dtype) for x in maps)])
+            runs = [torch.cat(list(run), dim=1) for _, run in groupby(maps, lambda x: x.shape[2:])]
+            batches.append([labels, *(x.permute(0, 2, 3, 1).to(self.dtype) for x in runs)])
         columns = list(zip(*batches, strict=True))
         sizes = [{tuple(x.shape[1:3]) for x in column} for column in columns]
         if any(len(found) > 1 for found in sizes):
