@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from diffseg.diffusion.loading import (
     load_config,
     read_checkpoint,
 )
+from diffseg.diffusion.lora import LoraWeights, fuse_text_lora
 from diffseg.diffusion.textual_inversion import add_tokens, read_inversion, spell_out
 
 T = TypeVar('T')
@@ -58,19 +59,22 @@ class Conditioning:
     Attributes:
         embeds: One row for each prompt, with shape (P, N, D).
         pooled: SDXL's pooled embeddings, with shape (P, D2); None for models without.
+        times: What replaces the UNet's embeddings of timesteps 0 to K - 1 (after its MLP), with shape (K, E); None if
+            nothing does.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The embeddings, and the pooled ones where there are such."""
-        return [self.embeds] if self.pooled is None else [self.embeds, self.pooled]
+        """All that is there."""
+        return [x for x in (self.embeds, self.pooled, self.times) if x is not None]
 
-    def select(self, index: Tensor | Sequence[int] | slice) -> 'Conditioning':
-        """Some of the prompts."""
-        return Conditioning(self.embeds[index], None if self.pooled is None else self.pooled[index])
+    def first(self) -> 'Conditioning':
+        """The first prompt."""
+        return replace(self, embeds=self.embeds[:1], pooled=None if self.pooled is None else self.pooled[:1])
 
     def unet_kwargs(
         self,
@@ -90,7 +94,7 @@ class Conditioning:
         Returns:
             `encoder_hidden_states` (B, N, D) and `added_cond_kwargs`: None, or `text_embeds` (B, D2) and `time_ids`
             (B, 6), which are original height and width, top and left of the crop, target height and width; in float32
-            always, for half precision has no 2049.
+            always, for half precision has no 2049. With `times` also, for `Denoiser`, `time_embeddings` (B, K, E).
         """
         index = torch.as_tensor(index, device=self.embeds.device)
         embeds = self.embeds[index].to(device, dtype)
@@ -99,7 +103,10 @@ class Conditioning:
             time_ids = torch.tensor([*size, 0, 0, *size], device=embeds.device, dtype=torch.float32)
             pooled = self.pooled[index.to(self.pooled.device)].to(embeds)
             added = {'text_embeds': pooled, 'time_ids': time_ids.expand(len(index), -1)}
-        return {'encoder_hidden_states': embeds, 'added_cond_kwargs': added}
+        kwargs = {'encoder_hidden_states': embeds, 'added_cond_kwargs': added}
+        if self.times is not None:
+            kwargs['time_embeddings'] = self.times.to(embeds).expand(len(index), -1, -1)
+        return kwargs
 
 
 class PromptEncoder:
@@ -120,6 +127,7 @@ class PromptEncoder:
         cache_dir: Where embeddings are kept; None is `prompts` in the folder that the environment variable
             `DIFFSEG_CACHE` names, else in `~/.cache/diffseg`.
         textual_inversion: Files of learned tokens, see `read_inversion`.
+        lora_weights: Weights of low rank that are added to those of the text encoders for which there are such.
         truncate: Cut long prompts off at the tokenizer's length, as diffusers' pipelines do, instead of into chunks.
         device: Where encoders run. The results are on the CPU.
 
@@ -138,6 +146,7 @@ class PromptEncoder:
         config: str | Path | None = None,
         cache_dir: str | Path | None = None,
         textual_inversion: Sequence[str | Path] = (),
+        lora_weights: Sequence[LoraWeights] = (),
         truncate: bool = False,
         device: torch.device | str = 'cpu',
     ):
@@ -147,6 +156,7 @@ class PromptEncoder:
         self.config = config
         self.folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.inversions = [read_inversion(path) for path in textual_inversion]
+        self.lora_weights = lora_weights
         self.truncate = truncate
         self.device = device
         self._recent: dict[str, dict[str, Tensor]] = {}
@@ -227,6 +237,7 @@ class PromptEncoder:
     @cached_property
     def _identity(self) -> str:
         learned = [[inversion.token, inversion.digest] for inversion in self.inversions]
+        learned += [[x.scale, x.digest] for x in self.lora_weights if any(map(x.part, self.encoders))]
         return _identity(self.source, self.encoders) + (f'+{json.dumps(learned)}' if learned else '')
 
     def _path(self, content: Any) -> Path:
@@ -280,6 +291,8 @@ class PromptEncoder:
     def _load(self, part: str) -> tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]:
         tokenizer, encoder = _load(self.source, part)
         add_tokens(tokenizer, encoder, part, self.inversions)
+        for weights in self.lora_weights:
+            fuse_text_lora(encoder, part, weights)
         return tokenizer, encoder.to(self.device)
 
 

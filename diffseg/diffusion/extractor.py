@@ -16,6 +16,7 @@ from diffseg.diffusion.activations import AttentionMode, Site, aggregates, resol
 from diffseg.diffusion.conditioning import Conditioning, PromptEncoder
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
+from diffseg.diffusion.lora import fuse_lora, read_lora
 from diffseg.diffusion.trajectories import (
     Activations,
     Condition,
@@ -26,6 +27,7 @@ from diffseg.diffusion.trajectories import (
     unet_dtype,
 )
 
+LoraSource = str | Path | tuple[str | Path, float]  # alone or with its scale
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
 
 
@@ -50,8 +52,8 @@ class DiffusionExtractor(nn.Module):
         model: Preset, hub id, diffusers folder or single checkpoint file, see `load_parts`.
         layers: Names of the activations to read, or aliases of them, see `activations.sites`.
         timesteps: Where on the trajectory to read, as the UNet's own timesteps.
-        trajectory: 'noise', 'clean', 'inversion' or 'generation', or a dict with `type` and the trajectory's options,
-            to which belongs `negative_prompt` (default '') where there is guidance.
+        trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
+            trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
             embedding; or None, if each call brings its own.
         ensemble: Number of draws over which activations are averaged.
@@ -66,6 +68,8 @@ class DiffusionExtractor(nn.Module):
         variant: Of a model's weight files, such as 'fp16'.
         config: Preset or folder that describes a single checkpoint file, see `load_parts`.
         unet_weights: File with other weights for the UNet, see `load_parts`.
+        lora_weights: Ready-made weights of low rank to add to those of the UNet and, for prompts, of the text encoders:
+            files, folders or hub ids, see `read_lora`, each alone or with a scale, as `('file.safetensors', 0.8)`.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
         scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
             do not.
@@ -104,6 +108,7 @@ class DiffusionExtractor(nn.Module):
         variant: str | None = None,
         config: str | Path | None = None,
         unet_weights: str | Path | None = None,
+        lora_weights: Sequence[LoraSource] = (),
         vae_sample: str = 'sample',
         scale_latent: bool = True,
         vae_slicing: bool = False,
@@ -131,6 +136,9 @@ class DiffusionExtractor(nn.Module):
         )
         self.unet = self.parts.unet.requires_grad_(False).eval()
         self.vae = self.parts.vae.requires_grad_(False).eval()
+        self._lora = [read_lora(source, self.unet.config, scale) for source, scale in map(_scaled, lora_weights)]
+        for weights in self._lora:
+            fuse_lora(self.unet, weights)
         self._layers = resolve(layers, sites(self.unet, self.parts.vae_scale_factor))
         schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
         self.trajectory = build_trajectory(options, timesteps, schedule)
@@ -167,11 +175,16 @@ class DiffusionExtractor(nn.Module):
             _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
 
         self.prompt_encoder = PromptEncoder(
-            model, **source, cache_dir=cache_dir, textual_inversion=textual_inversion, truncate=truncate_prompts
+            model,
+            **source,
+            cache_dir=cache_dir,
+            textual_inversion=textual_inversion,
+            lora_weights=self._lora,
+            truncate=truncate_prompts,
         )
         self._prompt = prompt
-        self._conditioning = None if prompt is None else self._encode(prompt)
-        self.sites = self.describe(None if self._conditioning is None else self._conditioning.embeds.shape[1])
+        self.conditioning = None if prompt is None else self._encode(prompt)
+        self.sites = self.describe(None if self.conditioning is None else self.conditioning.embeds.shape[1])
         self._negative_prompt = negative_prompt if self.trajectory.needs_negative else None
         self._negative = self._encode(negative_prompt) if self.trajectory.needs_negative else None
 
@@ -205,6 +218,7 @@ class DiffusionExtractor(nn.Module):
         """All that the activations of an image depend on, ready for JSON. The model is told by its weights."""
         return {
             'weights': self.parts.fingerprint,
+            'lora_weights': [[weights.digest, weights.scale] for weights in self._lora],
             'dtype': str(unet_dtype(self.unet)).removeprefix('torch.'),
             'layers': self.layers,
             'attention_maps': list(self.attention_maps),
@@ -345,13 +359,13 @@ class DiffusionExtractor(nn.Module):
         """Embeddings, and which row of them each of `batch` images takes, with shape (batch,)."""
         known, texts = _texts(self._prompt), _texts(prompts)
         if prompts is None:
-            if self._conditioning is None:
+            if self.conditioning is None:
                 raise ValueError('the extractor has no prompt; give one with each call')
-            conditioning, rows = self._conditioning, [0]
+            conditioning, rows = self.conditioning, [0]
             if (n := len(conditioning.embeds)) > 1:
                 raise ValueError(f'the extractor has {n} prompts; say with each call which image takes which')
         elif texts and set(texts) <= set(known):
-            conditioning, rows = self._conditioning, [known.index(text) for text in texts]
+            conditioning, rows = self.conditioning, [known.index(text) for text in texts]
         else:
             conditioning = self._encode(prompts)
             rows = list(range(len(conditioning.embeds)))
@@ -389,6 +403,10 @@ def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
 
 def _autocast_device(x: Tensor) -> str:
     return 'cpu' if x.is_meta else x.device.type  # the meta device has no autocast of its own
+
+
+def _scaled(source: LoraSource) -> tuple[str | Path, float]:
+    return (source, 1.0) if isinstance(source, str | Path) else (source[0], float(source[1]))
 
 
 def _texts(prompts: Prompts | None) -> list[str]:

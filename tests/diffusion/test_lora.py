@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffseg.diffusion.lora
+from diffseg.diffusion.conditioning import PromptEncoder
+from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.lora import FILE_NAME, fuse_lora, fuse_text_lora, read_lora
 
 TOKENS = torch.arange(10)[None]
@@ -121,6 +123,32 @@ def test_digests_tell_contents_apart(folder: Path, tmp_path: Path):
     (tmp_path / 'same.safetensors').write_bytes((folder / FILE_NAME).read_bytes())
     digests = [read_lora(path, config).digest for path in (folder, *sorted(tmp_path.glob('*')))]
     assert digests[0] == digests[2] != digests[1]
+
+
+# ---- in an extractor
+
+
+def test_prompts_are_encoded_with_the_text_encoders_part(folder: Path, tiny_pipeline: Path):
+    weights = [read_lora(folder, tiny.unet().config, scale) for scale in (1.0, 0.5)]
+    plain, *others = (PromptEncoder(tiny_pipeline, lora_weights=x)(['a horse']).embeds for x in ([], *zip(weights)))
+    assert min((x - y).abs().max() for x, y in ((plain, others[0]), (plain, others[1]), others)) > 0.01
+    assert torch.equal(PromptEncoder(tiny_pipeline)(['a horse']).embeds, plain)
+
+
+def test_an_extractor_reads_the_fused_unet(folder: Path, tiny_pipeline: Path):
+    def extractor(**options) -> DiffusionExtractor:
+        return DiffusionExtractor(tiny_pipeline, ['up-level1-repeat1-vit-block0-cross-q'], [50], **options)
+
+    plain, fused, half = (extractor(lora_weights=x) for x in ((), [folder], [(str(folder), 0.5)]))
+    reference = extractor()
+    fuse_lora(reference.unet, read_lora(folder, reference.unet.config))
+    latents, embeds = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    found = [next(iter(x.extract_latents(latents, embeds).values())) for x in (plain, fused, half, reference)]
+    assert torch.equal(found[1], found[3])
+    assert min((found[i] - found[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
+    digest = read_lora(folder, reference.unet.config).digest
+    told = [x.fingerprint['lora_weights'] for x in (plain, fused, half)]
+    assert told == [[], [[digest, 1.0]], [[digest, 0.5]]]
 
 
 # ---- errors

@@ -1,0 +1,47 @@
+"""Write the LoRA layers of a checkpoint for diffusers, in OUT/pytorch_lora_weights.safetensors."""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+
+import diffseg  # noqa: F401  lets checkpoints be read
+
+LAYER = re.compile(r'(?P<backbone>.*)extractor\.unet\.(?P<module>.+)\.(?P<matrix>lora_[AB])\.default\.weight')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='of a model whose backbone was trained with lora')
+    parser.add_argument('out', help='folder; give it to lora_weights, or to load_lora_weights of a pipeline')
+    parser.add_argument('--backbone', help="where there are several: the beginning of its tensors' names")
+    args = parser.parse_args(argv)
+    state = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')['state_dict']
+    StableDiffusionLoraLoaderMixin.save_lora_weights(args.out, unet_lora_layers=convert(state, args.backbone))
+
+
+def convert(state: Mapping[str, Tensor], backbone: str | None = None) -> dict[str, Tensor]:
+    """The layers in diffusers' names, multiplied so that their alpha is their rank, as it is where no file tells it."""
+    layers = {name: match for name in state if (match := LAYER.fullmatch(name))}
+    known = sorted({match['backbone'] for match in layers.values()})
+    if not known:
+        raise ValueError('the checkpoint has no LoRA layers')
+    chosen = [name for name in known if backbone in (None, name)]
+    if len(chosen) != 1:
+        raise ValueError(f'LoRA layers belong to {" and ".join(known)}; choose one of them with --backbone')
+    (backbone,) = chosen
+    lora = json.loads(bytes(state[f'{backbone}_extra_state'].tolist()))['lora']
+    scales = {'lora_A': 1, 'lora_B': lora['lora_alpha'] / lora['r']}
+    return {
+        f'{match["module"]}.{match["matrix"]}.weight': state[name] * scales[match['matrix']]
+        for name, match in layers.items()
+        if match['backbone'] == backbone
+    }
+
+
+if __name__ == '__main__':
+    main()
