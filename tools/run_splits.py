@@ -1,0 +1,146 @@
+"""Train and test configs over several seeds, and print mean ± standard deviation as the label-scarce tables do.
+
+    python tools/run_splits.py configs/scarce/CONFIG.py --seeds 5
+    python tools/run_splits.py configs/scarce/*toy*.py --seeds 5 --cfg-options train_cfg.max_epochs=20
+
+The seeds are 0, 1, ... Each seeds the training and, for a `ScarceDataset`, draws the split into training and test
+pictures (`resplit`), so that all configs see the same splits. Runs are done one after the other in
+WORK_DIR/CONFIG/seedN, and each leaves WORK_DIR/CONFIG/seedN.json. Called again, the tool skips finished runs and
+resumes one that was stopped. It refuses to mix results of a config with those of the same config before a change.
+
+The standard deviation is that of a sample (divided by the number of seeds - 1).
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+import diffseg  # registers its parts
+
+PACKAGES = ('torch', 'diffusers', 'transformers', 'mmengine')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
+    parser.add_argument('--seeds', type=int, default=5, help='how many (default: 5)')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/splits'), help='(default: %(default)s)')
+    parser.add_argument('--no-resplit', action='store_true', help='keep the split of the folders')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    args = parser.parse_args(argv)
+    stems = [path.stem for path in args.configs]
+    if len(set(stems)) < len(stems):
+        parser.error(f'configs are told apart by their file names, but these repeat: {", ".join(stems)}')
+
+    rows = {}
+    for path in args.configs:
+        runs = []
+        for seed in range(args.seeds):
+            cfg = Config.fromfile(path)
+            cfg.merge_from_dict(args.cfg_options)
+            runs.append(run(cfg, path, seed, args.work_dir / path.stem, resplit=not args.no_resplit))
+        rows[path.stem] = [each['metrics'] for each in runs]
+    print(table(rows))
+
+
+def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict[str, Any]:
+    """Train and test with one seed, unless that is done; returns what the JSON file holds."""
+    datasets = list(scarce_datasets([cfg[key] for key in cfg])) if resplit else []
+    for dataset in datasets:
+        dataset['resplit'] = seed
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
+    digest = hashlib.sha256(json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+    work_dir, result = folder / f'seed{seed}', folder / f'seed{seed}.json'
+    begun = work_dir / 'config.sha256'
+    if result.is_file():
+        content = json.loads(result.read_text())
+        check(content['config_sha256'], digest, result)
+        return content
+    if begun.is_file():
+        check(begun.read_text(), digest, work_dir)
+    write(begun, digest)
+
+    cfg.work_dir = str(work_dir)
+    cfg.experiment_name = f'{path.stem}-seed{seed}'
+    cfg.get('visualizer', {}).pop('name', None)  # one for each run, named after the experiment
+    if (work_dir / 'last_checkpoint').is_file():
+        cfg.resume, cfg.load_from = True, None
+    start = time.perf_counter()
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    metrics = {name: float(value) for name, value in runner.test().items()}
+    content = {
+        'config': str(path),
+        'config_sha256': digest,
+        'seed': seed,
+        'resplit': bool(datasets),
+        'metrics': metrics,
+        'seconds': round(time.perf_counter() - start, 1),
+        'versions': {'python': platform.python_version(), 'diffseg': diffseg.__version__}
+        | {name: version(name) for name in PACKAGES},
+    }
+    write(result, json.dumps(content, indent=2) + '\n')
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    return content
+
+
+def scarce_datasets(node: Any) -> Iterator[dict]:
+    """Configs of `ScarceDataset`s anywhere in a config."""
+    if isinstance(node, Mapping):
+        if node.get('type') == 'ScarceDataset':
+            yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for child in node:
+            yield from scarce_datasets(child)
+
+
+def check(found: str, expected: str, where: Path) -> None:
+    """Exit unless two digests are the same."""
+    if found != expected:
+        raise SystemExit(
+            f'error: {where} comes from the config before a change; delete it or choose another --work-dir'
+        )
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file at once, so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Markdown: a row for each config, a column for each metric."""
+    metrics = list(dict.fromkeys(name for runs in rows.values() for run in runs for name in run))
+    lines = [['config', 'seeds', *metrics], ['---'] * (len(metrics) + 2)]
+    for config, runs in rows.items():
+        cells = [summary([run[name] for run in runs]) if name in runs[0] else '' for name in metrics]
+        lines.append([f'`{config}`', str(len(runs)), *cells])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def summary(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of a sample; the mean alone of a single value."""
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+if __name__ == '__main__':
+    main()
