@@ -1,10 +1,11 @@
-"""From a clean latent to the activations at the wanted timesteps: the four published ways of getting there.
+"""From a clean latent to the activations at the wanted timesteps: the five published ways of getting there.
 
 =============  =========================================================================  ====================
 `noise`        the latent noised to each t by the closed (VP) formula                     DIFT, GDF
 `clean`        the latent as it is, the UNet told any t                                   CleanDIFT, VPD
 `inversion`    DDIM inversion, from the latent towards noise                              Hyperfeatures, real
 `generation`   DDIM sampling, from noise towards a latent, with classifier-free guidance  Hyperfeatures, synthetic
+`refinement`   passes of the UNet over its own output, pass i told timestep i             Meta Prompts
 =============  =========================================================================  ====================
 
 Timesteps are always those the UNet is called with: 0 (nearly clean) to 999 (noise), and -1 for the clean latent, whose
@@ -13,7 +14,8 @@ cumulative alpha is 1.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from operator import itemgetter
@@ -30,7 +32,9 @@ PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
 
 SHARED = ('schedule', 'timesteps')  # what every trajectory is made of; other fields are options of one kind
 
-Condition = Mapping[str, Any]  # keyword arguments of the UNet, the tensors in it (nested or not) one row per latent
+# Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. `time_embeddings` (N, K, E) among
+# them are no argument of the UNet: they replace its embeddings of the timesteps 0 to K - 1.
+Condition = Mapping[str, Any]
 Activations = dict[str, Tensor]
 
 
@@ -174,10 +178,26 @@ class Denoiser:
         size = self.micro_batch or n
         chunks = []
         for rows in (slice(start, start + size) for start in range(0, n, size)):
-            chunks.append(recorder(x_t[rows], timestep[rows], **map_condition(itemgetter(rows), condition)))
+            kwargs = map_condition(itemgetter(rows), condition)
+            with _embedded(self.unet, timestep[rows], kwargs.pop('time_embeddings', None)):
+                chunks.append(recorder(x_t[rows], timestep[rows], **kwargs))
         if len(chunks) == 1:
             return chunks[0]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+@contextmanager
+def _embedded(unet: UNet2DConditionModel, timesteps: Tensor, embeddings: Tensor | None) -> Iterator[None]:
+    """Have the UNet embed timesteps (N,) by looking them up in (N, K, E), if that is given."""
+    if embeddings is None:
+        yield
+        return
+    chosen = embeddings[torch.arange(len(timesteps), device=embeddings.device), timesteps]  # (N, E)
+    handle = unet.time_embedding.register_forward_hook(lambda module, args, output: chosen)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -342,8 +362,31 @@ class Generation(_DDIM):
         return ddim_grid(self.steps, len(self.schedule))[::-1]
 
 
+class Refinement(Trajectory):
+    """Passes of the UNet over its own output, x <- UNet(x), as Meta Prompts has them; the first is over the latent.
+
+    Passes are counted by timesteps: pass 0 is told timestep 0, and so on.
+    """
+
+    def allowed(self) -> Sequence[int]:
+        """Every timestep of the schedule."""
+        return range(len(self.schedule))
+
+    def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
+        """See `Trajectory`."""
+        last = max(self.timesteps)
+        x, found = latent, {}
+        for t in range(last):
+            if t in self.timesteps:
+                found[t], x = denoiser.read_and_predict(x, t, condition)
+            else:
+                x = denoiser.predict(x, t, condition)
+        found[last] = denoiser.read(x, last, condition)
+        return {name: torch.stack([found[t][name] for t in self.timesteps], dim=1) for name in found[last]}
+
+
 TRAJECTORIES: dict[str, type[Trajectory]] = {
-    kind.__name__.lower(): kind for kind in (Noise, Clean, Inversion, Generation)
+    kind.__name__.lower(): kind for kind in (Noise, Clean, Inversion, Generation, Refinement)
 }
 
 

@@ -232,3 +232,35 @@ def test_every_trajectory_has_finite_activations_with_all_timesteps(tiny_unet, s
         for layer in LAYERS:
             assert found[layer].shape[:2] == (2, 2)
             assert found[layer].isfinite().all()
+
+
+@pytest.mark.parametrize('timesteps', [(2,), (1, 0, 3)])
+@torch.no_grad()
+def test_refinement_feeds_the_unet_its_own_output(tiny_unet, schedule, condition, timesteps):
+    unet, latent = tiny_unet(), torch.randn(2, 4, 8, 8)
+    calls = trace_calls(unet)
+    found = build_trajectory('refinement', timesteps, schedule)(Denoiser(unet, ['unet-in', *LAYERS]), latent, condition)
+    assert calls == [[t, t < max(timesteps)] for t in range(max(timesteps) + 1)]  # the last one is stopped early
+    x, unet = latent, tiny_unet()
+    for t in range(max(timesteps) + 1):
+        if t in timesteps:
+            torch.testing.assert_close(found['unet-in'][:, timesteps.index(t)], x)
+        x = unet(x, t, **condition).sample
+
+
+@torch.no_grad()
+def test_given_time_embeddings_replace_the_unets(tiny_unet, schedule, condition):
+    unet, latents = tiny_unet(), torch.randn(2, 4, 8, 8)
+    before = Denoiser(unet, LAYERS).read(latents, 5, condition)
+    own = torch.stack([unet.time_embedding(unet.time_proj(torch.tensor([t]))) for t in (5, 9)], dim=1)  # (1, 2, E)
+    given = {**condition, 'time_embeddings': own.expand(2, -1, -1)}
+    for micro_batch in (None, 1):
+        read = Denoiser(unet, LAYERS, micro_batch=micro_batch).read(latents, torch.tensor([1, 0]), given)
+        expected = Denoiser(unet, LAYERS).read(latents, torch.tensor([9, 5]), condition)
+        for name in LAYERS:
+            torch.testing.assert_close(read[name], expected[name], rtol=1e-4, atol=1e-5)
+    after = Denoiser(unet, LAYERS).read(latents, 5, condition)
+    assert all(torch.equal(before[name], after[name]) for name in LAYERS)
+    with pytest.raises(IndexError):
+        Denoiser(unet, LAYERS).read(latents, 2, given)
+    assert not unet.time_embedding._forward_hooks
