@@ -122,7 +122,8 @@ class EnsembleBackbone(BaseModule):
         """Extract.
 
         Args:
-            x: images with shape (B, 3, H, W) in [-1, 1], RGB.
+            x: images with shape (B, 3, H, W) in [-1, 1], RGB; with captions (B, 4, H, W), whose fourth channel goes to
+                the members that have captions.
             prompts: one for each image, for the diffusion models among the members; None takes the configured ones.
 
         Returns:
@@ -131,10 +132,12 @@ class EnsembleBackbone(BaseModule):
         Raises:
             ValueError: a member cannot take the images.
         """
+        captioned = any(member.captions is not None for member in self.members)
         found = []
         for i, member in enumerate(self.members):
             with _named(self._names[i]):
-                images = x if self.devices is None else x.to(self.devices[i])
+                images = x[:, :3] if captioned and member.captions is None else x
+                images = images if self.devices is None else images.to(self.devices[i])
                 takes_prompts = prompts is not None and isinstance(member, DiffusionBackbone)
                 maps = member(images, prompts) if takes_prompts else member(images)
             found.append([y.to(x.device) for y in maps])

@@ -10,6 +10,8 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from diffseg.captions import Captions
+
 
 def freeze(module: nn.Module, trainable: Collection[str] = ()) -> None:
     """Turn parameters into buffers that are not saved, and mark every buffer as not saved.
@@ -93,6 +95,7 @@ class FrozenBackbone(BaseModule):
     fingerprint: dict[str, Any]
     offloaded: bool = False
     label: str = 'backbone'
+    captions: Captions | None = None
     optional: tuple[str, ...] = ()
 
     def offload(self) -> None:

@@ -107,6 +107,17 @@ def test_prompts_go_to_the_diffusion_models(members: list[dict]):
     assert torch.equal(maps[2], ensemble(x)[2])
 
 
+def test_a_fourth_channel_goes_to_the_members_with_captions(make_probes: Callable):
+    ensemble = make_probes()
+    images = torch.zeros(2, 4, 8, 8)
+    with pytest.raises(RuntimeError, match='4 channels'):
+        ensemble(images)
+    reader = ensemble.members[1]
+    reader.captions = 'a file of captions'
+    reader.network[0].weight = torch.zeros(5, 4, 1, 1)
+    assert [y.shape[1] for y in ensemble(images)] == [4, 5, 6]
+
+
 # Errors
 
 
