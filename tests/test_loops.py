@@ -57,11 +57,18 @@ def configure(tiny_pipeline, tmp_path_factory):
             'pipeline': [{'type': 'LoadImageFromFile'}, {'type': 'LoadLabelArray'}, {'type': 'PackSegInputs'}],
         }
         cfg = Config.fromfile(ROOT / 'configs/_base_/default_runtime.py')
-        base = Config.fromfile(ROOT / 'configs/_base_/models/diffusion_pixel_classifier.py')
         cfg.merge_from_dict(
             {
                 'model': {
-                    **base.model,
+                    'type': 'EncoderDecoder',
+                    'data_preprocessor': {
+                        'type': 'SegDataPreProcessor',
+                        'mean': [127.5] * 3,
+                        'std': [127.5] * 3,
+                        'bgr_to_rgb': True,
+                        'size_divisor': 1,
+                    },
+                    'test_cfg': {'mode': 'whole'},
                     'backbone': {
                         'type': 'DiffusionBackbone',
                         'model': str(tiny_pipeline),

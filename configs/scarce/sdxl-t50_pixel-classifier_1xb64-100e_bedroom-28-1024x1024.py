@@ -1,0 +1,6 @@
+_base_ = './sdxl-t50_pixel-classifier_1xb64-100e_horse-21-1024x1024.py'
+
+category = dict(category='bedroom_28', data_root='data/bedroom_28')
+model = dict(backbone=dict(prompt='a photo of a bedroom'), decode_head=dict(num_classes=29))
+train_dataloader = dict(dataset=category)
+test_dataloader = dict(dataset=category)

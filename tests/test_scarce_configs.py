@@ -1,0 +1,148 @@
+"""Every shipped config of label-scarce segmentation that trains pixel classifiers; the channels are the model's own."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmseg.registry import DATASETS
+from PIL import Image
+from shrink import shrink_backbone
+
+from diffseg.diffusion.activations import sites
+from diffseg.diffusion.layer_sets import LAYER_SETS
+from diffseg.diffusion.loading import meta_unet
+from diffseg.models.decode_heads import PixelClassifierHead
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / 'configs/scarce').glob('*_pixel-classifier_*.py'))
+NAME = re.compile(
+    r'(?P<model>.+?)(?P<legacy>-legacy)?(-t(?P<timesteps>[\d+]+))?_pixel-classifier_1xb(?P<pixels>\d+)-(?P<epochs>\d+)e_'
+    r'(?P<dataset>.+)-(?P<size>\d+)x\d+'
+)
+PUBLISHED = {  # GDF: channels of a pixel
+    'sd15-legacy-t51': 3520,
+    'sdxl-legacy-t50': 2240,
+    'sd15-t51': 3520,
+    'sdxl-t50': 3840,
+    'sdxl+sd15+playground-v2': 8154,
+}
+TRAINED = ['sd15-t51', 'sdxl-t50', 'sdxl+sd15+playground-v2']
+
+
+def members(cfg: Config) -> list[dict]:
+    return cfg.model.backbone.get('backbones') or [cfg.model.backbone]
+
+
+def test_all_configs_are_seen():
+    assert len(CONFIGS) == 11
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_what_its_name_says(path):
+    cfg, name = Config.fromfile(path), NAME.fullmatch(path.stem)
+    category = name['dataset'].replace('-', '_')
+    for split, loader in (('train', cfg.train_dataloader), ('test', cfg.test_dataloader)):
+        assert (loader.dataset.category, loader.dataset.split) == (category, f'real/{split}')
+        assert loader.dataset.data_root == f'data/{category}'
+        assert (loader.sampler.type, loader.sampler.shuffle) == ('DefaultSampler', False)
+    assert cfg.model.decode_head.num_classes == len(DATASETS.get('ScarceDataset').CATEGORIES[category]['classes'])
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('PixelClassifierLoop', int(name['epochs']))
+    assert cfg.optim_wrapper.optimizer == {'type': 'Adam', 'lr': 1e-3}
+    assert [each.type for each in cfg.test_evaluator] == ['IoUMetric', 'ScarceIoUMetric']
+    assert (cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std) == ([127.5] * 3, [127.5] * 3)
+
+    parts = members(cfg)
+    if name['timesteps']:
+        assert [f'{part.timesteps[0]}' for part in parts] == [name['timesteps']]
+    if category == 'toy':
+        assert Path(parts[0].model).resolve() == ROOT / 'demo' / name['model']
+    else:
+        assert '+'.join(part.model for part in parts) == name['model']
+        resize, size = cfg.train_dataloader.dataset.pipeline[1], int(name['size'])
+        assert resize.scale == (size, size)
+        assert max(part.get('input_size', size) for part in parts) == size
+        assert cfg.model.decode_head.output_size == 256
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_channels_are_those_of_the_model(path):
+    cfg, found = Config.fromfile(path), []
+    for part in members(cfg):
+        available = sites(meta_unet(part.model))
+        channels = [available[layer].channels for layer in part.layers] + [154] * len(part.get('attention_maps', []))
+        assert channels == part.channels
+        found += channels
+    assert cfg.model.decode_head.in_channels == found
+    with torch.device('meta'):
+        head = PixelClassifierHead(**{key: value for key, value in cfg.model.decode_head.items() if key != 'type'})
+    assert head.ensemble.linears[0].weight.shape[:2] == (10, sum(found))
+    if 'horse' in path.stem:
+        assert sum(found) == PUBLISHED[path.stem.split('_')[0]]
+
+
+@pytest.mark.parametrize('path', CONFIGS[:-1], ids=lambda path: path.stem)
+def test_layers_are_the_published_sets(path):
+    cfg, name = Config.fromfile(path), NAME.fullmatch(path.stem)
+    sets = [['practical', 'amalgamation', 'amalgamation'][i] for i in range(len(members(cfg)))]
+    for part, wanted in zip(members(cfg), ['legacy'] if name['legacy'] else sets, strict=True):
+        variant = LAYER_SETS[wanted][0 if part.model == 'sd15' else 1]
+        assert sorted(part.layers) == sorted(variant)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _no_list_of_the_environment() -> Iterator[None]:
+    """Which takes longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        yield
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """Two training pictures and a test picture of Horse-21, of sizes that are not those of the labels."""
+    root, generator = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
+    for i, split in enumerate(('train', 'train', 'test')):
+        folder = root / 'real' / split
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(256, size=(40 + 8 * i, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+        np.save(folder / f'{i}.npy', np.kron(generator.integers(21, size=(5, 5)), np.ones((8, 8), dtype=np.int64)))
+    return root
+
+
+@pytest.mark.parametrize('model', TRAINED)
+def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline, data, tmp_path):
+    path = next(path for path in CONFIGS if path.stem.startswith(f'{model}_') and 'horse' in path.stem)
+    models = {'sd15': tiny_pipeline, 'sdxl': tiny_sdxl_pipeline, 'playground-v2': tiny_sdxl_pipeline}
+
+    def runner(**options):
+        cfg = Config.fromfile(path)
+        cfg.model.decode_head.in_channels = shrink_backbone(cfg.model.backbone, models)
+        for part in members(cfg):
+            part['dtype'] = 'float32'
+        for loader in (cfg.train_dataloader, cfg.test_dataloader):
+            loader.num_workers = 0
+            loader.dataset.data_root = str(data)
+            loader.dataset.pipeline[1].scale = (64, 64)
+            loader.dataset.pipeline[2].size = 32
+        cfg.train_dataloader.dataset.pipeline[3].min_pixels = 2
+        cfg.model.decode_head.update(output_size=32, num_members=3, num_pixels=128, hidden=(8, 6))
+        cfg.work_dir = str(tmp_path)
+        cfg.merge_from_dict(options)
+        return Runner.from_cfg(cfg)
+
+    first = runner(**{'train_cfg.max_epochs': 1})
+    before = {name: tensor.clone() for name, tensor in first.model.named_parameters() if tensor.requires_grad}
+    first.train()
+    assert [name for name, tensor in before.items() if first.model.get_parameter(name).equal(tensor)] == []
+    second = runner(**{'train_cfg.max_epochs': 2, 'resume': True})
+    second.train()
+    assert second.iter == 2 * first.iter > 0
+    metrics = second.test()
+    assert metrics == second.test()
+    assert 0 <= metrics['scarce/mIoU'] <= metrics['mIoU'] <= 100
