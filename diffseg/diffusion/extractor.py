@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffseg.diffusion.activations import AttentionMode, Site, aggregates, resolve, sites
 from diffseg.diffusion.conditioning import Conditioning, PromptEncoder
+from diffseg.diffusion.controlnet import load_control
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.lora import fuse_lora, read_lora
@@ -70,6 +71,8 @@ class DiffusionExtractor(nn.Module):
         unet_weights: File with other weights for the UNet, see `load_parts`.
         lora_weights: Ready-made weights of low rank to add to those of the UNet and, for prompts, of the text encoders:
             files, folders or hub ids, see `read_lora`, each alone or with a scale, as `('file.safetensors', 0.8)`.
+        controlnet: A ControlNet, or several whose effects add up, that the UNet takes notice of: `dict(model=...)` with
+            a diffusers folder or hub id and, if wanted, `image`, `scale` (see `Control`), `revision`, `variant`.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
         scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
             do not.
@@ -109,6 +112,7 @@ class DiffusionExtractor(nn.Module):
         config: str | Path | None = None,
         unet_weights: str | Path | None = None,
         lora_weights: Sequence[LoraSource] = (),
+        controlnet: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
         vae_sample: str = 'sample',
         scale_latent: bool = True,
         vae_slicing: bool = False,
@@ -139,6 +143,8 @@ class DiffusionExtractor(nn.Module):
         self._lora = [read_lora(source, self.unet.config, scale) for source, scale in map(_scaled, lora_weights)]
         for weights in self._lora:
             fuse_lora(self.unet, weights)
+        controlnets = [controlnet] if isinstance(controlnet, Mapping) else controlnet
+        self.controls = nn.ModuleList(load_control(self.unet, **each, attention=attention) for each in controlnets)
         self._layers = resolve(layers, sites(self.unet, self.parts.vae_scale_factor))
         schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
         self.trajectory = build_trajectory(options, timesteps, schedule)
@@ -170,6 +176,7 @@ class DiffusionExtractor(nn.Module):
             micro_batch,
             attention_mode=attention_mode,
             vae_scale_factor=self.parts.vae_scale_factor,
+            controls=self.controls,
         )
         if compile:
             _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
@@ -219,6 +226,7 @@ class DiffusionExtractor(nn.Module):
         return {
             'weights': self.parts.fingerprint,
             'lora_weights': [[weights.digest, weights.scale] for weights in self._lora],
+            'controlnet': [[control.fingerprint, control.image, control.scale] for control in self.controls],
             'dtype': str(unet_dtype(self.unet)).removeprefix('torch.'),
             'layers': self.layers,
             'attention_maps': list(self.attention_maps),
@@ -262,7 +270,7 @@ class DiffusionExtractor(nn.Module):
             size = (side // self.parts.vae_scale_factor for side in canvas.shape[-2:])
             shape = (len(images), self.unet.config.in_channels, *size)
             latents = torch.stack([self._draw('noise', member, shape, images.device) for member in members], dim=1)
-        activations = self.extract_latents(latents, prompts)  # {name: (B, T, C, h', w')}
+        activations = self.extract_latents(latents, prompts, canvas)  # {name: (B, T, C, h', w')}
         return {name: self._crop(name, x, *images.shape[-2:]) for name, x in activations.items()}
 
     def encode(self, images: Tensor) -> Tensor:
@@ -275,7 +283,9 @@ class DiffusionExtractor(nn.Module):
         self._check({'the latent': latent}, self.vae.dtype)
         return latent
 
-    def extract_latents(self, latents: Tensor, prompts: Prompts | None = None) -> Activations:
+    def extract_latents(
+        self, latents: Tensor, prompts: Prompts | None = None, images: Tensor | None = None
+    ) -> Activations:
         """Read the activations of latents, without the VAE.
 
         Gradients flow to the latents, to embeddings given as `prompts` and to those parameters of the UNet that require
@@ -285,19 +295,26 @@ class DiffusionExtractor(nn.Module):
             latents: Where the trajectory starts: clean latents, or noise for 'generation'. With shape (B, 4, h, w), or
                 (B, E, 4, h, w) with one for each ensemble member.
             prompts: One for all latents or one for each; None takes the constructor's.
+            images: What ControlNets look at, in [-1, 1], with shape (B, 3, 8h, 8w); needed only where there are such.
 
         Returns:
             {name: (B, T, C, h', w')}, where h' is ceil(h * VAE factor / stride).
+
+        Raises:
+            ValueError: There are ControlNets, but no images.
         """
+        if self.controls and images is None:
+            raise ValueError('ControlNets look at images; give those of the latents')
         if latents.ndim == 4:
             latents = latents.unsqueeze(1).expand(-1, self.ensemble, -1, -1, -1)  # (B, E, 4, h, w)
         b, e = latents.shape[:2]
         conditioning, rows = self._choose(prompts, b)
+        views = {str(i): control.view(images) for i, control in enumerate(self.controls)}  # (B, 3, 8h, 8w) each
         fit = e if self.micro_batch is None else max(1, self.micro_batch // (b * len(self.timesteps)))
         total: Activations = {}
         with torch.set_grad_enabled(_wants_grad(self.unet, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
-                found = self._read_members(latents[:, first : first + fit], first, conditioning, rows)
+                found = self._read_members(latents[:, first : first + fit], first, conditioning, rows, views)
                 for name, x in found.items():  # (m, B, T, C, h, w)
                     part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
                     total[name] = total[name] + part if name in total else part
@@ -307,20 +324,23 @@ class DiffusionExtractor(nn.Module):
         self._check(activations, torch.get_autocast_dtype(device) if autocast else unet_dtype(self.unet))
         return activations
 
-    def _read_members(self, latents: Tensor, first: int, conditioning: Conditioning, rows: Tensor) -> Activations:
+    def _read_members(
+        self, latents: Tensor, first: int, conditioning: Conditioning, rows: Tensor, views: Mapping[str, Tensor]
+    ) -> Activations:
         """Activations (m, B, T, C, h, w) of the ensemble members from `first` on, with latents (B, m, 4, h, w)."""
         b, m = latents.shape[:2]
         rows = rows.repeat(m)
+        views = {name: view.repeat(m, 1, 1, 1) for name, view in views.items()}
         noise = negative = None
         if self.trajectory.adds_noise:
             shape = (b, 1 if self.noise == 'seeded' else len(self.timesteps), *latents.shape[2:])
             noise = torch.cat([self._draw('noise', first + i, shape, latents.device) for i in range(m)])
         if self._negative is not None:
-            negative = self._condition(self._negative, torch.zeros_like(rows), latents)
+            negative = self._condition(self._negative, torch.zeros_like(rows), latents) | {'views': views}
         found = self.trajectory(
             self._denoiser,
             latents.transpose(0, 1).flatten(0, 1),  # (m*B, 4, h, w)
-            self._condition(conditioning, rows, latents),
+            self._condition(conditioning, rows, latents) | {'views': views},
             noise=noise,  # (m*B, 1 or T, 4, h, w)
             negative=negative,
         )

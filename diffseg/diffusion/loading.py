@@ -248,7 +248,7 @@ def load_parts(
         del encoder.decoder, encoder.post_quant_conv
     parts = {'unet': unet} if encoder is None else {'unet': unet, 'vae': encoder}
     for part in parts.values():
-        _set_attention(part, attention)
+        set_attention(part, attention)
     return DiffusionParts(
         unet=unet,
         vae=encoder,
@@ -484,7 +484,8 @@ def _download(repo_id: str, filename: str) -> str:
         ) from error
 
 
-def _set_attention(model: ModelMixin, attention: str) -> None:
+def set_attention(model: ModelMixin, attention: str) -> None:
+    """Choose the implementation of a model's attention, see `load_parts`."""
     if attention in ('auto', 'sdpa'):
         model.set_attn_processor(AttnProcessor2_0())
     elif attention == 'eager':

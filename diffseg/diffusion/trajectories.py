@@ -26,14 +26,16 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffseg.diffusion.activations import ActivationRecorder, AttentionMode
+from diffseg.diffusion.controlnet import Control, residual_kwargs
 
 CLEAN = -1  # the timestep of a latent without noise
 PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
 
 SHARED = ('schedule', 'timesteps')  # what every trajectory is made of; other fields are options of one kind
 
-# Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. `time_embeddings` (N, K, E) among
-# them are no argument of the UNet: they replace its embeddings of the timesteps 0 to K - 1.
+# Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. Two among them are none of its
+# own: `time_embeddings` (N, K, E) replace its embeddings of the timesteps 0 to K - 1, and `views` are what ControlNets
+# are shown, {'0': (N, 3, 8h, 8w), ...}.
 Condition = Mapping[str, Any]
 Activations = dict[str, Tensor]
 
@@ -124,6 +126,7 @@ class Denoiser:
         micro_batch: The largest number of latents in one UNet call; larger batches are cut and joined again.
         attention_mode: How attention is aggregated.
         vae_scale_factor: Image pixels per latent cell.
+        controls: ControlNets.
     """
 
     def __init__(
@@ -134,11 +137,13 @@ class Denoiser:
         micro_batch: int | None = None,
         attention_mode: AttentionMode = 'concat',
         vae_scale_factor: int = 8,
+        controls: Sequence[Control] = (),
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'micro_batch is {micro_batch}; it is a number of latents, 1 or more')
         self.unet = unet
         self.micro_batch = micro_batch
+        self.controls = controls
         self._layers = list(layers)
         both = self._layers if PREDICTION in self._layers else [*self._layers, PREDICTION]
         aggregated = {
@@ -179,6 +184,14 @@ class Denoiser:
         chunks = []
         for rows in (slice(start, start + size) for start in range(0, n, size)):
             kwargs = map_condition(itemgetter(rows), condition)
+            views = kwargs.pop('views', {})
+            if self.controls:
+                told = {name: kwargs[name] for name in ('encoder_hidden_states', 'added_cond_kwargs')}
+                residuals = [
+                    control(x_t[rows], timestep[rows], told, view)
+                    for control, view in zip(self.controls, views.values(), strict=True)
+                ]
+                kwargs |= residual_kwargs(residuals)
             with _embedded(self.unet, timestep[rows], kwargs.pop('time_embeddings', None)):
                 chunks.append(recorder(x_t[rows], timestep[rows], **kwargs))
         if len(chunks) == 1:
