@@ -1,8 +1,9 @@
-"""Measure time, peak memory and operations of feature extraction, beside the published procedure.
+"""Measure time, peak memory and operations of feature extraction, or of matching, beside the published procedure.
 
     python tools/benchmark.py --model demo/tiny-sd --sizes 64 --layers practical dift --ensembles 1 8
     python tools/benchmark.py --model sd15 --random --sizes 512 --layers practical
     python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
+    python tools/benchmark.py --matching 24 48
 
 Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a process of its own, where both procedures use
 the same modules in turn, ours, published, ours, ... The ratio is the median over these pairs.
@@ -22,6 +23,16 @@ The last column says how much of a UNet pass runs before it is ended.
 
 Peak memory is that of the whole process while a procedure runs, weights included: the device's own count on CUDA, the
 kernel's high-water mark of the resident set on Linux.
+
+With `--matching CELLS ...` it is keypoints that are matched, between random maps of CELLS x CELLS cells, at the size of
+the image:
+
+* **ours**: `match_points`;
+* **published**: what DIFT's evaluation does: upsample both maps to the size of their image, and for every keypoint
+  normalise the whole target map and multiply it with the keypoint's descriptor.
+
+Memory then is what a procedure takes on top of the maps. The last column says how many matches are the same; on random
+maps the outermost pixels, which are all alike, may be told apart by rounding errors.
 """
 
 import argparse
@@ -34,7 +45,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +53,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
@@ -51,6 +63,7 @@ from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.models.correspondence import match_points
 
 TOKENS = 77
 
@@ -74,6 +87,19 @@ class Case:
     def steps(self) -> list[int]:
         """Evenly spread UNet timesteps; which ones makes no difference to the cost."""
         return [50 + 900 * i // self.timesteps for i in range(self.timesteps)]
+
+
+@dataclass(frozen=True)
+class MatchingCase:
+    """One line of the table of matching: maps (channels, cells, cells) and images of height x width pixels."""
+
+    cells: int
+    channels: int
+    height: int
+    width: int
+    keypoints: int
+    device: str = 'cpu'
+    repeat: int = 3
 
 
 class Operations(TorchDispatchMode):
@@ -240,6 +266,67 @@ def measure(case: Case) -> dict[str, Any]:
     return result
 
 
+def published_matches(source: Tensor, target: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Match as DIFT's evaluation on SPair-71k does.
+
+    Args:
+        source: descriptors with shape (C, h, w).
+        target: the same.
+        points: (x, y) with shape (N, 2).
+        size: height and width of both images.
+
+    Returns:
+        (x, y) with shape (N, 2).
+    """
+    source, target = (F.interpolate(each[None], size, mode='bilinear') for each in (source, target))
+    matches = []
+    for x, y in points.tolist():
+        query = F.normalize(source[0, :, y, x][None])  # (1, C)
+        candidates = F.normalize(target[0].flatten(1).T)  # (H*W, C)
+        best = int((candidates @ query.T).cpu().argmax())
+        matches.append([best % size[1], best // size[1]])
+    return torch.tensor(matches)
+
+
+def measure_matching(case: MatchingCase) -> dict[str, Any]:
+    """Run both procedures in turn.
+
+    Returns:
+        For each procedure its `ms` (median), the `memory` in bytes that it took at most on top of what there was (None
+        where it cannot be read), the `ratio` of their times, and how many of the matches are the `same`.
+    """
+    source, target = torch.randn(2, case.channels, case.cells, case.cells, device=case.device)
+    size = case.height, case.width
+    points = torch.stack([torch.randint(side, (case.keypoints,)) for side in (case.width, case.height)], dim=1)
+    procedures = {
+        'ours': lambda: match_points(source, target, points, size, size).cpu(),
+        'published': lambda: published_matches(source, target, points, size),
+    }
+    small = source[:2], target[:2], points[:1] * 0
+    match_points(*small, (8, 8), (8, 8)), published_matches(*small, (8, 8))  # loads what is loaded with the first call
+    result: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in procedures}
+    matches = []
+    with torch.inference_mode():
+        for name, run in procedures.items():
+            gc.collect()
+            reset_peak(case.device)
+            before = peak(case.device)
+            matches.append(run())
+            result[name] = {'memory': None if before is None else peak(case.device) - before}
+        for _ in range(case.repeat):
+            for name, run in procedures.items():
+                seconds[name].append(timed(run, case.device))
+    for name, values in seconds.items():
+        result[name]['ms'] = 1000 * statistics.median(values)
+    result['ratio'] = statistics.median(b / a for a, b in zip(seconds['ours'], seconds['published'], strict=True))
+    result['same'] = int((matches[0] == matches[1]).all(1).sum())
+    return result
+
+
+MEASURES = {each.__name__: (each, measure) for each, measure in ((Case, measure), (MatchingCase, measure_matching))}
+
+
 def timed(run: Callable[[], Any], device: str) -> float:
     """Seconds that a call takes until its results are there."""
     start = time.perf_counter()
@@ -265,9 +352,9 @@ def peak(device: str) -> int | None:
     return None
 
 
-def in_subprocess(case: Case) -> dict[str, Any]:
+def in_subprocess(case: Case | MatchingCase) -> dict[str, Any]:
     """Measure a case in a fresh process, so that no case sees the memory of another."""
-    command = [sys.executable, __file__, '--case', json.dumps(asdict(case))]
+    command = [sys.executable, __file__, '--case', type(case).__name__, json.dumps(asdict(case))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f'{case} ended with status {done.returncode}')
@@ -280,6 +367,10 @@ def titles(measured: bool) -> str:
     if measured:
         names += ['ms/image', 'published ms', 'ratio', 'peak GB', 'published GB']
     names += ['TFLOP', 'of published', 'of full', 'over least', 'UNet pass']
+    return table_head(names)
+
+
+def table_head(names: Sequence[str]) -> str:
     return f'| {" | ".join(names)} |\n|{"---|" * len(names)}'
 
 
@@ -297,9 +388,21 @@ def line(row: Mapping[str, Any]) -> str:
     return f'| {" | ".join(map(str, cells))} |'
 
 
+MATCHING_TITLES = 'cells', 'channels', 'image', 'keypoints', 'ms', 'published ms', 'ratio', 'MB', 'published MB', 'same'
+
+
+def matching_line(case: MatchingCase, found: Mapping[str, Any]) -> str:
+    """A case's line of the Markdown table of matching."""
+    ours, theirs = found['ours'], found['published']
+    cells = [case.cells, case.channels, f'{case.height} x {case.width}', case.keypoints]
+    cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{found["ratio"]:.0f}']
+    cells += ['-' if each['memory'] is None else f'{each["memory"] / 1e6:.0f}' for each in (ours, theirs)]
+    return f'| {" | ".join(map(str, [*cells, found["same"]]))} |'
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--case', help=argparse.SUPPRESS)
+    parser.add_argument('--case', nargs=2, help=argparse.SUPPRESS)
     parser.add_argument('--model', default='demo/tiny-sd', help='preset, hub id or diffusers folder')
     parser.add_argument('--random', action='store_true', help='random weights: read none')
     parser.add_argument('--sizes', nargs='+', type=int, default=[64], help='image sides, pixels')
@@ -311,6 +414,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--count-only', action='store_true', help='count operations and measure nothing')
+    parser.add_argument(
+        '--matching', nargs='+', type=int, metavar='CELLS', help='measure matching, maps of these sides'
+    )
+    parser.add_argument('--channels', type=int, default=1280, help='of the maps that are matched')
+    parser.add_argument('--keypoints', type=int, default=10, help='that are matched')
+    parser.add_argument('--image-size', nargs=2, type=int, default=(375, 500), metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--json', type=Path, help='write the results there as well')
     return parser.parse_args(argv)
 
@@ -318,32 +427,48 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.case:
-        print(json.dumps(measure(Case(**json.loads(args.case)))))
+        kind, run = MEASURES[args.case[0]]
+        print(json.dumps(run(kind(**json.loads(args.case[1])))))
         return 0
     on_gpu = args.device.startswith('cuda')
     machine = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
     how = 'counted' if args.count_only else f'{machine}, {torch.get_num_threads()} threads'
-    print(f'{args.model}{", random weights" * args.random}; {how}; torch {torch.__version__}\n')
-    print(titles(not args.count_only))
+    what = 'matching' if args.matching else f'{args.model}{", random weights" * args.random}'
+    print(f'{what}; {how}; torch {torch.__version__}\n')
+    print(table_head(MATCHING_TITLES) if args.matching else titles(not args.count_only))
     rows = []
-    choices = itertools.product(args.sizes, args.layers, args.timesteps, args.ensembles, args.dtypes)
     try:
-        for size, layers, timesteps, ensemble, dtype in choices:
-            case = Case(
-                args.model, size, layers, timesteps, ensemble, dtype, args.batch, args.random, args.device, args.repeat
-            )
-            row = {'case': asdict(case), 'flop': count(case)}
-            if not args.count_only:
-                row['measured'] = in_subprocess(case)
-                row['flop'] |= {name: row['measured'][name]['flop'] for name in ('ours', 'published')}
+        for row, text in (matching_rows if args.matching else extraction_rows)(args):
             rows.append(row)
-            print(line(row), flush=True)
+            print(text, flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=2) + '\n')
     except (OSError, RuntimeError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
+
+
+def extraction_rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each case's results, and its line."""
+    choices = itertools.product(args.sizes, args.layers, args.timesteps, args.ensembles, args.dtypes)
+    for size, layers, timesteps, ensemble, dtype in choices:
+        case = Case(
+            args.model, size, layers, timesteps, ensemble, dtype, args.batch, args.random, args.device, args.repeat
+        )
+        row = {'case': asdict(case), 'flop': count(case)}
+        if not args.count_only:
+            row['measured'] = in_subprocess(case)
+            row['flop'] |= {name: row['measured'][name]['flop'] for name in ('ours', 'published')}
+        yield row, line(row)
+
+
+def matching_rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each case's results, and its line."""
+    for cells in args.matching:
+        case = MatchingCase(cells, args.channels, *args.image_size, args.keypoints, args.device, args.repeat)
+        found = in_subprocess(case)
+        yield {'case': asdict(case), 'measured': found}, matching_line(case, found)
 
 
 if __name__ == '__main__':

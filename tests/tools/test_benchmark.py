@@ -130,6 +130,26 @@ def test_main(tool, tiny_pipeline, tmp_path, capfd):
         assert row['measured']['ours']['peak'] > 50e6
 
 
+def test_published_matching_finds_the_same(tool):
+    source, target = torch.randn(2, 16, 6, 6)
+    points = torch.tensor([[0, 0], [10, 20], [39, 29]])
+    ours = tool.match_points(source, target, points, (30, 40), (30, 40))
+    theirs = tool.published_matches(source, target, points, (30, 40))
+    similarity = F.normalize(F.interpolate(target[None], (30, 40), mode='bilinear')[0], dim=0)
+    for a, b in zip(ours.tolist(), theirs.tolist(), strict=True):  # at the borders, pixels of the same descriptor
+        torch.testing.assert_close(similarity[:, a[1], a[0]], similarity[:, b[1], b[0]])
+
+
+def test_matching(tool, tmp_path, capfd):
+    options = f'--matching 6 8 --channels 16 --image-size 30 40 --repeat 1 --device cpu --json {tmp_path / "m.json"}'
+    assert tool.main(options.split()) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[2].startswith('| cells | channels | image | keypoints | ms |')
+    assert [line.split('|')[1:5] for line in lines[4:]] == [[f' {n} ', ' 16 ', ' 30 x 40 ', ' 10 '] for n in (6, 8)]
+    for row in json.loads((tmp_path / 'm.json').read_text()):
+        assert row['measured']['ratio'] > 0 and row['measured']['same'] <= 10
+
+
 def test_count_only_and_errors(tool, capsys):
     assert tool.main(['--model', 'sd15', '--sizes', '512', '--layers', 'practical', 'dift', '--count-only']) == 0
     lines = capsys.readouterr().out.splitlines()
