@@ -1,5 +1,6 @@
 """Data sets: toy quadrupeds, label-scarce part segmentation folders, and pairs of images with keypoints."""
 
+from .captions import LoadCaption
 from .cub import CUBPairsDataset
 from .pair_transforms import (
     ColourJitterPair,
@@ -22,6 +23,7 @@ __all__ = [
     'CropToBoxPair',
     'DamagedFile',
     'IgnoreSmallClasses',
+    'LoadCaption',
     'LoadLabelArray',
     'LoadPair',
     'PFPascalDataset',

@@ -109,6 +109,13 @@ class Conditioning:
         return kwargs
 
 
+def pooled_size(unet_config: Mapping[str, Any]) -> int | None:
+    """Size D2 of the pooled embedding that a UNet reads; None for those that read none."""
+    if unet_config['addition_embed_type'] != 'text_time':
+        return None
+    return unet_config['projection_class_embeddings_input_dim'] - 6 * unet_config['addition_time_embed_dim']
+
+
 class PromptEncoder:
     """The text encoders of a model, which are loaded for new prompts only.
 

@@ -1,16 +1,30 @@
 """Parts for mmsegmentation: importing this package registers them in `mmseg.registry.MODELS`."""
 
-from .backbones import DiffusionBackbone, EnsembleBackbone, VisionBackbone
+from .backbones import (
+    DiffusionBackbone,
+    EnsembleBackbone,
+    LearnedPrompts,
+    MetaPrompts,
+    MetaPromptsBackbone,
+    TextAdapter,
+    VisionBackbone,
+)
+from .captions import CaptionPreProcessor
 from .correspondence import CorrespondenceModel
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 
 __all__ = [
     'AggregationNeck',
+    'CaptionPreProcessor',
     'ConcatNeck',
     'CorrespondenceModel',
     'DiffusionBackbone',
     'EnsembleBackbone',
+    'LearnedPrompts',
+    'MetaPrompts',
+    'MetaPromptsBackbone',
     'PixelClassifierHead',
+    'TextAdapter',
     'VisionBackbone',
 ]

@@ -1,7 +1,17 @@
 """Backbones: image -> tuple of feature maps."""
 
+from .conditioners import LearnedPrompts, MetaPrompts, TextAdapter
 from .diffusion import DiffusionBackbone
 from .ensemble import EnsembleBackbone
+from .meta_prompts import MetaPromptsBackbone
 from .vision import VisionBackbone
 
-__all__ = ['DiffusionBackbone', 'EnsembleBackbone', 'VisionBackbone']
+__all__ = [
+    'DiffusionBackbone',
+    'EnsembleBackbone',
+    'LearnedPrompts',
+    'MetaPrompts',
+    'MetaPromptsBackbone',
+    'TextAdapter',
+    'VisionBackbone',
+]

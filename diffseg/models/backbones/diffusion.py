@@ -7,13 +7,17 @@ from typing import Any, Literal
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffseg.cache import build_cache
+from diffseg.captions import Captions
+from diffseg.diffusion.conditioning import Conditioning, pooled_size
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 
+from ..captions import split_rows
+from .conditioners import build_prompt
 from .frozen import FrozenBackbone, freeze, reached, verify_channels
 
 
@@ -42,17 +46,21 @@ class DiffusionBackbone(FrozenBackbone):
         frozen: train nothing.
         trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
             `up_blocks.1.*`; all of the UNet by default. What no chosen activation depends on stays frozen all the same.
+        prompt: what `DiffusionExtractor` takes; or `dict(type='class_names', dataset='ADE20KDataset', template='{}')`,
+            the names of a data set's classes joined with commas; or `dict(type='captions', file=...)`, each image's own
+            caption, for which images have a fourth channel, see `CaptionPreProcessor`.
+        conditioner: in place of a prompt, a module that is trained and saved, with gradients through the UNet: a config
+            of `LearnedPrompts`, `TextAdapter` or another one that returns `Conditioning`.
         lora: train layers of low rank beside those of the frozen UNet: `dict(r=8, target_modules=['to_q', ...])`, by
             default beside the projections of attention, see `add_lora`. Needs peft.
         train_noise: noise in training mode, where 'random' augments; by default the extractor's `noise`.
         cache: folder in which maps are kept, to be found again by the bytes of the image and all else that they depend
             on; or `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that
             dtype. Not with random noise, nor with anything trainable in the backbone.
-        extractor: further options of `DiffusionExtractor`: `trajectory`, `prompt`, `ensemble`, `noise`, `seed`,
-            `dtype`, ...
+        extractor: further options of `DiffusionExtractor`: `trajectory`, `ensemble`, `noise`, `seed`, `dtype`, ...
 
     Attributes:
-        channels: channels C of each layer; None for attention maps, whose channels are the keys.
+        channels: channels C of each layer; None for attention maps whose number of keys is not known.
 
     Raises:
         ValueError: `channels` is not what the model has, the choice of trainable parts is void or contradictory, or
@@ -69,6 +77,8 @@ class DiffusionBackbone(FrozenBackbone):
         input_size: int | Sequence[int] | None = None,
         frozen: bool = True,
         trainable: Sequence[str] | None = None,
+        prompt: Any = '',
+        conditioner: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
         train_noise: Literal['seeded', 'random'] | None = None,
         cache: str | Mapping[str, Any] | None = None,
@@ -79,8 +89,18 @@ class DiffusionBackbone(FrozenBackbone):
             raise ValueError(f'trainable={list(trainable)} has no effect with frozen=True; set frozen=False')
         if lora is not None and not frozen:
             raise ValueError('lora is for a frozen UNet; leave out lora, or frozen=False')
-        self.extractor = DiffusionExtractor(model, layers, timesteps, **extractor).eval()
-        self.channels = self.extractor.channels
+        prompt = build_prompt(prompt)
+        self.captions = prompt if isinstance(prompt, Captions) else None
+        constant = prompt if self.captions is None and conditioner is None else None
+        self.extractor = DiffusionExtractor(model, layers, timesteps, prompt=constant, **extractor).eval()
+        if self.captions is not None:
+            self.extractor.prompt_encoder.prepare(self.captions.texts)
+        self.conditioner: nn.Module | None = None
+        if conditioner is not None:
+            self._add_conditioner(conditioner, prompt)
+        example = self._example()
+        described = self.extractor.describe(None if example is None else example.embeds.shape[1])
+        self.channels = [site.channels for site in described.values()]
         if channels is not None:
             verify_channels(self.extractor.layers, self.channels, channels)
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -99,6 +119,42 @@ class DiffusionBackbone(FrozenBackbone):
         self.cache = build_cache(cache)
         if self.cache is not None:
             self._check_cacheable()
+
+    def _add_conditioner(self, config: Mapping[str, Any], prompt: Any) -> None:
+        """Build a conditioner that fits the UNet and learns.
+
+        Raises:
+            ValueError: there is a prompt as well, or sizes do not fit, or a gradient does not reach all parameters.
+        """
+        if prompt != '':
+            raise ValueError(f'a conditioner is in place of a prompt; leave out prompt={prompt!r}, or the conditioner')
+        self.conditioner = MODELS.build(config)
+        given, unet = self.conditioner(), self.extractor.unet.config
+        wanted = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}
+        found = {'dim': given.embeds.shape[-1], 'pooled_dim': None if given.pooled is None else given.pooled.shape[-1]}
+        if found != wanted:
+            raise ValueError(f'{config["type"]} has {found}, but the UNet of this model needs {wanted}')
+        leaves = self._leaves()
+        if lost := [name for name, parameter in self.conditioner.named_parameters() if parameter not in leaves]:
+            raise ValueError(
+                f'no chosen layer depends on {lost} of {config["type"]}, so that they would not learn; choose a layer '
+                f'behind cross-attention'
+            )
+
+    def _example(self) -> Conditioning | None:
+        """What the UNet might be told about one image; None if every call says it."""
+        if self.conditioner is not None:
+            return self.conditioner()
+        if self.captions is not None:
+            return self.extractor.prompt_encoder(self.captions.texts[:1])
+        return None if self.extractor.conditioning is None else self.extractor.conditioning.first()
+
+    def _leaves(self) -> set[Tensor]:
+        """What requires a gradient and influences the maps."""
+        latent = torch.zeros(1, self.extractor.unet.config.in_channels, 8, 8)
+        image = torch.zeros(1, 3, *(side * self.extractor.parts.vae_scale_factor for side in latent.shape[2:]))
+        with torch.enable_grad():
+            return reached(self.extractor.extract_latents(latent, self._example(), image).values())
 
     def _choose(self, patterns: Sequence[str]) -> set[str]:
         """Names, within the extractor, of the parameters to train.
@@ -131,21 +187,22 @@ class DiffusionBackbone(FrozenBackbone):
     def _influential(self) -> list[str]:
         """Names of the UNet's parameters that the maps depend on."""
         unet = self.extractor.unet.requires_grad_(True)
-        with torch.enable_grad():
-            found = self.extractor.extract_latents(torch.zeros(1, unet.config.in_channels, 8, 8))
-        leaves = reached(found.values())
+        leaves = self._leaves()
         return [name for name, parameter in unet.named_parameters() if parameter in leaves]
 
     def forward(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """Extract.
 
         Args:
-            x: images with shape (B, 3, H, W) in [-1, 1], RGB.
+            x: images with shape (B, 3, H, W) in [-1, 1], RGB; with captions (B, 4, H, W), see `CaptionPreProcessor`.
             prompts: one for each image; None takes the configured one.
 
         Returns:
             L maps with shapes (B, T*C, h, w), one for each layer.
         """
+        if self.captions is not None and prompts is None:
+            x, rows = split_rows(x, len(self.captions.texts))
+            prompts = [self.captions.texts[row] for row in rows]
         self.extractor.noise = self.train_noise if self.training else self.noise
         if self.cache is None:
             return self._extract(x, prompts)
@@ -159,6 +216,8 @@ class DiffusionBackbone(FrozenBackbone):
         """`forward` without the cache."""
         if self.input_size is not None:
             x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
+        if prompts is None and self.conditioner is not None:
+            prompts = self.conditioner()
         with self.resident(x.device):
             found = self.extractor(x, prompts)  # {name: (B, T, C, h, w)}
         return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
@@ -171,6 +230,11 @@ class DiffusionBackbone(FrozenBackbone):
                     f"{name}='random' draws other maps each time, which cannot be cached; set it to 'seeded', or leave "
                     f'out the cache'
                 )
+        if self.conditioner is not None:
+            raise ValueError(
+                f'maps depend on the state of {type(self.conditioner).__name__}, so that they cannot be cached; leave '
+                f'out the cache'
+            )
         trained = next((name for name, parameter in self.named_parameters() if parameter.requires_grad), None)
         if trained is not None:
             raise ValueError(
@@ -204,5 +268,10 @@ class DiffusionBackbone(FrozenBackbone):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a head that was trained on the maps takes for granted; not the draws of noise, which may be others."""
-        fingerprint = json.loads(json.dumps({**self.extractor.fingerprint, **self.trained}))
+        told = {**self.extractor.fingerprint, **self.trained}
+        if self.captions is not None:
+            told['prompt'] = 'captions'  # of other images, when it is used
+        if self.conditioner is not None:
+            told['conditioner'] = self.conditioner.fingerprint
+        fingerprint = json.loads(json.dumps(told))
         return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}
