@@ -1,8 +1,10 @@
-"""Hooks with which a run that was stopped at any moment and resumed ends in the same bits as an undisturbed one."""
+"""Hooks: a run stopped at any moment and resumed ends in the same bits as an undisturbed one; pictures of training."""
 
 import random
 import re
 import zipfile
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, get_rank, is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, set_random_seed
 from mmseg.registry import HOOKS
+
+from diffseg.models.necks import AggregationNeck, MixingWeights
 
 
 @HOOKS.register_module()
@@ -74,6 +79,59 @@ class CheckpointFallbackHook(Hook):
         if runner.cfg.get('resume') and runner.cfg.get('load_from') is None and is_main_process():
             _repair(runner)
         barrier()
+
+
+@HOOKS.register_module()
+class MixingWeightsHook(Hook):
+    """Draw the mixing weights of every level of every `AggregationNeck`, wherever it is in the model.
+
+    The pictures (timesteps x layers) go to the runner's visualizer, so to wherever its backends write: files in
+    `vis_image` beside the log, TensorBoard, Weights & Biases. They are called `mixing_{neck}_level{i}`, with the neck's
+    name in the model. Names of layers and timesteps are the neck's own (`layer_names`, `timestep_names`).
+
+    Args:
+        interval: iterations between pictures; the last iteration always has one.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: when training begins, if no part of the model is an `AggregationNeck`.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, interval: int = 1000) -> None:
+        if find_spec('matplotlib') is None:
+            raise ImportError(
+                'MixingWeightsHook draws with matplotlib, which is not installed: pip install matplotlib, or leave '
+                'the hook out of custom_hooks'
+            )
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        """Verify that there is something to draw."""
+        if not any(_mixing_weights(runner)):
+            raise ValueError(
+                'MixingWeightsHook finds no AggregationNeck in the model; leave the hook out of custom_hooks'
+            )
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Draw."""
+        due = self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
+        if due and is_main_process():
+            from diffseg.visualization import mixing_figure, render  # which need matplotlib
+
+            for name, table in _mixing_weights(runner):
+                figure = mixing_figure(table.weights, table.timesteps, table.layers)
+                runner.visualizer.add_image(f'mixing_{name}', render(figure), runner.iter + 1)
+
+
+def _mixing_weights(runner: Runner) -> Iterator[tuple[str, MixingWeights]]:
+    """Name and table of each level of the necks in a runner's model."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    for name, neck in model.named_modules():
+        if isinstance(neck, AggregationNeck):
+            for level, table in enumerate(neck.mixing_weights()):
+                yield f'{name}_level{level}', table
 
 
 def _repair(runner: Runner) -> None:

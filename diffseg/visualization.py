@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -227,7 +228,8 @@ def match_lines(
 def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Sequence[str], title: str = '') -> Figure:
     """Draw a table of mixing weights with shape (T, L), a row for each layer and a column for each timestep.
 
-    Every cell is printed in per cent, and the margins hold the sums: the share of a layer and of a timestep.
+    Every cell is printed in per cent, and the margins hold the sums: the share of a layer and of a timestep. A cell of
+    exactly zero, a pair that is not mixed at all, stays empty.
 
     Raises:
         ValueError: if the names do not fit the table.
@@ -243,7 +245,8 @@ def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Seque
     for layer, row in enumerate(table.tolist()):
         for step, value in enumerate(row):
             colour = 'black' if value > middle else 'white'
-            axes.text(step, layer, f'{value:.1f}', ha='center', va='center', color=colour, fontsize=8)
+            text = f'{value:.1f}' if value else ''
+            axes.text(step, layer, text, ha='center', va='center', color=colour, fontsize=8)
     shares = [[f'{share:.0f}%' for share in table.sum(dim).tolist()] for dim in (1, 0)]
     axes.set_yticks(range(len(layers)), [f'{name}  {share}' for name, share in zip(layers, shares[0], strict=True)])
     axes.set_xticks(range(len(timesteps)), [f'{t}\n{share}' for t, share in zip(timesteps, shares[1], strict=True)])
@@ -251,6 +254,13 @@ def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Seque
     axes.set_title(title or 'mixing weights, %')
     figure.colorbar(image, ax=axes, fraction=0.05)
     return figure
+
+
+def render(figure: Figure) -> np.ndarray:
+    """Pixels of a figure: RGB with shape (H, W, 3), uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _fit(picture: Tensor, side: int, smooth: bool) -> Image.Image:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ class MixingWeights:
     Attributes:
         timesteps: T labels.
         layers: L labels.
-        weights: shape (T, L), on the CPU; not negative, and one in sum. Zero where a layer has fewer timesteps.
+        weights: shape (T, L), on the CPU; not negative, and one in sum. Zero for pairs that are not mixed.
     """
 
     timesteps: tuple[str, ...]
@@ -75,13 +76,21 @@ class Bottleneck(nn.Module):
 class LevelAggregation(nn.Module):
     """One level: a bottleneck per layer, shared over timesteps, and the softmax-weighted sum of what they give."""
 
-    def __init__(self, channels: Sequence[int], timesteps: Sequence[int], out_channels: int, num_groups: int) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        timesteps: Sequence[int],
+        kept: Sequence[Sequence[int]],
+        out_channels: int,
+        num_groups: int,
+    ) -> None:
         super().__init__()
         self.timesteps = list(timesteps)
+        self.kept = [list(steps) for steps in kept]
         self.bottleneck_layers = nn.ModuleList(nn.Sequential(Bottleneck(c, out_channels, num_groups)) for c in channels)
-        held = torch.arange(max(timesteps)).unsqueeze(1) < torch.tensor(timesteps)  # (T, L): layer l has a timestep s
+        held = torch.tensor([[step in steps for steps in kept] for step in range(max(timesteps))])  # (T, L)
         self.register_buffer('held', held, persistent=False)
-        self.mixing_weights = nn.Parameter(torch.ones(sum(timesteps)))  # index s*L + l, if all have as many timesteps
+        self.mixing_weights = nn.Parameter(torch.ones(sum(map(len, kept))))  # index s*L + l, if all are held
 
     def weights(self) -> Tensor:
         """Softmax over all timesteps and layers together, shape (T, L)."""
@@ -104,12 +113,15 @@ class LevelAggregation(nn.Module):
         """
         weights = self.weights()
         sums: dict[Size, Tensor | float] = defaultdict(float)  # size -> (B, P, h, w)
-        for layer, (x, steps) in enumerate(zip(maps, self.timesteps, strict=True)):
-            x = x.unflatten(1, (steps, -1)).flatten(0, 1)  # (B*T, C, h, w)
+        for layer, (x, steps, kept) in enumerate(zip(maps, self.timesteps, self.kept, strict=True)):
+            x = x.unflatten(1, (steps, -1))  # (B, T, C, h, w)
+            if len(kept) < steps:
+                x = x[:, kept]
+            x = x.flatten(0, 1)  # (B*T, C, h, w)
             if resize_first:
                 x = resize(x, size)
-            y = self.bottleneck_layers[layer](x).unflatten(0, (-1, steps))  # (B, T, P, h, w)
-            w = weights[:steps, layer].to(y.dtype)
+            y = self.bottleneck_layers[layer](x).unflatten(0, (-1, len(kept)))  # (B, T, P, h, w)
+            w = weights[kept, layer].to(y.dtype)
             sums[y.shape[-2:]] = sums[y.shape[-2:]] + torch.einsum('t,btphw->bphw', w, y)
         return sum(resize(y, size) for y in sums.values())
 
@@ -134,9 +146,12 @@ class AggregationNeck(BaseModule):
             does. The same where all maps have one size already.
         layer_names: names of the layers of every level, for `mixing_weights`.
         timestep_names: names of the timesteps, for `mixing_weights`.
+        kept: for each layer, nested as `levels` is, the indices of those of its timesteps that are mixed; by default
+            all. What `tools/prune.py` chooses.
 
     Raises:
-        ValueError: `out_channels / 4` channels cannot form `num_groups` groups, or names do not match in number.
+        ValueError: `out_channels / 4` channels cannot form `num_groups` groups, names do not match in number, or a
+            layer does not have the timesteps that are kept.
     """
 
     def __init__(
@@ -149,6 +164,7 @@ class AggregationNeck(BaseModule):
         resize: Literal['after', 'before'] = 'after',
         layer_names: Sequence[Sequence[str]] | None = None,
         timestep_names: Sequence[str | int] | None = None,
+        kept: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         super().__init__()
         if out_channels % (4 * num_groups):
@@ -174,9 +190,12 @@ class AggregationNeck(BaseModule):
             raise ValueError(f'timestep_names={timestep_names} must name {most} timesteps')
         self.layer_names = [tuple(names) for names in layer_names]
         self.timestep_names = tuple(map(str, timestep_names))
+        if kept is None:
+            kept = [[range(steps) for steps in numbers] for numbers in self.timesteps]
+        _check_kept(kept, self.timesteps)
         self.levels = nn.ModuleList(
-            LevelAggregation(level, steps, out_channels, num_groups)
-            for level, steps in zip(self.channels, self.timesteps, strict=True)
+            LevelAggregation(level, steps, indices, out_channels, num_groups)
+            for level, steps, indices in zip(self.channels, self.timesteps, kept, strict=True)
         )
         self.register_load_state_dict_pre_hook(_accept_single_level)
 
@@ -205,6 +224,17 @@ class AggregationNeck(BaseModule):
         return tuple(
             level(maps, size, self.resize_first) for level, maps, size in zip(self.levels, levels, sizes, strict=True)
         )
+
+
+def _check_kept(kept: Sequence[Sequence[Sequence[int]]], timesteps: Sequence[Sequence[int]]) -> None:
+    if [len(level) for level in kept] != [len(level) for level in timesteps]:
+        raise ValueError(f'kept={kept} must name timesteps for every layer, nested as their numbers are: {timesteps}')
+    for indices, steps in zip(chain(*kept), chain(*timesteps), strict=True):
+        if not indices or list(indices) != sorted(set(indices) & set(range(steps))):
+            raise ValueError(
+                f'kept has {list(indices)} for a layer of {steps} timesteps; give one or more of 0 to {steps - 1}, '
+                f'ascending, and leave out a layer of which none is kept'
+            )
 
 
 def _accept_single_level(module: AggregationNeck, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -168,3 +168,32 @@ def test_layers_may_have_different_numbers_of_timesteps():
 def test_timesteps_that_are_nested_otherwise(timesteps: list[list[int]]):
     with pytest.raises(ValueError, match='one for every layer of levels='):
         AggregationNeck([[3, 16], [5]], timesteps=timesteps, out_channels=16, num_groups=2)
+
+
+def test_pairs_that_are_not_kept_are_as_if_they_had_no_weight():
+    full = AggregationNeck([[3, 16], [5]], timesteps=3, out_channels=16, num_groups=2)
+    kept = [[[0, 2], [1]], [[1, 2]]]
+    pruned = AggregationNeck([[3, 16], [5]], timesteps=3, out_channels=16, num_groups=2, kept=kept)
+    maps = [torch.randn(2, 9, 6, 10), torch.randn(2, 48, 3, 5), torch.randn(2, 15, 3, 5)]
+    state = full.state_dict()
+    for level, rows in enumerate(([0, 3, 4], [1, 2])):  # s*L + l
+        logits = state[f'levels.{level}.mixing_weights']
+        logits.fill_(-torch.inf)
+        logits[rows] = torch.randn(len(rows))
+        full.levels[level].mixing_weights.data.copy_(logits)
+        state[f'levels.{level}.mixing_weights'] = logits[rows]
+    pruned.load_state_dict(state, strict=True)
+    for ours, theirs in zip(pruned(maps), full(maps), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(pruned.mixing_weights(), full.mixing_weights(), strict=True):
+        torch.testing.assert_close(ours.weights, theirs.weights)
+    runs = []
+    pruned.levels[0].bottleneck_layers[1].register_forward_hook(lambda module, args, y: runs.append(len(y)))
+    pruned(maps)
+    assert runs == [2]  # one timestep of two images
+
+
+@pytest.mark.parametrize('kept', [[[[0], []], [[1]]], [[[0], [2]], [[1]]], [[[1, 0], [0]], [[1]]], [[[0]], [[1]]]])
+def test_kept_pairs_that_do_not_exist(kept: list):
+    with pytest.raises(ValueError, match='kept'):
+        small_neck(kept=kept)
