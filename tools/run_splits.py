@@ -5,8 +5,9 @@
 
 The seeds are 0, 1, ... Each seeds the training and, for a `ScarceDataset`, draws the split into training and test
 pictures (`resplit`), so that all configs see the same splits. Runs are done one after the other in
-WORK_DIR/CONFIG/seedN, and each leaves WORK_DIR/CONFIG/seedN.json. Called again, the tool skips finished runs and
-resumes one that was stopped. It refuses to mix results of a config with those of the same config before a change.
+WORK_DIR/CONFIG/seedN, and each leaves WORK_DIR/CONFIG/seedN.json. A config without `train_cfg` is only tested. Called
+again, the tool skips finished runs and resumes one that was stopped. It refuses to mix results of a config with those
+of the same config before a change.
 
 The standard deviation is that of a sample (divided by the number of seeds - 1).
 """
@@ -80,7 +81,8 @@ def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict
         cfg.resume, cfg.load_from = True, None
     start = time.perf_counter()
     runner = Runner.from_cfg(cfg)
-    runner.train()
+    if cfg.get('train_cfg'):
+        runner.train()
     metrics = {name: float(value) for name, value in runner.test().items()}
     content = {
         'config': str(path),

@@ -1,7 +1,15 @@
 """Metrics, and hooks around evaluations."""
 
-from .hooks import ResumableTestHook, SelectionGuardHook
+from .hooks import ResultFileHook, ResumableTestHook, SelectionGuardHook
 from .pck import PCKMetric, correct_keypoints, pck
 from .scarce import ScarceIoUMetric
 
-__all__ = ['PCKMetric', 'ResumableTestHook', 'ScarceIoUMetric', 'SelectionGuardHook', 'correct_keypoints', 'pck']
+__all__ = [
+    'PCKMetric',
+    'ResultFileHook',
+    'ResumableTestHook',
+    'ScarceIoUMetric',
+    'SelectionGuardHook',
+    'correct_keypoints',
+    'pck',
+]

@@ -1,4 +1,4 @@
-"""Hooks around the evaluation of pairs: no selection on the test split, and evaluations that can be interrupted."""
+"""Hooks around the evaluation of pairs: no selection on the test split, result files, and interrupted evaluations."""
 
 import json
 import shutil
@@ -50,6 +50,17 @@ class SelectionGuardHook(Hook):
                 f'set allow_selection_on_test=True in the PCKMetric of val_evaluator, which is then written into its '
                 f'results'
             )
+
+
+@HOOKS.register_module()
+class ResultFileHook(Hook):
+    """Put the result files of `PCKMetric`s into the work dir, where their paths are relative."""
+
+    def before_test(self, runner: Runner) -> None:
+        """Complete the paths."""
+        for metric in runner.test_evaluator.metrics:
+            if isinstance(metric, PCKMetric) and metric.out_file is not None:
+                metric.out_file = str(Path(runner.work_dir, metric.out_file).absolute())
 
 
 @HOOKS.register_module()

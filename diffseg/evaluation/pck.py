@@ -11,6 +11,7 @@ A figure is named by threshold, base and mean, `PCK@0.1-bbox/point`:
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,9 +197,11 @@ class PCKMetric(BaseMetric):
     Args:
         thresholds: fractions of the extent.
         bases: what the extent is, 'bbox' and 'img'.
-        out_file: JSON file to write. It holds the `protocol` that led to the figures: data set, split, number of pairs,
-            resizing, what the model says of itself, versions; the `figures`; and the `predictions`, one record for each
-            pair, from which `tools/rescore.py` recomputes the figures without the model.
+        out_file: JSON file to write; with `ResultFileHook`, a relative path is within the work dir. It holds the
+            `protocol` that led to the figures: data set, split, number of pairs, resizing, what the model says of
+            itself, versions; the `figures`; and the `predictions`, one record for each pair, from which
+            `tools/rescore.py` recomputes the figures without the model.
+        categories: patterns in the style of `fnmatch`; pairs of other categories do not count. All do by default.
         allow_selection_on_test: let checkpoints be chosen by figures on the test split, as some published figures were;
             the protocol then says so. See `SelectionGuardHook`.
         **kwargs: what `BaseMetric` takes.
@@ -212,6 +215,7 @@ class PCKMetric(BaseMetric):
         thresholds: Sequence[float] = THRESHOLDS,
         bases: Sequence[Base] = BASES,
         out_file: str | None = None,
+        categories: Sequence[str] | None = None,
         allow_selection_on_test: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -221,6 +225,7 @@ class PCKMetric(BaseMetric):
         self.thresholds = tuple(thresholds)
         self.bases = tuple(bases)
         self.out_file = out_file
+        self.categories = None if categories is None else list(categories)
         self.allow_selection_on_test = allow_selection_on_test
         self._model: dict[str, Any] = {}
 
@@ -233,6 +238,10 @@ class PCKMetric(BaseMetric):
     def compute_metrics(self, results: list[Record]) -> dict[str, float]:
         """Score the records of all pairs, write the result and log the table."""
         damaged = [record['damaged'] for record in results if 'damaged' in record]
+        if self.categories is not None:
+            results = [r for r in results if any(fnmatchcase(r['category'], each) for each in self.categories)]
+            if not results:
+                raise ValueError(f'no pair is of a category like {self.categories}')
         if len(damaged) == len(results):
             raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')
         figures = score(results, self.thresholds, self.bases)
@@ -254,6 +263,7 @@ class PCKMetric(BaseMetric):
         loaded = [record['loaded'] for record in results if 'loaded' in record]
         return {
             **{key: data.get(key) for key in ('dataset', 'split', 'list', 'box')},
+            'categories': self.categories,
             'pairs': len(results),
             'damaged': sum('damaged' in record for record in results),
             'loaded_size': loaded[0] if all(size == loaded[0] for size in loaded) else 'varies',

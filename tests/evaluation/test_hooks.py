@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, IterTimerHook
 
-from diffseg.evaluation import PCKMetric, ScarceIoUMetric, SelectionGuardHook
+from diffseg.evaluation import PCKMetric, ResultFileHook, ScarceIoUMetric, SelectionGuardHook
 
 SAVE_BEST = CheckpointHook(save_best='PCK@0.1-bbox/point', rule='greater')
 STOP = EarlyStoppingHook('PCK@0.1-bbox/point', rule='greater')
@@ -46,3 +46,10 @@ def test_a_run_without_validation_is_allowed():
     runner = make_runner(SAVE_BEST, 'test', PCKMetric())
     runner.val_loop = None
     SelectionGuardHook().before_train(runner)
+
+
+def test_relative_result_files_are_in_the_work_dir(tmp_path):
+    metrics = [PCKMetric(out_file='pck.json'), PCKMetric(out_file='/results/pck.json'), PCKMetric(), ScarceIoUMetric()]
+    runner = SimpleNamespace(work_dir=str(tmp_path), test_evaluator=SimpleNamespace(metrics=metrics))
+    ResultFileHook().before_test(runner)
+    assert [metric.out_file for metric in metrics[:3]] == [str(tmp_path / 'pck.json'), '/results/pck.json', None]

@@ -112,6 +112,16 @@ def test_damaged_pairs_are_counted_and_do_not_count():
         evaluate(PCKMetric(), [damaged])
 
 
+def test_pairs_of_some_categories_alone(tmp_path):
+    path = tmp_path / 'pck.json'
+    found = evaluate(PCKMetric(out_file=str(path), categories=['c*'], prefix='c'), HAND_MADE)
+    assert found == {f'c/{name}': value for name, value in evaluate(PCKMetric(), HAND_MADE[:2]).items()}
+    protocol = json.loads(path.read_text())['protocol']
+    assert protocol['categories'] == ['c*'] and protocol['pairs'] == 2
+    with pytest.raises(ValueError, match=r"no pair is of a category like \['cat'\]"):
+        evaluate(PCKMetric(categories=['cat']), HAND_MADE)
+
+
 def test_table_has_a_row_for_each_category_and_all_means():
     metric = PCKMetric(thresholds=[0.1], bases=['bbox'])
     metric.process({}, HAND_MADE)
@@ -143,6 +153,7 @@ def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
         'split': 'test',
         'list': 'Layout/large/test.txt',
         'box': 'object',
+        'categories': None,
         'pairs': 5,
         'damaged': 1,
         'loaded_size': [64, 64],

@@ -118,6 +118,16 @@ def test_runs_are_kept_skipped_resumed_and_not_mixed(tool, configs, tmp_path, ca
             tool.main([*arguments, *changed])
 
 
+def test_a_config_without_training_is_only_tested(tool, configs, tmp_path, capsys):
+    cfg = Config.fromfile(configs[1])
+    for key in ('train_cfg', 'train_dataloader', 'optim_wrapper'):
+        cfg[key] = None
+    cfg.dump(tmp_path / 'zero-shot.py')
+    tool.main([str(tmp_path / 'zero-shot.py'), '--seeds', '1', '--work-dir', str(tmp_path / 'work')])
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith('| `zero-shot` | 1 | ')
+    assert not list(tmp_path.glob('work/**/*.pth'))
+
+
 def test_two_configs_of_one_name(tool, configs, capsys):
     with pytest.raises(SystemExit):
         tool.main([str(configs[0]), f'elsewhere/{configs[0].name}'])

@@ -5,11 +5,12 @@ from operator import mul
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .levels import Order, check_order, finest, parse_sizes, resize, split_levels, spread_timesteps
+from .levels import Order, Size, check_order, finest, parse_sizes, resize, split_levels, spread_timesteps
 
 
 @MODELS.register_module()
@@ -22,6 +23,8 @@ class ConcatNeck(BaseModule):
         output_sizes: for each level a side or (height, width) in cells; by default the finest map of the level.
         order: how the levels go. What mmseg's heads expect is 'fine-to-coarse'; the configs of GDF have it the other
             way round.
+        normalize: bring each map to unit length in every cell before maps are concatenated, so that those of different
+            networks count alike (Stable Diffusion with DINOv2, arXiv 2305.15347).
 
     Attributes:
         out_channels: channels of each level's map.
@@ -36,6 +39,7 @@ class ConcatNeck(BaseModule):
         timesteps: int | Sequence[Sequence[int]] = 1,
         output_sizes: Sequence[int | Sequence[int]] | None = None,
         order: Order = 'fine-to-coarse',
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.levels = [list(level) for level in levels]
@@ -44,6 +48,7 @@ class ConcatNeck(BaseModule):
         self.timesteps = spread_timesteps(timesteps, self.levels)
         self.output_sizes = parse_sizes(output_sizes, len(self.levels))
         self.order = order
+        self.normalize = normalize
         self.out_channels = [sum(map(mul, *pair)) for pair in zip(self.timesteps, self.levels, strict=True)]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -62,5 +67,9 @@ class ConcatNeck(BaseModule):
         sizes = [size or finest(maps) for size, maps in zip(self.output_sizes, levels, strict=True)]
         check_order(sizes, self.order)
         return tuple(
-            torch.cat([resize(x, size) for x in maps], dim=1) for maps, size in zip(levels, sizes, strict=True)
+            torch.cat([self._fit(x, size) for x in maps], dim=1) for maps, size in zip(levels, sizes, strict=True)
         )
+
+    def _fit(self, x: Tensor, size: Size) -> Tensor:
+        x = resize(x, size)
+        return F.normalize(x, dim=1) if self.normalize else x

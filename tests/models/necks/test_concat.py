@@ -32,6 +32,14 @@ def test_constant_maps_stay_constant():
     assert torch.equal(out[0, :, 1, 1], torch.tensor([1.0, 2.0])) and out.unique().numel() == 2
 
 
+def test_normalized_maps_count_alike():
+    maps = make_maps()
+    (out,) = ConcatNeck([[3, 5, 4]], 2, normalize=True)([maps[0], 100 * maps[1], maps[2]])
+    lengths = [x.norm(dim=1) for x in out.split([6, 10, 8], dim=1)]
+    assert all(torch.allclose(length, torch.ones(2, 6, 10)) for length in lengths)
+    assert torch.allclose(out[:, :6] * maps[0].norm(dim=1, keepdim=True), maps[0], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ('levels', 'timesteps', 'message'),
     [
