@@ -190,7 +190,7 @@ def test_prompts_for_all_and_for_each(make, images):
 
 def test_embeddings_instead_of_prompts(make, images):
     texts = make(prompt='horse')
-    embeds = texts._conditioning.embeds
+    embeds = texts.conditioning.embeds
     for prompt in (embeds, Conditioning(embeds)):
         assert_same(make(prompt=prompt)(images), texts(images), rtol=0, atol=0)
     assert_same(texts(images, embeds.expand(2, -1, -1)), texts(images), rtol=0, atol=0)
@@ -205,7 +205,7 @@ def test_gradients_flow_where_they_are_wanted(make, images):
     extractor.extract_latents(latent)[LAYERS[1]].sum().backward()
     assert latent.grad.abs().sum() > 0
 
-    embeds = extractor._conditioning.embeds.clone().requires_grad_()
+    embeds = extractor.conditioning.embeds.clone().requires_grad_()
     extractor(images, embeds)[LAYERS[1]].sum().backward()
     assert embeds.grad.abs().sum() > 0
 
@@ -262,9 +262,10 @@ def test_compiled_blocks_change_nothing_and_leave_the_read_ones(make, images):
     assert_same(extractor(images), make()(images))
 
 
-def test_only_the_unet_and_the_vae_are_children(make):
+def test_only_the_unet_the_vae_and_controlnets_are_children(make):
     extractor = make()
-    assert [name for name, _ in extractor.named_children()] == ['unet', 'vae']
+    assert [name for name, _ in extractor.named_children()] == ['unet', 'vae', 'controls']
+    assert len(extractor.controls) == 0
     assert not extractor.unet.training and not extractor.vae.training
 
 
