@@ -31,7 +31,7 @@ PUBLISHED = {  # GDF: channels of a pixel
     'sdxl-t50': 3840,
     'sdxl+sd15+playground-v2': 8154,
 }
-TRAINED = ['sd15-t51', 'sdxl-t50', 'sdxl+sd15+playground-v2']
+TRAINED = ['sd15-t51', 'sdxl+sd15+playground-v2']
 
 
 def members(cfg: Config) -> list[dict]:
