@@ -237,11 +237,11 @@ class PCKMetric(BaseMetric):
 
     def compute_metrics(self, results: list[Record]) -> dict[str, float]:
         """Score the records of all pairs, write the result and log the table."""
-        damaged = [record['damaged'] for record in results if 'damaged' in record]
         if self.categories is not None:
             results = [r for r in results if any(fnmatchcase(r['category'], each) for each in self.categories)]
             if not results:
                 raise ValueError(f'no pair is of a category like {self.categories}')
+        damaged = [record['damaged'] for record in results if 'damaged' in record]
         if len(damaged) == len(results):
             raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')
         figures = score(results, self.thresholds, self.bases)
