@@ -114,7 +114,8 @@ def test_damaged_pairs_are_counted_and_do_not_count():
 
 def test_pairs_of_some_categories_alone(tmp_path):
     path = tmp_path / 'pck.json'
-    found = evaluate(PCKMetric(out_file=str(path), categories=['c*'], prefix='c'), HAND_MADE)
+    damaged = {'pair_id': '9', 'category': 'dog', 'damaged': 'dog.jpg: cannot be read', 'protocol': {}}
+    found = evaluate(PCKMetric(out_file=str(path), categories=['c*'], prefix='c'), [*HAND_MADE, damaged])
     assert found == {f'c/{name}': value for name, value in evaluate(PCKMetric(), HAND_MADE[:2]).items()}
     protocol = json.loads(path.read_text())['protocol']
     assert protocol['categories'] == ['c*'] and protocol['pairs'] == 2
