@@ -29,4 +29,4 @@ test_dataloader = dict(
     dataset=dict(type=dataset_type, data_root=data_root, split='test', pipeline=pipeline, test_mode=True),
 )
 val_evaluator = dict(type='PCKMetric', thresholds=(0.01, 0.05, 0.1, 0.15), bases=('bbox', 'img'))
-test_evaluator = val_evaluator
+test_evaluator = dict(val_evaluator, out_file='pck.json')

@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/correspondence_dhf.py',
+    '../_base_/datasets/pf_pascal.py',
+    '../_base_/correspondence_runtime.py',
+    '../_base_/schedules/test_only.py',
+]
+
+train_dataloader = val_dataloader = val_evaluator = None

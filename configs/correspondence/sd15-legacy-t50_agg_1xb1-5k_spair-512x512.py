@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/correspondence_sd15_legacy.py',
+    '../_base_/datasets/spair.py',
+    '../_base_/correspondence_runtime.py',
+    '../_base_/schedules/schedule_dhf_5k.py',
+]
