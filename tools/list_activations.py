@@ -11,7 +11,7 @@ key: the tokens of the prompt, or the cells of the map itself.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffseg.diffusion.activations import Site, aggregates, resolve, sites
@@ -61,20 +61,28 @@ def print_model(model: str, pattern: str, size: tuple[int, int] | None) -> None:
     print_table([available[name] for name in expand([pattern], available)], size or trained)
 
 
+def count_tokens(conditioner: Mapping[str, Any]) -> int | None:
+    """How many tokens a conditioner has; None for a prompt, whose tokens are not counted here."""
+    from diffseg.models.backbones.conditioners import class_names
+
+    if 'dataset' in conditioner:
+        return len(class_names(conditioner['dataset']))
+    return conditioner.get('num_prompts') or len(conditioner.get('classes', ())) or None
+
+
 def print_config(path: str, pattern: str, size: tuple[int, int] | None) -> None:
     from mmengine.config import Config  # only here, so that the rest works without the mm packages
 
-    found = list(backbones(Config.fromfile(path).get('model')))
+    found = list(backbones(Config.fromfile(path, import_custom_modules=False).get('model')))
     if not found:
         raise ValueError(f'{path}: no DiffusionBackbone in the model')
     for backbone in found:
         available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
-        layers = resolve(backbone['layers'], available)
         categories, mode = backbone.get('attention_maps', ()), backbone.get('attention_mode', 'concat')
-        tokens = backbone.get('conditioner', {}).get('num_prompts')
-        for site, _ in aggregates(available, categories, mode, tokens):
-            layers.append(site.name)
-            available[site.name] = site
+        tokens = count_tokens(backbone.get('conditioner', {}))
+        attention = {site.name: site for site, _ in aggregates(available, categories, mode, tokens)}
+        available |= attention
+        layers = list(dict.fromkeys([*resolve(backbone['layers'], available), *attention]))
         chosen = [available[name] for name in expand([pattern], layers)]
         timesteps = len(backbone['timesteps'])
         resized = backbone.get('input_size')

@@ -60,7 +60,8 @@ class DiffusionExtractor(nn.Module):
         ensemble: Number of draws over which activations are averaged.
         noise: 'seeded', or 'random' for fresh draws from torch's global generator, one per image, timestep and member.
         seed: Of the seeded draws.
-        attention_maps: Categories of aggregated attention ('up_cross', ...) to return after the layers.
+        attention_maps: Categories of aggregated attention ('up_cross', ...) to return too: after the layers, or where
+            `layers` says ('attn', or 'attn-16' and so on).
         attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `activations.aggregates`.
         dtype: Of the UNet, and of the VAE unless it would overflow.
         attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
@@ -145,7 +146,9 @@ class DiffusionExtractor(nn.Module):
             fuse_lora(self.unet, weights)
         controlnets = [controlnet] if isinstance(controlnet, Mapping) else controlnet
         self.controls = nn.ModuleList(load_control(self.unet, **each, attention=attention) for each in controlnets)
-        self._layers = resolve(layers, sites(self.unet, self.parts.vae_scale_factor))
+        available = sites(self.unet, self.parts.vae_scale_factor)
+        attention_names = [site.name for site, _ in aggregates(available, attention_maps, attention_mode)]
+        self._order = list(dict.fromkeys([*resolve(layers, [*available, *attention_names]), *attention_names]))
         schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
         self.trajectory = build_trajectory(options, timesteps, schedule)
         self._multiple = self.parts.vae_scale_factor * 2**self.unet.num_upsamplers  # sizes that the UNet halves evenly
@@ -171,7 +174,7 @@ class DiffusionExtractor(nn.Module):
             self.unet.enable_gradient_checkpointing()
         self._denoiser = Denoiser(
             self.unet,
-            self._layers,
+            [name for name in self._order if name in available],
             self.attention_maps,
             micro_batch,
             attention_mode=attention_mode,
@@ -198,16 +201,16 @@ class DiffusionExtractor(nn.Module):
     def describe(self, tokens: int | None) -> dict[str, Site]:
         """What is returned, name by name, for prompts with this number of tokens; None if that is not known."""
         available = sites(self.unet, self.parts.vae_scale_factor)
-        layers = {name: available[name] for name in self._layers}
-        for name, site in layers.items():
+        for name, site in available.items():
             if name.endswith('cross-map'):
-                layers[name] = replace(site, channels=tokens)
+                available[name] = replace(site, channels=tokens)
         attention = aggregates(available, self.attention_maps, self.attention_mode, tokens)
-        return layers | {site.name: site for site, _ in attention}
+        available.update({site.name: site for site, _ in attention})
+        return {name: available[name] for name in self._order}
 
     @property
     def layers(self) -> list[str]:
-        """Names of the activations, in the order in which they are returned; aggregated attention is the last."""
+        """Names of the activations, in the order in which they are returned."""
         return list(self.sites)
 
     @property
@@ -318,7 +321,7 @@ class DiffusionExtractor(nn.Module):
                 for name, x in found.items():  # (m, B, T, C, h, w)
                     part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
                     total[name] = total[name] + part if name in total else part
-            activations = {name: x.to(found[name].dtype) for name, x in total.items()}
+            activations = {name: total[name].to(found[name].dtype) for name in self._order}
         device = _autocast_device(latents)
         autocast = torch.is_autocast_enabled(device)
         self._check(activations, torch.get_autocast_dtype(device) if autocast else unet_dtype(self.unet))

@@ -56,6 +56,16 @@ def test_averaged_attention_is_cropped_at_its_own_stride(make):
     assert found['attn-16'].shape == (1, 2, 77, 5, 9) and found['attn-32'].shape == (1, 2, 77, 3, 5)
 
 
+def test_averaged_attention_stands_where_the_layers_say(make, images):
+    attention = {'attention_maps': ['up_cross'], 'attention_mode': 'average'}
+    names = [LAYERS[0], 'attn-32', *LAYERS[1:], 'attn-16']
+    found, last = make(names[:-1], **attention)(images), make(**attention)(images)
+    assert list(found) == names and list(last) == [*LAYERS, 'attn-16', 'attn-32']
+    assert_same(found, {name: last[name] for name in names})
+    with pytest.raises(ValueError, match="unknown activation 'attn-64'"):
+        make(['attn-64'], **attention)
+
+
 def test_the_latent_of_vpd_is_the_mode_as_it_is(make, images):
     extractor = make(['unet-in'], (1,), trajectory='clean', vae_sample='mode', scale_latent=False)
     with torch.no_grad():

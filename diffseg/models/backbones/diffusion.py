@@ -29,8 +29,8 @@ class DiffusionBackbone(FrozenBackbone):
     image (B, 3, H, W) in [-1, 1] -> DiffusionExtractor -> {layer: (B, T, C, h, w)} -> L maps (B, T*C, h, w)
     ```
 
-    Maps are timestep-major, in the order of `layers` (aggregated attention, if the extractor is asked for it, comes
-    last), and in the dtype of the image. The data preprocessor brings images to [-1, 1] with `mean` and `std` of 127.5
+    Maps are timestep-major, in the order of `layers` (aggregated attention that is not among them comes last), and in
+    the dtype of the image. The data preprocessor brings images to [-1, 1] with `mean` and `std` of 127.5
     each and `bgr_to_rgb=True`.
 
     The network is a child module, so it follows `.to()`, autocast and distributed wrappers; it stays in evaluation mode
@@ -52,7 +52,8 @@ class DiffusionBackbone(FrozenBackbone):
         conditioner: in place of a prompt, a module that is trained and saved, with gradients through the UNet: a config
             of `LearnedPrompts`, `TextAdapter` or another one that returns `Conditioning`.
         lora: train layers of low rank beside those of the frozen UNet: `dict(r=8, target_modules=['to_q', ...])`, by
-            default beside the projections of attention, see `add_lora`. Needs peft.
+            default beside the projections of attention, see `add_lora`. Needs peft. With `dtype='bfloat16'` memory is
+            saved; in 'float16' gradients underflow unless the loss is scaled.
         train_noise: noise in training mode, where 'random' augments; by default the extractor's `noise`.
         cache: folder in which maps are kept, to be found again by the bytes of the image and all else that they depend
             on; or `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that
