@@ -148,10 +148,12 @@ class AggregationNeck(BaseModule):
         timestep_names: names of the timesteps, for `mixing_weights`.
         kept: for each layer, nested as `levels` is, the indices of those of its timesteps that are mixed; by default
             all. What `tools/prune.py` chooses.
+        enlarge: for each level a factor of its height and width, where no size is given; by default 1. With this a
+            level that was pruned of its finest layer stays as large as it was.
 
     Raises:
-        ValueError: `out_channels / 4` channels cannot form `num_groups` groups, names do not match in number, or a
-            layer does not have the timesteps that are kept.
+        ValueError: `out_channels / 4` channels cannot form `num_groups` groups, names or factors do not match in
+            number, or a layer does not have the timesteps that are kept.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class AggregationNeck(BaseModule):
         layer_names: Sequence[Sequence[str]] | None = None,
         timestep_names: Sequence[str | int] | None = None,
         kept: Sequence[Sequence[Sequence[int]]] | None = None,
+        enlarge: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if out_channels % (4 * num_groups):
@@ -178,6 +181,9 @@ class AggregationNeck(BaseModule):
         self.timesteps = spread_timesteps(timesteps, self.channels)
         self.out_channels = out_channels
         self.output_sizes = parse_sizes(output_sizes, len(self.channels))
+        self.enlarge = [1] * len(self.channels) if enlarge is None else list(enlarge)
+        if len(self.enlarge) != len(self.channels):
+            raise ValueError(f'enlarge={self.enlarge} must have a factor for each of {len(self.channels)} levels')
         self.resize_first = resize == 'before'
         most = max(max(numbers) for numbers in self.timesteps)
         if layer_names is None:
@@ -219,7 +225,10 @@ class AggregationNeck(BaseModule):
             ValueError: the inputs do not match `levels`, or the levels do not go from fine to coarse.
         """
         levels = split_levels(inputs, self.channels, self.timesteps)
-        sizes = [size or finest(maps) for size, maps in zip(self.output_sizes, levels, strict=True)]
+        sizes = [
+            size or tuple(factor * side for side in finest(maps))
+            for size, maps, factor in zip(self.output_sizes, levels, self.enlarge, strict=True)
+        ]
         check_order(sizes)
         return tuple(
             level(maps, size, self.resize_first) for level, maps, size in zip(self.levels, levels, sizes, strict=True)
