@@ -1,60 +1,206 @@
 """Every shipped config: it parses, it is what its file name says, and its parts fit together."""
 
 import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import mmengine.config.utils
 import pytest
+import tiny_vision
 import torch
+from layouts import write_ade20k, write_cityscapes
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import DATASETS, MODELS
+from shrink import shrink
+from torch import Tensor, nn
 
-from diffseg.diffusion.activations import sites
+from diffseg.diffusion.activations import Site, sites
 from diffseg.diffusion.loading import meta_unet
+from diffseg.models.backbones.ensemble import join_levels
+from diffseg.models.backbones.vision import load_vision_config
 
 ROOT = Path(__file__).parents[1] / 'configs'
 SEGMENTATION = sorted((ROOT / 'segmentation').glob('*.py'))
-SCARCE = sorted((ROOT / 'scarce').glob('*.py'))
 NAME = re.compile(
-    r'(?P<model>[^_]+)-t(?P<timesteps>[\d+]+)_(?P<method>[^_]+)_'
+    r'(?P<model>[^_]+?)(-t(?P<timesteps>[\d+]+))?_(?P<method>[^_]+?)(?P<published>-published)?_'
     r'(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<iterations>\d+k?)_(?P<dataset>[^_]+)-(?P<height>\d+)x(?P<width>\d+)'
 )
+NECKS = {'agg': 'AggregationNeck', 'concat': 'ConcatNeck', 'fpn': 'FPN', 'mln': 'MultiLevelNeck'}
+KINDS = {  # one config each is trained
+    'published': 'sd15-t51_concat-upernet-published_1xb2-80k_ade20k-512x512',
+    'published, Cityscapes': 'sdxl-legacy-t50_concat-upernet-published_1xb2-80k_cityscapes-1024x1024',
+    'recommended': 'sd15-legacy-t50_agg-upernet_1xb2-80k_ade20k-512x512',
+    'recommended, Cityscapes': 'sdxl-t50_agg-upernet_1xb2-80k_cityscapes-1024x1024',
+    'ensemble': 'sdxl+playground-v2-t50_agg-upernet_1xb2-80k_ade20k-512x512',
+    'ensemble, published': 'sdxl+playground-v2-t50_concat-upernet-published_1xb2-80k_ade20k-512x512',
+    'ensemble with a vision transformer': 'sd15+dinov2-b-t50_agg-upernet_1xb2-80k_ade20k-512x512',
+    'vision transformer': 'dinov2-b_agg-upernet_1xb2-80k_ade20k-512x512',
+    'VPD': 'sd15-vpd-t1_fpn_8xb2-80k_ade20k-512x512',
+    'VPD, frozen, Cityscapes': 'sd15-vpd-frozen-t1_fpn_8xb2-80k_cityscapes-1024x1024',
+    'VPD, frozen, published': 'sd15-vpd-frozen-t51_concat-upernet-published_1xb2-80k_cityscapes-1024x1024',
+    'Meta Prompts': 'sd15-metaprompts_upernet_8xb1-80k_ade20k-512x512',
+    'Meta Prompts, frozen': 'sd15-metaprompts-frozen_upernet_8xb1-80k_cityscapes-1024x1024',
+    'LoRA': 'sdxl-lora-t50_agg-upernet_1xb2-80k_ade20k-512x512',
+    'part of the UNet': 'sd15-decoder-t50_agg-upernet_1xb2-80k_ade20k-512x512',
+    'FCN': 'sdxl-t50_agg-fcn_1xb2-80k_ade20k-512x512',
+    'PSPHead': 'sdxl-t50_agg-psp_1xb2-80k_ade20k-512x512',
+    'SegFormer': 'sdxl-t50_agg-segformer_1xb2-80k_ade20k-512x512',
+    'Mask2Former': 'sdxl-t50_agg-mask2former_8xb2-160k_ade20k-512x512',
+    'FPN': 'sdxl-t50_fpn_1xb2-80k_ade20k-512x512',
+    'MultiLevelNeck': 'sdxl-t50_mln-upernet_1xb2-80k_ade20k-512x512',
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _metafiles_are_read_once() -> Iterator[None]:
+    """For every `mmseg::` in a config, mmengine parses the descriptions of all of mmseg's models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmengine.config.utils, '_get_cfg_metainfo', cache(mmengine.config.utils._get_cfg_metainfo))
+        yield
 
 
 def test_all_configs_are_seen():
-    assert (len(SEGMENTATION), len(SCARCE)) == (2, 1)
+    assert len(SEGMENTATION) == 40
+
+
+def members(backbone: dict) -> list[dict]:
+    """The backbones that an ensemble is made of, or the one that there is."""
+    return backbone.get('backbones') or [backbone]
+
+
+@cache
+def read(path: Path) -> Config:
+    """The config, without importing what it needs beyond this package. Read only."""
+    return Config.fromfile(path, import_custom_modules=False)
+
+
+@cache
+def sites_of(model: str) -> dict[str, Site]:
+    """A model's own description."""
+    return sites(meta_unet(model))
 
 
 @pytest.mark.parametrize('path', SEGMENTATION, ids=lambda path: path.stem)
-def test_segmentation_config(path):
-    cfg = Config.fromfile(path)
-    name = NAME.fullmatch(path.stem)
-
-    backbone = cfg.model.backbone
-    assert backbone.model == name['model']
-    assert backbone.timesteps == [int(t) for t in name['timesteps'].split('+')]
+def test_a_config_is_what_its_name_says(path):
+    cfg, name = read(path), NAME.fullmatch(path.stem)
+    parts = members(cfg.model.backbone)
+    assert name['model'].startswith('+'.join(part.model for part in parts))
+    if name['timesteps']:
+        steps = [int(t) for t in name['timesteps'].split('+')]
+        assert all(part.timesteps == steps for part in parts if part.type == 'DiffusionBackbone')
+    if (kind := name['method'].split('-')[0]) in NECKS:
+        neck = cfg.model.neck
+        assert NECKS[kind] in (neck.type, *(part.type for part in neck.get('necks', [])))
     assert cfg.train_dataloader.batch_size == int(name['batch'])
     assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == int(name['iterations'].replace('k', '000'))
     assert name['dataset'] in cfg.dataset_type.lower()
     crop = int(name['height']), int(name['width'])
-    assert cfg.model.data_preprocessor.size == cfg.model.test_cfg.crop_size == crop
-    assert cfg.model.data_preprocessor.seg_pad_val == 255
+    assert cfg.model.data_preprocessor.size == crop == cfg.model.test_cfg.get('crop_size', crop)
+    assert (cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std) == ([127.5] * 3, [127.5] * 3)
 
-    available = sites(meta_unet(backbone.model))
-    layers = [available[layer] for layer in backbone.layers]
-    assert backbone.channels == [site.channels for site in layers]
-    side = backbone.get('input_size', crop[0])
+    published = name['published'] is not None
+    assert cfg.model.data_preprocessor.seg_pad_val == (1 if published else 255)
+    assert all((part.get('noise') == 'random') == published for part in parts)
+    assert not published or (cfg.model.neck.order == 'coarse-to-fine' and cfg.model.test_cfg.stride == (512, 512))
+
+
+def described(backbone: dict, height: int, width: int) -> Iterator[Tensor]:
+    """Maps of two images on the meta device, with the shapes that the model's own description gives."""
+    size = backbone.get('input_size')
+    height, width = (size, size) if size else (height, width)
+    if backbone.type == 'MetaPromptsBackbone':
+        for stride in (4, 8, 16, 32):
+            yield torch.empty(2, backbone.num_prompts, height // stride, width // stride, device='meta')
+        return
+    if backbone.type == 'VisionBackbone':
+        vit = load_vision_config(backbone.model)
+        assert backbone.channels == [vit.hidden_size] * len(backbone.layers)
+        for channels in backbone.channels:
+            yield torch.empty(2, channels, -(-height // vit.patch_size), -(-width // vit.patch_size), device='meta')
+        return
+    available = sites_of(backbone.model)
+    names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
+    for name, channels in zip(names, backbone.channels, strict=True):
+        if attention := re.fullmatch(r'attn(-(\d+))?', name):
+            site = Site(name, '', None, int(attention[2] or 8), 'map')
+        else:
+            site = available[name]
+        assert site.channels in (None, channels), f'{name} has {site.channels} channels'
+        yield torch.empty(2, len(backbone.timesteps) * channels, *site.size(height, width), device='meta')
+
+
+@pytest.mark.parametrize('path', SEGMENTATION, ids=lambda path: path.stem)
+def test_channels_are_those_of_the_model_and_neck_and_heads_take_them(path):
+    cfg = read(path)
+    if 'mmdet.models' in cfg.custom_imports.imports and (reason := why_not_mmdet()):
+        pytest.skip(reason)
+    init_default_scope('mmseg')
+    parts = members(cfg.model.backbone)
+    maps = [list(described(part, *cfg.model.data_preprocessor.size)) for part in parts]
+    maps = join_levels(maps, [part.get('levels', [len(each)]) for part, each in zip(parts, maps, strict=True)])
     with torch.device('meta'):
-        maps = [torch.empty(2, len(backbone.timesteps) * site.channels, *site.size(side, side)) for site in layers]
-        levels = MODELS.build(cfg.model.neck)(maps)
-        logits = MODELS.build(cfg.model.decode_head).train()(levels)
-        auxiliary = MODELS.build(cfg.model.auxiliary_head)(levels)
-    assert logits.shape == (2, len(DATASETS.get(cfg.dataset_type).METAINFO['classes']), *levels[0].shape[-2:])
-    assert auxiliary.shape[:2] == logits.shape[:2]
+        neck = MODELS.build(cfg.model.neck) if cfg.model.get('neck') else nn.Identity()
+        heads = [MODELS.build(head) for head in (cfg.model.decode_head, cfg.model.get('auxiliary_head')) if head]
+    levels = neck(maps)
+    classes = len(DATASETS.get(cfg.dataset_type).METAINFO['classes'])
+    for head in heads:
+        assert head.num_classes == classes
+        assert head(levels).shape[:2] == (2, classes)
 
 
-@pytest.mark.parametrize('path', SCARCE, ids=lambda path: path.stem)
-def test_scarce_config(path):
+def why_not_mmdet() -> str | None:
+    """Why Mask2Former cannot be built here."""
+    if find_spec('mmdet') is None:
+        return 'Mask2Former needs mmdet, which is not installed'
+    if find_spec('mmcv._ext') is None:
+        return 'Mask2Former needs an mmcv with compiled operators; this one has none'
+    return None
+
+
+@pytest.fixture(scope='module')
+def models(tiny_pipeline, tiny_sdxl_pipeline, tmp_path_factory) -> dict[str, Path]:
+    """A tiny model for each that the configs name."""
+    vision = tiny_vision.save(tmp_path_factory.mktemp('vision') / 'dinov2')
+    return {
+        'sd15': tiny_pipeline,
+        'sdxl': tiny_sdxl_pipeline,
+        'playground-v2': tiny_sdxl_pipeline,
+        'dinov2-b': vision,
+    }
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> dict[str, Path]:
+    """Both data sets' folders."""
+    folder = tmp_path_factory.mktemp('data')
+    return {'ade20k': write_ade20k(folder), 'cityscapes': write_cityscapes(folder)}
+
+
+@pytest.mark.parametrize('stem', KINDS.values(), ids=KINDS.keys())
+def test_every_kind_trains_saves_resumes_and_tests(stem, models, data, tmp_path):
+    if 'mask2former' in stem and (reason := why_not_mmdet()):
+        pytest.skip(reason)
+    path = ROOT / f'segmentation/{stem}.py'
+    data_root = data[NAME.fullmatch(stem)['dataset']]
+    for iterations in (1, 2):
+        cfg = shrink(path, models, data_root, tmp_path, max_iters=iterations, resume=iterations > 1)
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+    first, second = (CheckpointLoader.load_checkpoint(str(tmp_path / f'iter_{i}.pth'), 'cpu') for i in (1, 2))
+    assert second['meta']['iter'] == 2
+    assert len(second['message_hub']['log_scalars']['train/loss'].data[0]) == 2
+    trained = {name for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
+    moved = {name for name in trained if not torch.equal(first['state_dict'][name], second['state_dict'][name])}
+    assert trained - moved == set()
+    assert 0 <= runner.test()['mIoU'] <= 100
+
+
+def test_config_of_the_demo():
+    path = ROOT / 'scarce/tiny-sd-t50+150+300_agg-fcn_1xb8-300_toy-64x64.py'
     cfg = Config.fromfile(path)
     name = NAME.fullmatch(path.stem)
     assert Path(cfg.model.backbone.model).resolve() == ROOT.parent / 'demo' / name['model']
