@@ -15,7 +15,7 @@ CONFIGS = [path for path in sorted(Path(__file__).parents[1].glob('configs/ablat
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 11
+    assert len(CONFIGS) == 12
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -36,10 +36,10 @@ def test_builds_and_predicts(path):
 def test_published_recipe_predicts_at_the_size_of_the_coarsest_level():
     sizes = {}
     init_default_scope('mmseg')
-    for recipe in ('published', 'recommended'):
-        cfg = Config.fromfile(CONFIGS[0].parent / f'{recipe}-recipe.py')
+    for recipe in ('published-recipe', 'published-recipe_fine-to-coarse', 'recommended-recipe'):
+        cfg = Config.fromfile(CONFIGS[0].parent / f'{recipe}.py')
         cfg.model.backbone.cache = None
         model = MODELS.build(cfg.model).eval()
         with torch.no_grad():
             sizes[recipe] = model.decode_head(model.extract_feat(torch.zeros(1, 3, 64, 64))).shape[-1]
-    assert sizes == {'published': 4, 'recommended': 16}
+    assert sizes == {'published-recipe': 4, 'published-recipe_fine-to-coarse': 16, 'recommended-recipe': 16}
