@@ -22,6 +22,7 @@ from diffseg.diffusion.trajectories import (
     Activations,
     Condition,
     Denoiser,
+    Generation,
     NoiseSchedule,
     build_trajectory,
     seeded_noise,
@@ -326,6 +327,39 @@ class DiffusionExtractor(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         self._check(activations, torch.get_autocast_dtype(device) if autocast else unet_dtype(self.unet))
         return activations
+
+    def generate(self, size: tuple[int, int], prompt: Prompts | None = None) -> tuple[Activations, Tensor]:
+        """Generate an image and read the activations on the way; they are those that `forward` gives.
+
+        Args:
+            size: Height and width of the image in pixels.
+            prompt: None takes the constructor's.
+
+        Returns:
+            {name: (1, T, C, h', w')}, and the clean latent (1, 4, h, w), see `images.decode`.
+
+        Raises:
+            ValueError: The trajectory is another one than 'generation', there are several draws or ControlNets, or the
+                UNet does not halve such a size evenly.
+            FloatingPointError: NaN or infinity, if `check_finite`.
+        """
+        if not isinstance(self.trajectory, Generation):
+            raise ValueError(f"images are generated with trajectory='generation', not {self.trajectory.name!r}")
+        if self.ensemble > 1 or self.controls:
+            raise ValueError('an image is generated from one draw, without ControlNets; set ensemble=1, controlnet=()')
+        if any(side < 1 or side % self._multiple for side in size):
+            raise ValueError(f'size is {tuple(size)}; height and width must be multiples of {self._multiple}')
+        device = next(chain(self.unet.parameters(), self.unet.buffers())).device
+        shape = (1, self.unet.config.in_channels, *(side // self.parts.vae_scale_factor for side in size))
+        noise = self._draw('noise', 0, shape, device)
+        condition = self._condition(*self._choose(prompt, 1), noise)
+        negative = None
+        if self._negative is not None:
+            negative = self._condition(self._negative, torch.zeros(1, dtype=torch.long), noise)
+        with torch.set_grad_enabled(_wants_grad(self.unet)):
+            found, latent = self.trajectory.generate(self._denoiser, noise, condition, negative=negative)
+        self._check({**found, 'the latent': latent}, unet_dtype(self.unet))
+        return found, latent
 
     def _read_members(
         self, latents: Tensor, first: int, conditioning: Conditioning, rows: Tensor, views: Mapping[str, Tensor]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,3 +106,17 @@ def extend_images(images: Tensor, multiple: int) -> Tensor:
     below, right = -height % multiple, -width % multiple
     mode = 'reflect' if below < height and right < width else 'replicate'
     return F.pad(images, (0, right, 0, below), mode=mode)
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images of latents.
+
+    Args:
+        vae: A whole one, see `loading.load_vae`.
+        latents: Scaled as the UNet has them, with shape (B, 4, h, w).
+
+    Returns:
+        RGB in [-1, 1], with shape (B, 3, H, W), float32.
+    """
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)

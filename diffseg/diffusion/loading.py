@@ -236,9 +236,7 @@ def load_parts(
             return _initialise(part, part_config, seed, dtype)
         if part == 'unet' and unet_weights is not None:
             return _fill(part, part_config, read_checkpoint(unet_weights), str(unet_weights), dtype)
-        if checkpoint is not None:
-            return _fill(part, part_config, _convert(part, part_config, checkpoint, source), source.location, dtype)
-        return _from_pretrained(part, source, dtype)
+        return _load(part, part_config, source, checkpoint, dtype)
 
     unet = load('unet', dtype)
     encoder = None
@@ -257,6 +255,26 @@ def load_parts(
         source=source,
         fingerprint='+'.join(f'{name}-{fingerprint(part.state_dict())}' for name, part in parts.items()),
     )
+
+
+def load_vae(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AutoencoderKL:
+    """Load a model's whole VAE, with the decoder that `load_parts` leaves out, on the CPU.
+
+    Arguments and errors are those of `load_parts`.
+    """
+    source = find_source(model, revision=revision, variant=variant, config=config)
+    checkpoint = read_checkpoint(source.location) if source.kind == 'file' else None
+    configs = _load_config(source, checkpoint)
+    if configs.vae is None:
+        raise FileNotFoundError(f'{source.location} has no vae/ with a configuration; expected {FOLDER_LAYOUT}')
+    return _load('vae', configs.vae, source, checkpoint, dtype)
 
 
 @torch.no_grad()
@@ -389,6 +407,19 @@ def _initialise(part: str, config: Mapping[str, Any], seed: int, dtype: torch.dt
         torch.default_generator.manual_seed(seed)
         model = _CLASSES[part].from_config(dict(config)).eval()
     return nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules to be kept in float32; there are none
+
+
+def _load(
+    part: str,
+    config: Mapping[str, Any],
+    source: ModelSource,
+    checkpoint: Mapping[str, Tensor] | None,
+    dtype: torch.dtype,
+) -> ModelMixin:
+    """A part with the model's own weights; `checkpoint` are the tensors of a single file."""
+    if checkpoint is not None:
+        return _fill(part, config, _convert(part, config, checkpoint, source), source.location, dtype)
+    return _from_pretrained(part, source, dtype)
 
 
 def _from_pretrained(part: str, source: ModelSource, dtype: torch.dtype) -> ModelMixin:

@@ -339,8 +339,16 @@ class _DDIM(Trajectory):
         """See `Trajectory`."""
         calls = self.allowed()
         last = max(calls.index(t) for t in self.timesteps)
-        x_t, found = latent, {}
-        for t, t_next in pairwise(calls[: last + 1]):
+        found, x_t = self._follow(calls[: last + 1], denoiser, latent, condition, negative)
+        found[calls[last]] = denoiser.read(x_t, calls[last], condition)
+        return self._stack(found)
+
+    def _follow(
+        self, calls: Sequence[int], denoiser: Denoiser, x_t: Tensor, condition: Condition, negative: Condition | None
+    ) -> tuple[dict[int, Activations], Tensor]:
+        """Step from the first to the last of `calls`: what is wanted of all but the last, and the latent there."""
+        found = {}
+        for t, t_next in pairwise(calls):
             if t in self.timesteps:
                 found[t], prediction = denoiser.read_and_predict(x_t, t, condition)
             else:
@@ -349,8 +357,10 @@ class _DDIM(Trajectory):
                 unconditional = denoiser.predict(x_t, t, negative)
                 prediction = unconditional + self.guidance * (prediction - unconditional)
             x_t = self.schedule.ddim_step(x_t, prediction, t, t_next)
-        found[calls[last]] = denoiser.read(x_t, calls[last], condition)
-        names = found[calls[last]]
+        return found, x_t
+
+    def _stack(self, found: Mapping[int, Activations]) -> Activations:
+        names = found[self.timesteps[0]]
         return {name: torch.stack([found[t][name] for t in self.timesteps], dim=1) for name in names}
 
 
@@ -373,6 +383,13 @@ class Generation(_DDIM):
     def allowed(self) -> Sequence[int]:
         """980, 960, ..., 0 with 50 steps."""
         return ddim_grid(self.steps, len(self.schedule))[::-1]
+
+    def generate(
+        self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, negative: Condition | None = None
+    ) -> tuple[Activations, Tensor]:
+        """Follow the trajectory to its end: the activations as `__call__` has them, and the clean latent."""
+        found, latent = self._follow([*self.allowed(), CLEAN], denoiser, noise, condition, negative)
+        return self._stack(found), latent
 
 
 class Refinement(Trajectory):

@@ -3,10 +3,13 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.images import decode
+from diffseg.diffusion.loading import load_vae
 from diffseg.diffusion.trajectories import add_noise, seeded_noise
 
 LAYERS = ['up-level0-repeat1-res-out', 'up-level2-repeat1-vit-block0-cross-q', 'down-level0-repeat0-vit-out']
@@ -377,3 +380,40 @@ def test_a_gpu_gives_the_same(make, images):
     expected = extractor(images)
     found = extractor.to('cuda')(images.to('cuda'))
     assert_same({name: x.cpu() for name, x in found.items()}, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize('guidance', [1.0, 7.5])
+def test_generated_images_are_those_of_diffusers_pipeline(make, tiny_pipeline, guidance):
+    trajectory = {'type': 'generation', 'steps': 5, 'guidance': guidance, 'negative_prompt': 'blurred'}
+    extractor = make(trajectory=trajectory, timesteps=(200, 600), prompt='a photo of a horse', seed=3)
+    activations, latent = extractor.generate((64, 128))
+    assert_same(activations, extractor(torch.zeros(1, 3, 64, 128)))
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True, clip_sample=False
+    )
+    expected = pipe(
+        'a photo of a horse',
+        negative_prompt='blurred',
+        height=64,
+        width=128,
+        latents=seeded_noise((4, 8, 16), 3, 'noise', 0)[None],
+        guidance_scale=guidance,
+        num_inference_steps=5,
+        output_type='pt',
+    ).images
+    image = decode(load_vae(tiny_pipeline), latent)
+    torch.testing.assert_close(image / 2 + 0.5, expected, rtol=1e-3, atol=1e-4)
+    again = make(trajectory=trajectory, timesteps=(0,), prompt='a photo of a horse', seed=4)
+    assert (again.generate((64, 128))[1] - latent).abs().max() > 0.1
+
+
+def test_what_cannot_be_generated(make):
+    with pytest.raises(ValueError, match="trajectory='generation', not 'noise'"):
+        make().generate((64, 64))
+    with pytest.raises(ValueError, match='from one draw'):
+        make(trajectory='generation', timesteps=(0,), ensemble=2).generate((64, 64))
+    with pytest.raises(ValueError, match=r'size is \(64, 65\); height and width must be multiples of 64'):
+        make(trajectory='generation', timesteps=(0,)).generate((64, 65))
