@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
+from torch.linalg import vecdot
 
 Size = tuple[int, int]
-CHUNK = 2**18  # similarities that are held at once
+CHUNK = 2**20  # similarities that are held at once
+CHANNELS = 2**22  # values of a map that are held in double precision at once
 QUERIES = 256  # that are matched at once
 
 
@@ -104,7 +106,7 @@ class UpsampledSimilarity:
     Attributes:
         dots: products with the queries, shape (K, h, W).
         squares: squared norms within each row of cells, shape (h, W).
-        crosses: products of each row of cells with the next (the last with itself), shape (h, W).
+        crosses: products of each row of cells with the next, shape (h, W).
         top: the row of cells above each row of pixels, shape (H,).
         bottom: the row of cells below it, shape (H,).
         fraction: of the way from one to the other, shape (H,).
@@ -312,22 +314,26 @@ def best_buddies(
     return points[0], points[1]
 
 
-def _cell_products(queries: Tensor, maps: Tensor, channels: int = 64) -> tuple[Tensor, ...]:
-    """Sums over channels, some of them at a time.
+def _cell_products(queries: Tensor, maps: Tensor) -> list[Tensor]:
+    """Sums over channels, in few large operations.
 
     Returns:
         The products of all cells with the queries (K, h, w); and of cells with themselves, the cell on the right, the
-        cell below, and of both diagonals, summed, each (h, w). Beyond the last cell is the last cell.
+        cell below, and of both diagonals, summed, each (h, w). Where there is no such cell the product is 0.
     """
+    step = max(1, CHANNELS // maps[0].numel())
     total: list[Tensor | float] = [0.0] * 5
-    for q, part in zip(queries.split(channels, 1), maps.split(channels), strict=True):
-        f = F.pad(_precise(part), (0, 1, 0, 1), mode='replicate')
-        here, right, below, across = f[:, :-1, :-1], f[:, :-1, 1:], f[:, 1:, :-1], f[:, 1:, 1:]
-        products = [(here * each).sum(0) for each in (here, right, below)]
-        products.append((here * across).sum(0) + (right * below).sum(0))
-        dots = torch.einsum('kc,chw->khw', q, here)
-        total = [old + new for old, new in zip(total, [dots, *products], strict=True)]
-    return tuple(total)
+    for q, part in zip(queries.split(step, 1), maps.split(step), strict=True):
+        f = part.permute(1, 2, 0).to(_precision(maps.device), memory_format=torch.contiguous_format)  # (h, w, c)
+        products = [
+            torch.einsum('kc,hwc->khw', q, f),
+            vecdot(f, f),
+            F.pad(vecdot(f[:, :-1], f[:, 1:]), (0, 1)),
+            F.pad(vecdot(f[:-1], f[1:]), (0, 0, 0, 1)),
+            F.pad(vecdot(f[:-1, :-1], f[1:, 1:]) + vecdot(f[:-1, 1:], f[1:, :-1]), (0, 1, 0, 1)),
+        ]
+        total = [old + new for old, new in zip(total, products, strict=True)]
+    return total
 
 
 def _settle_on_border(found: Tensor, own: Tensor, cells: int, pixels: int) -> Tensor:

@@ -96,11 +96,12 @@ def test_a_shift_is_found_at_image_resolution():
     assert (matches - torch.tensor([[18 + 12, 14 + 8]])).abs().max() <= 1
 
 
-def test_many_points_are_matched_in_parts(monkeypatch):
+@pytest.mark.parametrize(('limit', 'value'), [('QUERIES', 3), ('CHANNELS', 5 * 36)])
+def test_many_points_and_large_maps_are_matched_in_parts(monkeypatch, limit, value):
     source, target = torch.randn(2, 16, 6, 6)
     points = torch.randint(0, 30, (7, 2))
     whole = match_points(source, target, points, (30, 30), (40, 50))
-    monkeypatch.setattr('diffseg.models.correspondence.matching.QUERIES', 3)
+    monkeypatch.setattr(f'diffseg.models.correspondence.matching.{limit}', value)
     assert torch.equal(match_points(source, target, points, (30, 30), (40, 50)), whole)
 
 
