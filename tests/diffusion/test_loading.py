@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
 from diffseg.diffusion import loading
-from diffseg.diffusion.loading import fingerprint, load_config, load_parts, meta_unet
+from diffseg.diffusion.loading import fingerprint, load_config, load_parts, load_vae, meta_unet
 from diffseg.diffusion.presets import PRESETS
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -286,6 +286,15 @@ def test_a_single_file_equals_the_folder(tiny_pipeline, ldm_state, tmp_path, suf
     assert same(parts.unet, expected.unet) and same(parts.vae, expected.vae)
     assert torch.equal(parts.alphas_cumprod, expected.alphas_cumprod)
     assert load_parts(path, config=tiny_pipeline, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_the_vae_with_its_decoder(tiny_pipeline, single_file, tmp_path):
+    vae = AutoencoderKL.from_pretrained(tiny_pipeline, subfolder='vae')
+    assert same(load_vae(tiny_pipeline), vae) and same(load_vae(single_file, config=tiny_pipeline), vae)
+    assert load_vae(tiny_pipeline, dtype=torch.bfloat16).dtype == torch.bfloat16
+    shutil.copytree(tiny_pipeline / 'unet', tmp_path / 'alone' / 'unet')
+    with pytest.raises(FileNotFoundError, match='has no vae/ with a configuration'):
+        load_vae(tmp_path / 'alone')
 
 
 def test_a_single_file_prefers_averaged_weights(tiny_pipeline, ldm_state, tmp_path):

@@ -180,12 +180,13 @@ class CorrespondenceModel(BaseModel):
         samples = [data_samples[i] for i in wanted]
         pairs = self.encode_pairs({view: [images[i] for i in wanted] for view, images in inputs.items()}, samples)
         for sample, descriptors in zip(samples, pairs, strict=True):
-            sample.pred_keypoints1 = self._match(*descriptors, sample)
+            sample.pred_keypoints1 = self.match(*descriptors, sample)
         for sample in data_samples:
             sample.set_metainfo({'protocol': self.protocol})
         return list(data_samples)
 
-    def _match(self, source: Tensor, target: Tensor, sample: PairSample) -> Tensor:
+    def match(self, source: Tensor, target: Tensor, sample: PairSample) -> Tensor:
+        """What `predict` gives of one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
         sizes = original = sample.ori_shape0, sample.ori_shape1
         if self.match_size != 'original':
             sizes = [(self.match_size, self.match_size)] * 2
