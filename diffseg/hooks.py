@@ -71,7 +71,8 @@ class CheckpointFallbackHook(Hook):
     """Resume from the newest checkpoint that is whole, where the one that the work dir names is not.
 
     mmengine writes checkpoints in place, and with `save_best` writes the latest one a second time, so that a run that
-    is killed meanwhile leaves half a file, or an empty `last_checkpoint`.
+    is killed meanwhile leaves half a file, or an empty `last_checkpoint`. With `max_keep_ckpts` it removes an old one
+    before it writes: keep two or more.
     """
 
     def before_run(self, runner: Runner) -> None:

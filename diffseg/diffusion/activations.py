@@ -70,14 +70,14 @@ def sites(unet: UNet2DConditionModel, vae_scale_factor: int = 8) -> dict[str, Si
 
 
 def _walk(unet: UNet2DConditionModel, stride: int) -> Iterator[Site]:
-    yield Site('unet-in', 'conv_in', unet.conv_in.in_channels, stride, 'input')
-    yield Site('unet-after-conv-in', 'conv_in', unet.conv_in.out_channels, stride)
+    yield Site('unet-in', 'conv_in', unet.config.in_channels, stride, 'input')
+    yield Site('unet-after-conv-in', 'conv_in', unet.config.block_out_channels[0], stride)
     for level, block in enumerate(unet.down_blocks):
         name, path = f'down-level{level}', f'down_blocks.{level}'
         yield from _walk_block(name, path, block, stride)
         if block.downsamplers is not None:
             stride *= 2
-            channels = block.resnets[-1].conv2.out_channels
+            channels = block.resnets[-1].out_channels
             yield Site(f'{name}-downsampler-out', f'{path}.downsamplers.0', channels, stride)
     if unet.mid_block is not None:
         yield from _walk_block('mid', 'mid_block', unet.mid_block, stride)
@@ -86,15 +86,15 @@ def _walk(unet: UNet2DConditionModel, stride: int) -> Iterator[Site]:
         yield from _walk_block(name, path, block, stride)
         if block.upsamplers is not None:
             stride //= 2
-            channels = block.resnets[-1].conv2.out_channels
+            channels = block.resnets[-1].out_channels
             yield Site(f'{name}-upsampler-out', f'{path}.upsamplers.0', channels, stride)
-    yield Site('unet-out', 'conv_out', unet.conv_out.out_channels, stride)
+    yield Site('unet-out', 'conv_out', unet.config.out_channels, stride)
 
 
 def _walk_block(name: str, path: str, block: nn.Module, stride: int) -> Iterator[Site]:
     attentions = dict(enumerate(getattr(block, 'attentions', ())))  # fewer than residual blocks in the middle
     for repeat, resnet in enumerate(block.resnets):
-        channels = resnet.conv2.out_channels
+        channels = resnet.out_channels
         yield Site(f'{name}-repeat{repeat}-res-increment', f'{path}.resnets.{repeat}.conv2', channels, stride)
         yield Site(f'{name}-repeat{repeat}-res-out', f'{path}.resnets.{repeat}', channels, stride)
         if attentions.get(repeat) is None:

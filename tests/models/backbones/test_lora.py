@@ -87,6 +87,8 @@ def test_targets_are_ends_of_names(make: Callable, target: str):
     assert all(name.startswith('up_blocks.1.') for name in names) == target.startswith('up_')
     step(backbone)
     assert all(parameter.grad is not None for parameter in backbone.parameters())
+    described = [site.channels for site in backbone.extractor.describe(tokens=None).values()]
+    assert described == backbone.channels == make(lora=None).channels
 
 
 def test_beside_half_precision_it_is_in_single_precision(make: Callable):
