@@ -239,7 +239,10 @@ class CorrespondenceModel(BaseModel):
         Raises:
             ValueError: there is more than one map, or none.
         """
-        maps = self.backbone(images) if self.prompt is None else self.backbone(images, prompts)
+        return self.describe(self.backbone(images) if self.prompt is None else self.backbone(images, prompts))
+
+    def describe(self, maps: Sequence[Tensor]) -> Tensor:
+        """The second half of `encode`: descriptors (B, C', h, w) from the backbone's maps (B, C, h, w)."""
         if self.neck is not None:
             maps = self.neck(maps)
         if len(maps) != 1:
