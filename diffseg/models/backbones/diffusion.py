@@ -152,9 +152,11 @@ class DiffusionBackbone(FrozenBackbone):
 
     def _leaves(self) -> set[Tensor]:
         """What requires a gradient and influences the maps."""
-        latent = torch.zeros(1, self.extractor.unet.config.in_channels, 8, 8)
-        image = torch.zeros(1, 3, *(side * self.extractor.parts.vae_scale_factor for side in latent.shape[2:]))
-        with torch.enable_grad():
+        unet = self.extractor.unet
+        latent = torch.zeros(1, unet.config.in_channels, 8, 8, device=unet.device)
+        size = (side * self.extractor.parts.vae_scale_factor for side in latent.shape[2:])
+        image = torch.zeros(1, 3, *size, device=unet.device)
+        with torch.enable_grad(), torch.device('cpu'):  # where noise is drawn, also for networks on the meta device
             return reached(self.extractor.extract_latents(latent, self._example(), image).values())
 
     def _choose(self, patterns: Sequence[str]) -> set[str]:
