@@ -49,6 +49,8 @@ def shrink(
     cfg.train_dataloader.batch_size = 2  # batch norm needs two, where a map is one cell
 
     cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = max_iters
+    # the first steps of a warm-up are below the resolution of float32
+    cfg.param_scheduler = [scheduler for scheduler in cfg.param_scheduler if scheduler.type != 'LinearLR']
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
     cfg.work_dir, cfg.resume = str(work_dir), resume
     return cfg
