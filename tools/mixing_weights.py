@@ -99,7 +99,7 @@ def below_each_other(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 def run(args: argparse.Namespace) -> None:
     init_default_scope('mmseg')
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
+    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu', logger='silent')
     model = stored_model(checkpoint) if args.config is None else Config.fromfile(args.config).model
     pictures = []
     for title, table in read(checkpoint, model):

@@ -193,7 +193,7 @@ def load_neck(config: Mapping[str, Any], state: Mapping[str, Tensor], layers: in
 def run(args: argparse.Namespace) -> None:
     init_default_scope('mmseg')
     cfg = Config.fromfile(args.config)
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
+    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu', logger='silent')
     state = checkpoint.get('state_dict', checkpoint)
     name = find_neck(cfg.model)
     configs = {'backbone': dict(cfg.model.backbone), name: dict(aggregation_necks(cfg.model))[name]}
