@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in paths:
         try:
             lines[path.stem] = line(describe(path))
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # Mask2Former reads values, which the meta device has not
             print(f'{path.stem} is left out: {error}', file=sys.stderr)
             failed = 1
     if not args.write:

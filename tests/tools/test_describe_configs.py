@@ -15,7 +15,7 @@ def tool(load_tool):
 
 def test_the_readme_has_every_config_in_order(tool):
     lines = tool.read_lines((FOLDER / 'README.md').read_text())
-    assert list(lines) == [path.stem for path in CONFIGS]
+    assert list(lines) == [path.stem for path in CONFIGS if 'mask2former' not in path.stem]
 
 
 def test_every_published_figure_belongs_to_a_config(tool):
