@@ -25,6 +25,7 @@ backbones = [
         layers=[layer for layer in layers if layer != 'attn'],
         channels=list(layers.values()),
         attention_maps=['up_cross'] if 'attn' in layers else [],
+        truncate_prompts=True,  # to 77 tokens, the channels of attention
         timesteps=timesteps,
         input_size=size,
         dtype='float16',

@@ -259,12 +259,13 @@ class CorrespondenceModel(BaseModel):
             model = getattr(self.backbone, 'fingerprint', type(self.backbone).__name__)
             own_prompt = model.get('prompt') if isinstance(model, dict) else None
             extractors = [module for module in self.modules() if isinstance(module, DiffusionExtractor)]
+            sizes = [getattr(part, 'input_size', None) for part in getattr(self.backbone, 'members', [self.backbone])]
             self._protocol = {
                 'match_size': self.match_size,
                 'window': self.window,
                 'temperature': None if self.window is None else self.temperature,
                 'prompt': own_prompt if self.prompt is None else self.prompt,
-                'input_size': getattr(self.backbone, 'input_size', None),
+                'input_size': sizes if len(sizes) > 1 else sizes[0],
                 'draws': [{'noise': e.noise, 'seed': e.seed, 'ensemble': e.ensemble} for e in extractors],
                 'store_dtype': str(self.store_dtype).removeprefix('torch.'),
                 'model': model,
