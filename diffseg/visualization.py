@@ -242,10 +242,11 @@ def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Seque
     axes = figure.add_subplot()
     image = axes.imshow(table.numpy(), cmap='magma', vmin=0, aspect='auto')
     middle = table.max().item() / 2
+    digits = 1 if middle > 1 else 2
     for layer, row in enumerate(table.tolist()):
         for step, value in enumerate(row):
             colour = 'black' if value > middle else 'white'
-            text = f'{value:.1f}' if value else ''
+            text = f'{value:.{digits}f}' if value else ''
             axes.text(step, layer, text, ha='center', va='center', color=colour, fontsize=8)
     shares = [[f'{share:.0f}%' for share in table.sum(dim).tolist()] for dim in (1, 0)]
     axes.set_yticks(range(len(layers)), [f'{name}  {share}' for name, share in zip(layers, shares[0], strict=True)])
