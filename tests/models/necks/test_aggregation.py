@@ -83,6 +83,10 @@ def test_output_sizes():
     assert [tuple(x.shape[-2:]) for x in small_neck(output_sizes=[12, (4, 3)])(small_maps())] == [(12, 12), (4, 3)]
 
 
+def test_enlarge():
+    assert [tuple(x.shape[-2:]) for x in small_neck(enlarge=[2, 1])(small_maps())] == [(12, 20), (3, 5)]
+
+
 def test_every_parameter_moves_in_one_step():
     neck = small_neck()
     before = {name: parameter.detach().clone() for name, parameter in neck.named_parameters()}
@@ -133,6 +137,7 @@ def test_result_does_not_depend_on_the_batch():
         ({'layer_names': [['a']]}, 'must name every layer'),
         ({'timestep_names': [50]}, 'must name 2 timesteps'),
         ({'output_sizes': [64]}, 'one size per level'),
+        ({'enlarge': [2]}, 'a factor for each of 2 levels'),
     ],
 )
 def test_bad_options(options: dict, message: str):
