@@ -18,10 +18,11 @@ def _one_thread_and_a_seed() -> None:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _prompts_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Encoded prompts do not go into, nor come from, the user's cache."""
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded prompts do not go into, nor come from, the user's cache; processes that tests start have one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('DIFFSEG_CACHE', str(tmp_path_factory.mktemp('cache')))
+        patch.setenv('OMP_NUM_THREADS', '1')
         yield
 
 

@@ -225,7 +225,6 @@ def test_killed_and_resumed(configure, undisturbed, tmp_path):
     context.set_forkserver_preload(['diffseg', 'mmengine.runner'])
     configure(tmp_path / 'run').dump(tmp_path / 'config.py')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('OMP_NUM_THREADS', '1')
         script = str(ROOT / 'tools/train.py')
         patch.setattr(sys, 'argv', [script, str(tmp_path / 'config.py'), '--resume'])
         process = context.Process(target=runpy.run_path, args=(script,), kwargs={'run_name': '__main__'})

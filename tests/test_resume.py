@@ -31,7 +31,6 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['diffseg', 'mmengine.runner', 'matplotlib.pyplot'])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('OMP_NUM_THREADS', '1')
 
         def run(*arguments: str | Path) -> BaseProcess:
             script = str(ROOT / 'tools' / 'train.py')

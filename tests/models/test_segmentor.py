@@ -162,7 +162,7 @@ def test_two_processes_train_the_same_model(tiny_pipeline: Path, tmp_path: Path)
     worker = Path(__file__).with_name('ddp_worker.py')
     tests = worker.parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get('PYTHONPATH', '')])
-    environment = {**os.environ, 'PYTHONPATH': path, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': path, 'WORLD_SIZE': '2'}
     command = [sys.executable, str(worker), str(tiny_pipeline), str(tmp_path)]
     processes = [subprocess.Popen(command, env={**environment, 'RANK': str(rank)}) for rank in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
