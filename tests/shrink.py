@@ -42,13 +42,14 @@ def shrink(
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.num_workers, loader.persistent_workers = 0, False
         loader.dataset.data_root = str(data_root)
+        loader.dataset.serialize_data = False  # which collects garbage, and that takes half a second
         for step in loader.dataset.pipeline:
             for key in ('scale', 'scales', 'max_size', 'crop_size'):
                 if key in step:
                     step[key] = divide(step[key])
     cfg.train_dataloader.batch_size = 2  # batch norm needs two, where a map is one cell
 
-    cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = max_iters
+    cfg.train_cfg.max_iters, cfg.train_cfg.val_begin = max_iters, max_iters + 1  # no validation
     # the first steps of a warm-up are below the resolution of float32
     cfg.param_scheduler = [scheduler for scheduler in cfg.param_scheduler if scheduler.type != 'LinearLR']
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
@@ -82,7 +83,7 @@ def shrink_backbone(backbone: dict, models: Mapping[str, Path]) -> list[int]:
         return [backbone.num_prompts] * 4
     if 'conditioner' in backbone:
         if 'model' in backbone.conditioner:
-            backbone.conditioner.model = backbone.model
+            backbone.conditioner.update(model=backbone.model, templates=['a {}'])  # not 80
         else:
             backbone.conditioner.dim = load_config(backbone.model).unet['cross_attention_dim']
     available = sites(meta_unet(backbone.model))

@@ -60,7 +60,7 @@ KINDS = {  # one config each is trained
 def _metafiles_are_read_once() -> Iterator[None]:
     """For every `mmseg::` in a config, mmengine parses the descriptions of all of mmseg's models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, '_get_cfg_metainfo', cache(mmengine.config.utils._get_cfg_metainfo))
+        patch.setattr(mmengine.config.utils, 'load', cache(mmengine.config.utils.load))
         yield
 
 
@@ -179,7 +179,7 @@ def models(tiny_pipeline, tiny_sdxl_pipeline, tmp_path_factory) -> dict[str, Pat
 def data(tmp_path_factory) -> dict[str, Path]:
     """Both data sets' folders."""
     folder = tmp_path_factory.mktemp('data')
-    return {'ade20k': write_ade20k(folder), 'cityscapes': write_cityscapes(folder)}
+    return {'ade20k': write_ade20k(folder, val=1), 'cityscapes': write_cityscapes(folder, val=1)}
 
 
 @pytest.mark.parametrize('stem', KINDS.values(), ids=KINDS.keys())
