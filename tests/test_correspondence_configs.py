@@ -24,6 +24,7 @@ from diffseg.models.backbones.ensemble import join_levels
 ROOT = Path(__file__).resolve().parents[1]
 REAL_PAIRS = ROOT.parent / 'shared/data/SPair-71k-mini'
 CONFIGS = sorted(ROOT.glob('configs/correspondence/*.py'))
+TOY = sorted(ROOT.glob('configs/correspondence/toy/[!_]*.py'))
 NAME = re.compile(
     r'(?P<model>[^_]+?)(-(?P<trajectory>clean|inversion)(?P<steps>\d+)?)?(-t(?P<timesteps>[\d+]+))?_'
     r'(?P<method>[^_]+?)(?P<published>-published)?_(?P<gpus>\d+)xb(?P<batch>\d+)-'
@@ -83,7 +84,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 35
+    assert (len(CONFIGS), len(TOY)) == (35, 7)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -121,6 +122,33 @@ def test_a_config_is_what_its_name_says(path):
     if trains:
         assert (cfg.test_dataloader.dataset == cfg.val_dataloader.dataset) == selected_on_what_is_scored
         assert cfg.default_hooks.checkpoint.save_best
+
+
+def stamp(cfg: Config) -> str:
+    """What a config evaluates, as the README says it."""
+    data, model = cfg.test_dataloader.dataset, cfg.model
+    diffusion = [part for part in members(model.backbone) if part.type == 'DiffusionBackbone']
+    said = [data.get('ann_file') or data.get('protocol') or data.get('split')]
+    if cfg.test_evaluator.get('allow_selection_on_test'):
+        said.append('which also selects')
+    for step in data.pipeline:
+        said += {'ResizePair': [f'{step.get("size")} px'], 'CropToBoxPair': ['cropped']}.get(step.type, [])
+    said.append('matched at ' + (f'{model.match_size} px' if 'match_size' in model else 'the original size'))
+    if diffusion:
+        prompt = model.get('prompt') or diffusion[0].get('prompt')
+        said.append({None: 'no prompt', 'a photo of a {category}': 'category prompt'}.get(prompt, 'one prompt'))
+        said += [f'E {part.ensemble}' for part in diffusion if part.get('ensemble', 1) > 1]
+        said += ['fresh noise'] if diffusion[0].get('noise') == 'random' else []
+    return ', '.join(said)
+
+
+def test_the_readme_says_what_each_config_evaluates():
+    text = (ROOT / 'configs/correspondence/README.md').read_text()
+    rows = {name: line.split(' | ') for line in text.splitlines() for name in re.findall(r'^\| `(.+?)` \|', line)}
+    assert sorted(rows) == [path.stem for path in CONFIGS]
+    assert {name: row[-1].removesuffix(' |') for name, row in rows.items()} == {
+        name: stamp(read(name)) for name in rows
+    }
 
 
 def test_published_recipes():
@@ -253,3 +281,46 @@ def test_a_trained_model_needs_a_checkpoint(models, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / 'tools/test.py'))['main']([str(tmp_path / 'config.py')])
     assert 'neck.levels.0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('path', TOY, ids=lambda path: path.stem)
+def test_toy_config(path):
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    backbone = cfg.model.backbone
+    assert Path(backbone.model).resolve() == ROOT / 'demo/tiny-sd'
+    assert ('random-unet' in path.stem) == (backbone.get('random') == ['unet'])
+    assert ('zero-shot' in path.stem) == ('train_cfg' not in cfg) == (backbone.get('cache') is None)
+    backbone.cache = None
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    assert backbone.channels == model.backbone.channels
+    with torch.no_grad():
+        descriptors = model.encode(torch.rand(1, 3, 64, 64) * 2 - 1, [None])
+    channels = {'agg': 128, 'twelve-layers_t50': 912, 'single-layer': 64}
+    assert descriptors.shape[1] == next(value for name, value in channels.items() if name in path.stem)
+    assert descriptors.shape[2] >= 8 and descriptors.std() > 0
+
+
+def test_inversion_and_noise_of_the_toy_study_differ_in_the_trajectory_alone():
+    inversion, noise = (
+        Config.fromfile(ROOT / f'configs/correspondence/toy/twelve-layers_{name}11_agg.py', import_custom_modules=False)
+        for name in ('inversion', 'noise')
+    )
+    assert len(inversion.timesteps) == 11 and inversion.timesteps[1:] == noise.timesteps[1:]
+    assert (inversion.timesteps[0], noise.timesteps[0]) == (-1, 0)
+    assert inversion.layers == noise.layers and inversion.optim_wrapper == noise.optim_wrapper
+
+
+def test_toy_study_scores_pairs_within_and_across_species(tmp_path):
+    arguments = [str(tmp_path), '--train', '0', '--test', '0', '--pairs', '1', '--across', '1']
+    runpy.run_path(str(ROOT / 'tools/make_toy_data.py'))['main'](arguments)
+    cfg = Config.fromfile(ROOT / 'configs/correspondence/toy/single-layer_t50_zero-shot.py')
+    for dataset, name in zip(cfg.test_dataloader.dataset.datasets, ('SPair-toy', 'SPair-toy-across'), strict=True):
+        assert dataset.data_root == f'data/{name}'
+        dataset.data_root = str(tmp_path / name)
+    cfg.work_dir = str(tmp_path / 'work')
+    metrics = Runner.from_cfg(cfg).test()
+    for name, pairs in (('within', 4), ('across', 12)):
+        assert 0 < metrics[f'{name}/PCK@0.1-bbox/point'] < 100
+        assert json.loads((tmp_path / f'work/{name}.json').read_text())['protocol']['pairs'] == pairs
