@@ -218,7 +218,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sub = command(verify, 'verify', 'read every entry and compare its checksum', 'folder')
     sub.add_argument('--delete', action='store_true', help='delete damaged entries')
     sub = command(prune, 'prune', 'delete what was used longest ago', 'folder')
-    sub.add_argument('--max-size', type=parse_bytes, required=True, help='such as 50GB')
+    sub.add_argument('--max-size', type=parse_limit, required=True, help='such as 50GB')
     command(prune, 'clear', 'delete all entries', 'folder').set_defaults(max_size=0)
     sub = command(benchmark, 'benchmark', 'time of an epoch without cache, cold and warm', 'config')
     sub.add_argument('--images', type=Path, help="folder of images to use instead of the config's training data")
@@ -238,6 +238,14 @@ def parse_folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f'no folder {text}')
     return Path(text)
+
+
+def parse_limit(text: str) -> int:
+    """Bytes of a size such as 50GB."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
