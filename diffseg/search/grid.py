@@ -1,0 +1,100 @@
+"""Candidates of a search, and what a measure of them has to offer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffseg.diffusion.trajectories import seeded_noise
+
+
+class Candidate(NamedTuple):
+    """An activation at a timestep, written `name@t`."""
+
+    layer: str
+    timestep: int
+
+    def __str__(self) -> str:
+        return f'{self.layer}@{self.timestep}'
+
+    @classmethod
+    def parse(cls, text: str) -> 'Candidate':
+        """The candidate that `text` says.
+
+        Raises:
+            ValueError: it is not written `name@t`.
+        """
+        layer, _, timestep = text.rpartition('@')
+        if not layer or not timestep.removeprefix('-').isdigit():
+            raise ValueError(f"{text!r} is no candidate; write a name and a timestep, as 'up-level1-upsampler-out@50'")
+        return cls(layer, int(timestep))
+
+
+Maps = Mapping[Candidate, Tensor | tuple[Tensor, Tensor]]  # (C, h, w) of a picture, or of both images of a pair
+Reduction = Mapping[Candidate | str, Tensor]  # of one sample: by candidate, and by name what all candidates share
+
+
+class Measure(Protocol):
+    """How well candidates serve a task. Samples are seen one by one, and little is kept of each.
+
+    Attributes:
+        name: of the figure, such as 'PCK@0.1-bbox/image'; more is better.
+        dim: channels that suffice; maps with more arrive projected to so many, see `Projection`.
+    """
+
+    name: str
+    dim: int
+
+    def reduce(self, sample: Any, maps: Maps) -> dict[Candidate | str, Tensor]:
+        """What to keep of one sample, on the CPU, whatever is not needed left out.
+
+        Args:
+            sample: a `SegDataSample` or a `PairSample`.
+            maps: of all candidates.
+
+        Returns:
+            A small tensor for each candidate, and by name what belongs to the sample itself, such as labels. Candidates
+            that are left out cannot be measured on such data.
+        """
+
+    def score(self, reductions: Sequence[Reduction], candidates: Sequence[Candidate]) -> float:
+        """The measure of candidates that are used together.
+
+        Args:
+            reductions: of all samples, always in the same order; each access may read from a file.
+            candidates: one or several, whose descriptors are each normalised and then concatenated.
+        """
+
+    def nbytes(self, channels: int, cells: int) -> int:
+        """About how many bytes are kept of one sample and a candidate with so many channels and cells."""
+
+
+class Projection:
+    """A random projection of maps with many channels, which nearly keeps lengths and angles (Johnson-Lindenstrauss).
+
+    The matrix is Gaussian and depends on nothing but the seed, the activation's name and the two numbers of channels.
+    Errors of a cosine are about 1 / sqrt(dim).
+
+    Args:
+        dim: channels above which maps are projected, and to so many.
+        seed: of the matrices.
+    """
+
+    def __init__(self, dim: int, seed: int = 0) -> None:
+        if dim < 1:
+            raise ValueError(f'dim is {dim}; it is a number of channels, 1 or more')
+        self.dim = dim
+        self.seed = seed
+        self._matrices: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, layer: str, maps: Tensor) -> Tensor:
+        """(..., C, h, w) -> (..., min(C, dim), h, w)."""
+        channels = maps.shape[-3]
+        if channels <= self.dim:
+            return maps
+        if (layer, channels) not in self._matrices:
+            matrix = seeded_noise((self.dim, channels), self.seed, 'projection', layer)
+            self._matrices[layer, channels] = matrix / self.dim**0.5
+        matrix = self._matrices[layer, channels].to(maps)
+        return torch.einsum('dc,...chw->...dhw', matrix, maps)
