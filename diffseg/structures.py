@@ -1,6 +1,11 @@
-"""What one sample of a pair of images holds between data set, model and metric."""
+"""What one sample, a pair of images or a video, holds between data set, model and metric."""
 
+from collections.abc import Iterator, Sequence
+
+import cv2
+import torch
 from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 
 class PairSample(BaseDataElement):
@@ -28,4 +33,69 @@ class PairSample(BaseDataElement):
         damaged: only where an image or an annotation could not be read: a message that names the file. Such a sample
             comes from data sets in test mode; it has no fields, both its images are None, of the meta information only
             `pair_id` and `category` are sure to exist, and a metric counts it as not evaluated.
+    """
+
+
+class VideoFrames:
+    """The frames of a video, read from their files when they are asked for.
+
+    Between processes travel the paths alone. Not a `collections.abc.Sequence`, so that mmengine's `pseudo_collate` and
+    data preprocessors hand it on instead of taking it apart: a batch is `{'frames': [VideoFrames, ...]}`.
+
+    Args:
+        paths: the files, in order.
+        ori_shape: (height, width) that every file must have.
+        shape: (height, width) to resize frames to, bilinearly, as DIFT does; None keeps their own.
+    """
+
+    def __init__(self, paths: Sequence[str], ori_shape: tuple[int, int], shape: tuple[int, int] | None = None) -> None:
+        self.paths = tuple(paths)
+        self.ori_shape = tuple(ori_shape)
+        self.shape = self.ori_shape if shape is None else tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Read one frame, RGB, with shape (3, h, w), uint8.
+
+        Raises:
+            ValueError: the file cannot be read, or has another size than `ori_shape`.
+        """
+        path = self.paths[index]
+        image = cv2.imread(path, cv2.IMREAD_COLOR)  # (H, W, 3), BGR
+        if image is None:
+            raise ValueError(f'{path}: cannot be read as an image; copy the frame again')
+        if image.shape[:2] != self.ori_shape:
+            raise ValueError(
+                f'{path}: has height and width {image.shape[:2]}, the first frame has {self.ori_shape}; all frames of '
+                f'a video must have one size'
+            )
+        image = cv2.resize(image, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+
+class VideoSample(BaseDataElement):
+    """Annotation of one video whose first frame's labels are propagated to all others.
+
+    A pipeline's output is `{'inputs': {'frames': VideoFrames}, 'data_samples': VideoSample}`. Masks and (x, y) are in
+    pixels of the original frames, whatever size the model sees.
+
+    Fields:
+        first_mask: objects of the first frame, with shape (H, W), uint8: 0 background, 1, 2, ... the objects, 255 void.
+        first_joints: joints in the first frame, with shape (J, 2), float32, and
+        joints: in all frames, with shape (T, J, 2), float32; the first row is `first_joints`.
+        pred_masks: what a model predicts for masks, with shape (T, H, W), uint8; the first one is that given.
+        pred_joints: what a model predicts for joints, with shape (T, J, 2), float; -1 where it finds none.
+
+    Meta information:
+        video_id: unique within the data set.
+        ori_shape: (height, width) of the frames' files.
+        img_shape: (height, width) of the frames in `inputs`.
+        num_frames: T.
+        frame_names: of each frame, the name of its file without suffix.
+        annotation_paths: for masks, of each frame the file of its annotation.
     """

@@ -1,0 +1,44 @@
+"""Masks of objects in indexed PNG files, as DAVIS has them: pixel values are object ids, the palette colours them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .visualization import voc_palette
+
+VOID = 255  # neither an object nor background
+
+
+def davis_palette() -> np.ndarray:
+    """DAVIS-2017's colours with shape (256, 3), uint8: 22 like PASCAL VOC's, of which 192 is 191, then greys."""
+    palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    colours = voc_palette(22).numpy()
+    palette[:22] = np.where(colours == 192, 191, colours)
+    return palette
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read object ids with shape (H, W), uint8.
+
+    Raises:
+        ValueError: the file cannot be read, or is no indexed image.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+    except Exception as error:  # Pillow's decoders let many types escape on damaged files
+        raise ValueError(f'{path}: cannot be read as a mask ({error}); copy the annotation again') from error
+    if file.mode != 'P':
+        raise ValueError(
+            f'{path}: has mode {file.mode!r}, expected an indexed image (mode "P") whose values are object ids, such '
+            f"as DAVIS-2017's annotations; export it again with a palette"
+        )
+    return np.array(file)
+
+
+def write_mask(path: str | Path, mask: np.ndarray) -> None:
+    """Write object ids (H, W), uint8, as an indexed PNG with DAVIS's palette."""
+    image = Image.fromarray(mask)
+    image.putpalette(davis_palette().tobytes())
+    image.save(path, 'PNG')
