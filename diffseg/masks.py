@@ -18,11 +18,15 @@ def davis_palette() -> np.ndarray:
     return palette
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     """Read object ids with shape (H, W), uint8.
 
+    Args:
+        path: the file.
+        shape: (height, width) of the mask's frame.
+
     Raises:
-        ValueError: the file cannot be read, or is no indexed image.
+        ValueError: the file cannot be read, is no indexed image, or has another size than its frame.
     """
     try:
         with Image.open(path) as file:
@@ -34,7 +38,13 @@ def read_mask(path: str | Path) -> np.ndarray:
             f'{path}: has mode {file.mode!r}, expected an indexed image (mode "P") whose values are object ids, such '
             f"as DAVIS-2017's annotations; export it again with a palette"
         )
-    return np.array(file)
+    mask = np.array(file)
+    if mask.shape != tuple(shape):
+        raise ValueError(
+            f'{path}: has height and width {mask.shape}, its frame has {tuple(shape)}; take masks and frames of one '
+            f'resolution'
+        )
+    return mask
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:

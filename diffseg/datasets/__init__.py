@@ -1,7 +1,9 @@
-"""Data sets: toy quadrupeds, label-scarce part segmentation folders, and pairs of images with keypoints."""
+"""Data sets: toy quadrupeds, label-scarce part segmentation folders, pairs of images with keypoints, and videos."""
 
 from .captions import LoadCaption
 from .cub import CUBPairsDataset
+from .davis import DAVISDataset
+from .jhmdb import JHMDBDataset
 from .pair_transforms import (
     ColourJitterPair,
     CropToBoxPair,
@@ -16,16 +18,20 @@ from .pf import PFPascalDataset, PFWillowDataset
 from .scarce import IgnoreSmallClasses, LoadLabelArray, ScarceDataset
 from .spair import SPairDataset, ToyPairDataset
 from .toy import ToySample, draw_sample
+from .video import LoadVideo
 
 __all__ = [
     'CUBPairsDataset',
     'ColourJitterPair',
     'CropToBoxPair',
+    'DAVISDataset',
     'DamagedFile',
     'IgnoreSmallClasses',
+    'JHMDBDataset',
     'LoadCaption',
     'LoadLabelArray',
     'LoadPair',
+    'LoadVideo',
     'PFPascalDataset',
     'PFWillowDataset',
     'PackPair',

@@ -89,11 +89,7 @@ class LoadVideo(BaseTransform):
 
 
 def _first_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
-    mask = read_mask(path)
-    if mask.shape != shape:
-        raise ValueError(
-            f'{path}: has height and width {mask.shape}, its frame has {shape}; take masks and frames of one resolution'
-        )
+    mask = read_mask(path, shape)
     if not ((mask > 0) & (mask != VOID)).any():
         raise ValueError(f'{path}: has no object, so there is nothing to propagate; objects have the values 1, 2, ...')
     return mask

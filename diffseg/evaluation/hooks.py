@@ -15,6 +15,7 @@ from mmseg.registry import HOOKS
 
 from diffseg.structures import PairSample
 
+from .davis import DAVISMetric
 from .pck import PCKMetric
 
 
@@ -54,12 +55,12 @@ class SelectionGuardHook(Hook):
 
 @HOOKS.register_module()
 class ResultFileHook(Hook):
-    """Put the result files of `PCKMetric`s into the work dir, where their paths are relative."""
+    """Put the result files of metrics into the work dir, where their paths are relative."""
 
     def before_test(self, runner: Runner) -> None:
         """Complete the paths."""
         for metric in runner.test_evaluator.metrics:
-            if isinstance(metric, PCKMetric) and metric.out_file is not None:
+            if isinstance(metric, (DAVISMetric, PCKMetric)) and metric.out_file is not None:
                 metric.out_file = str(Path(runner.work_dir, metric.out_file).absolute())
 
 
