@@ -24,6 +24,7 @@ from diffseg.diffusion.trajectories import (
     Denoiser,
     Generation,
     NoiseSchedule,
+    Transform,
     build_trajectory,
     seeded_noise,
     unet_dtype,
@@ -88,6 +89,8 @@ class DiffusionExtractor(nn.Module):
         textual_inversion: Files of learned tokens, which prompts may hold, see `read_inversion`.
         truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
         cache_dir: Where encoded prompts are kept, see `PromptEncoder`.
+        transform: Applied to each activation (N, C, h, w), with its name, as soon as it is read, so that what it leaves
+            out takes no memory; where there is an ensemble, before the mean. `repr` tells it in the fingerprint.
 
     Raises:
         ValueError: Unknown layer, or a timestep that is not on the trajectory, or an option outside its values.
@@ -127,6 +130,7 @@ class DiffusionExtractor(nn.Module):
         textual_inversion: Sequence[str | Path] = (),
         truncate_prompts: bool = False,
         cache_dir: str | Path | None = None,
+        transform: Transform | None = None,
     ):
         super().__init__()
         _check_option('noise', noise, ('seeded', 'random'))
@@ -181,6 +185,7 @@ class DiffusionExtractor(nn.Module):
             attention_mode=attention_mode,
             vae_scale_factor=self.parts.vae_scale_factor,
             controls=self.controls,
+            transform=transform,
         )
         if compile:
             _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
@@ -247,7 +252,7 @@ class DiffusionExtractor(nn.Module):
             'vae_sample': self.vae_sample,
             'scale_latent': self.scale_latent,
             'vae_tiling': self.vae_tiling,
-        }
+        } | ({} if self._denoiser.transform is None else {'transform': repr(self._denoiser.transform)})
 
     def forward(self, images: Tensor, prompts: Prompts | None = None) -> Activations:
         """Read the activations of images.

@@ -38,6 +38,7 @@ SHARED = ('schedule', 'timesteps')  # what every trajectory is made of; other fi
 # are shown, {'0': (N, 3, 8h, 8w), ...}.
 Condition = Mapping[str, Any]
 Activations = dict[str, Tensor]
+Transform = Callable[[str, Tensor], Tensor]
 
 
 def seeded_noise(shape: Sequence[int], seed: int, *key: int | str) -> Tensor:
@@ -127,6 +128,8 @@ class Denoiser:
         attention_mode: How attention is aggregated.
         vae_scale_factor: Image pixels per latent cell.
         controls: ControlNets.
+        transform: Applied to activations (N, C, h, w), with their names, as soon as a call of the UNet is over, so that
+            what it leaves out takes no memory. The prediction stays as it is.
     """
 
     def __init__(
@@ -138,12 +141,14 @@ class Denoiser:
         attention_mode: AttentionMode = 'concat',
         vae_scale_factor: int = 8,
         controls: Sequence[Control] = (),
+        transform: Transform | None = None,
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'micro_batch is {micro_batch}; it is a number of latents, 1 or more')
         self.unet = unet
         self.micro_batch = micro_batch
         self.controls = controls
+        self.transform = transform
         self._layers = list(layers)
         both = self._layers if PREDICTION in self._layers else [*self._layers, PREDICTION]
         aggregated = {
@@ -193,7 +198,10 @@ class Denoiser:
                 ]
                 kwargs |= residual_kwargs(residuals)
             with _embedded(self.unet, timestep[rows], kwargs.pop('time_embeddings', None)):
-                chunks.append(recorder(x_t[rows], timestep[rows], **kwargs))
+                found = recorder(x_t[rows], timestep[rows], **kwargs)
+            if self.transform is not None:
+                found = {name: x if name == PREDICTION else self.transform(name, x) for name, x in found.items()}
+            chunks.append(found)
         if len(chunks) == 1:
             return chunks[0]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

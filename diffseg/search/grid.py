@@ -88,6 +88,9 @@ class Projection:
         self.seed = seed
         self._matrices: dict[tuple[str, int], Tensor] = {}
 
+    def __repr__(self) -> str:
+        return f'Projection(dim={self.dim}, seed={self.seed})'
+
     def __call__(self, layer: str, maps: Tensor) -> Tensor:
         """(..., C, h, w) -> (..., min(C, dim), h, w)."""
         channels = maps.shape[-3]

@@ -52,6 +52,26 @@ def test_shapes_follow_the_sites(make, size):
         assert found[name].shape[-2:] == site.size(*size)
 
 
+@pytest.mark.parametrize(
+    'options', [{}, {'micro_batch': 1}, {'ensemble': 2}, {'trajectory': {'type': 'inversion', 'steps': 20}}]
+)
+def test_activations_are_transformed_as_soon_as_they_are_read(make, images, options):
+    seen = []
+
+    def halve(name, x):
+        seen.append((name, len(x)))
+        return x[:, ::2] / 2
+
+    layers = [*LAYERS, 'unet-out']
+    found = make(layers, transform=halve, **options)(images)
+    expected = make(layers, **options)(images)
+    prediction = expected.pop('unet-out')
+    assert_same(found, {name: x[:, :, ::2] / 2 for name, x in expected.items()} | {'unet-out': prediction})
+    assert {name for name, _ in seen} == set(LAYERS)
+    assert 'micro_batch' not in options or {count for _, count in seen} == {1}
+    assert 'halve' in make(transform=halve).fingerprint['transform'] and 'transform' not in make().fingerprint
+
+
 def test_averaged_attention_is_cropped_at_its_own_stride(make):
     extractor = make(attention_maps=['up_cross', 'down_cross'], attention_mode='average')
     found = extractor(torch.zeros(1, 3, 70, 129))
