@@ -4,6 +4,7 @@ Points are (x, y) in whole pixels, and maps of descriptors have shape (C, h, w).
 `align_corners=False`, as `torch.nn.functional.interpolate` does it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,10 +59,24 @@ def match_points(
         similarity = UpsampledSimilarity.of(queries, target, target_size)
         matches.append(similarity.argmax() if window is None else similarity.soft_argmax(window, temperature))
     found = torch.cat(matches)
-    if window is not None:
-        return found
+    return found if window is not None else settle_on_borders(found, points, target.shape[1:], source_size, target_size)
+
+
+def settle_on_borders(found: Tensor, points: Tensor, cells: Size, source_size: Size, target_size: Size) -> Tensor:
+    """Choose among the pixels that are alike at the borders as `match_points` does.
+
+    Args:
+        found: matches with shape (N, 2).
+        points: that were matched, with shape (N, 2).
+        cells: height and width of the target's map.
+        source_size: height and width of the source image in pixels.
+        target_size: height and width of the target image in pixels.
+
+    Returns:
+        Shape (N, 2).
+    """
     own = points.to(found) * found.new_tensor(target_size[::-1]) // found.new_tensor(source_size[::-1])
-    axes = zip(found.T, own.T, target.shape[:0:-1], target_size[::-1], strict=True)
+    axes = zip(found.T, own.T, cells[::-1], target_size[::-1], strict=True)
     return torch.stack([_settle_on_border(*axis) for axis in axes], dim=1)
 
 
@@ -135,14 +150,24 @@ class UpsampledSimilarity:
             raise ValueError(
                 f'queries have {queries.shape[1]} channels and the map {maps.shape[0]}; they must be of the same kind'
             )
-        dots, norm, along, cross, diagonals = _cell_products(F.normalize(_precise(queries), dim=1), maps)
-        left, right, b = _neighbours(maps.shape[2], size[1], maps.device)
+        return cls.from_cells(cell_products(F.normalize(_precise(queries), dim=1), maps), size)
+
+    @classmethod
+    def from_cells(cls, products: Sequence[Tensor], size: Size) -> 'UpsampledSimilarity':
+        """Prepare from `cell_products`. Those of maps that are concatenated are the sums of the maps' own products.
+
+        Args:
+            products: of queries and cells; similarities are cosines if the queries have unit length.
+            size: height H and width W in pixels to which the map is upsampled.
+        """
+        dots, norm, along, cross, diagonals = products
+        left, right, b = _neighbours(dots.shape[2], size[1], dots.device)
         a = 1 - b
         return cls(
             torch.lerp(dots[..., left], dots[..., right], b),
             a * a * norm[:, left] + 2 * a * b * along[:, left] + b * b * norm[:, right],
             a * a * cross[:, left] + a * b * diagonals[:, left] + b * b * cross[:, right],
-            *_neighbours(maps.shape[1], size[0], maps.device),
+            *_neighbours(dots.shape[1], size[0], dots.device),
         )
 
     @property
@@ -314,8 +339,12 @@ def best_buddies(
     return points[0], points[1]
 
 
-def _cell_products(queries: Tensor, maps: Tensor) -> list[Tensor]:
+def cell_products(queries: Tensor, maps: Tensor) -> list[Tensor]:
     """Sums over channels, in few large operations.
+
+    Args:
+        queries: with shape (K, C), in double precision where the device has it.
+        maps: with shape (C, h, w).
 
     Returns:
         The products of all cells with the queries (K, h, w); and of cells with themselves, the cell on the right, the

@@ -14,7 +14,7 @@ from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.structures import PairSample
 
 from .heads import points_to_cells
-from .matching import match_points
+from .matching import Size, match_points
 
 Images = Mapping[str, Sequence[Tensor | None]]  # 'image0', 'image1' -> of each pair, None if damaged
 VIEWS = (0, 1)  # source, target
@@ -187,20 +187,30 @@ class CorrespondenceModel(BaseModel):
 
     def match(self, source: Tensor, target: Tensor, sample: PairSample) -> Tensor:
         """What `predict` gives of one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
-        sizes = original = sample.ori_shape0, sample.ori_shape1
+        points, sizes, scale = self.frame(sample)
+        if not len(points):
+            return points
+        matches = match_points(source, target, points, *sizes, window=self.window, temperature=self.temperature)
+        return matches.cpu().double() * scale
+
+    def frame(self, sample: PairSample) -> tuple[Tensor, list[Size], Tensor]:
+        """Where a pair is matched, see `match_size`.
+
+        Returns:
+            The source's visible keypoints (x, y) in the pixels of matching, float64 with shape (V, 2); (height, width)
+            of both images there; and what one such pixel of the target is in original ones, (x, y) with shape (2,).
+        """
+        sizes = original = [sample.ori_shape0, sample.ori_shape1]
         if self.match_size != 'original':
             sizes = [(self.match_size, self.match_size)] * 2
         scales = [
-            torch.tensor([width / w, height / h], dtype=torch.float64)  # from pixels for matching to original ones
+            torch.tensor([width / w, height / h], dtype=torch.float64)
             for (h, w), (height, width) in zip(sizes, original, strict=True)
         ]
         height, width = sizes[0]
         points = sample.keypoints0[sample.visible].double().cpu() / scales[0]
         points = torch.minimum(points.clamp(min=0), points.new_tensor([width - 1, height - 1])).round()
-        if not len(points):
-            return points
-        matches = match_points(source, target, points, *sizes, window=self.window, temperature=self.temperature)
-        return matches.cpu().double() * scales[1]
+        return points, sizes, scales[1]
 
     def encode_pairs(self, inputs: Images, data_samples: Sequence[PairSample]) -> list[list[Tensor]]:
         """Descriptors (C', h, w) of both images of each pair. Images of one size are encoded together."""
