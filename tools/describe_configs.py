@@ -118,7 +118,7 @@ def describe(path: Path) -> list[str]:
 
         def note(backbone: nn.Module, _: Any, maps: Sequence[Tensor], name: str = name) -> None:
             side = (backbone.input_size or (height, width))[0]
-            for layer, x in zip(getattr(backbone, 'extractor', backbone).layers, maps, strict=True):
+            for layer, x in zip(backbone.layers, maps, strict=True):
                 title = f'{name}: {layer}' if len(names) > 1 else layer
                 layers.append((f'`{title}`', str(x.shape[1]), str(round(side / x.shape[2]))))
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from benchmark import conditioning
-from list_activations import available_sites, backbones, parse_size
+from list_activations import available_sites, backbones, maps, parse_size
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
@@ -42,7 +42,6 @@ from diffseg.cache import (
     read_entry,
 )
 from diffseg.cache import parse_size as parse_bytes
-from diffseg.diffusion.activations import resolve
 from diffseg.diffusion.images import SUFFIXES, read_image
 from diffseg.diffusion.loading import meta_unet
 from diffseg.models import DiffusionBackbone
@@ -64,14 +63,13 @@ def map_shapes(config: Config, size: tuple[int, int] | None) -> list[tuple[int, 
     shapes = []
     for backbone in found:
         available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
-        chosen = [available[name] for name in resolve(backbone['layers'], available)]
-        if backbone.get('attention_maps') or any(site.channels is None for site in chosen):
+        chosen = maps(backbone, available)
+        if any(site.channels is None for site in chosen):
             raise ValueError('attention maps have as many channels as there are keys; leave them out for an estimate')
         resized = backbone.get('input_size')
         resized = (resized, resized) if isinstance(resized, int) else resized
-        timesteps = len(backbone['timesteps'])
         height, width = resized or size or padded or trained
-        shapes += [(timesteps * site.channels, *site.size(height, width)) for site in chosen]
+        shapes += [(site.channels, *site.size(height, width)) for site in chosen]
     return shapes
 
 

@@ -4,7 +4,7 @@
     python tools/list_activations.py demo/tiny-sd --size 64
     python tools/list_activations.py configs/segmentation/CONFIG.py
 
-For a config, what its DiffusionBackbone gives: one map for each chosen layer, with the channels of all timesteps one
+For a config, what its DiffusionBackbone gives: one map for each chosen layer, with the channels of its timesteps one
 after another, and the list to copy into the `in_channels` of a neck or head. Attention maps have one channel for each
 key: the tokens of the prompt, or the cells of the map itself.
 """
@@ -12,10 +12,11 @@ key: the tokens of the prompt, or the cells of the map itself.
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffseg.diffusion.activations import Site, aggregates, resolve, sites
-from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.layer_sets import Reading, expand, split_timesteps
 from diffseg.diffusion.loading import load_config, meta_unet
 
 
@@ -46,8 +47,25 @@ def backbones(config: Any) -> Iterator[dict[str, Any]]:
             yield from backbones(value)
 
 
-def print_table(chosen: Sequence[Site], size: tuple[int, int], timesteps: int = 1) -> None:
-    channels = ['keys' if site.channels is None else str(site.channels * timesteps) for site in chosen]
+def maps(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> list[Site]:
+    """What a DiffusionBackbone gives: for each map its name, stride, and channels of all its timesteps."""
+    categories, mode = backbone.get('attention_maps', ()), backbone.get('attention_mode', 'concat')
+    tokens = count_tokens(backbone.get('conditioner', {}))
+    attention = {site.name: site for site, _ in aggregates(available, categories, mode, tokens)}
+    available = {**available, **attention}
+    readings, every = split_timesteps(backbone['layers'], backbone.get('timesteps'))
+    readings = [Reading(*resolve([layer], available), own) for layer, own in readings]
+    readings += [Reading(name, every) for name in attention if name not in dict(readings)]
+    found = []
+    for reading in readings:
+        site = available[reading.layer]
+        channels = site.channels and site.channels * len(reading.timesteps)
+        found.append(replace(site, name=reading.label(every), channels=channels))
+    return found
+
+
+def print_table(chosen: Sequence[Site], size: tuple[int, int]) -> None:
+    channels = ['keys' if site.channels is None else str(site.channels) for site in chosen]
     rows = [('name', 'channels', 'stride', f'size at {size[0]}x{size[1]}')]
     for site, count in zip(chosen, channels, strict=True):
         rows.append((site.name, count, str(site.stride), 'x'.join(map(str, site.size(*size)))))
@@ -78,19 +96,15 @@ def print_config(path: str, pattern: str, size: tuple[int, int] | None) -> None:
         raise ValueError(f'{path}: no DiffusionBackbone in the model')
     for backbone in found:
         available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
-        categories, mode = backbone.get('attention_maps', ()), backbone.get('attention_mode', 'concat')
-        tokens = count_tokens(backbone.get('conditioner', {}))
-        attention = {site.name: site for site, _ in aggregates(available, categories, mode, tokens)}
-        available |= attention
-        layers = list(dict.fromkeys([*resolve(backbone['layers'], available), *attention]))
-        chosen = [available[name] for name in expand([pattern], layers)]
-        timesteps = len(backbone['timesteps'])
+        given = {site.name: site for site in maps(backbone, available)}
+        chosen = [given[name] for name in expand([pattern], given)]
         resized = backbone.get('input_size')
         resized = (resized, resized) if isinstance(resized, int) else resized
-        print(f'{backbone["model"]}, {len(layers)} layers x {timesteps} timesteps')
-        print_table(chosen, size or resized or trained, timesteps)
+        timesteps = split_timesteps(backbone['layers'], backbone.get('timesteps'))[1]
+        print(f'{backbone["model"]}, {len(given)} maps, timesteps {", ".join(map(str, timesteps))}')
+        print_table(chosen, size or resized or trained)
         if all(site.channels for site in chosen):
-            print(f'in_channels={[site.channels * timesteps for site in chosen]}')
+            print(f'in_channels={[site.channels for site in chosen]}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

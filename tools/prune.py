@@ -50,6 +50,8 @@ def find_neck(model: Mapping[str, Any]) -> str:
     backbone = model.get('backbone', {})
     if backbone.get('type') != 'DiffusionBackbone':
         raise ValueError(f'only a DiffusionBackbone can be pruned; the backbone of the model is {backbone.get("type")}')
+    if own := [layer for layer in backbone['layers'] if '@' in layer]:
+        raise ValueError(f'layers with timesteps of their own cannot be pruned: {", ".join(own)}')
     names = [name for name, _ in aggregation_necks(model) if name in ('neck', 'neck.necks.0')]
     if not names:
         raise ValueError('the model has no AggregationNeck right behind its backbone')

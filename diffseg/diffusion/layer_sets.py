@@ -1,7 +1,11 @@
-"""Published choices of layers, by name."""
+"""Choices of layers: published ones, by name, and those with timesteps of their own."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
+from typing import NamedTuple
 
 from diffseg.diffusion.activations import nearest, resolve
 
@@ -82,6 +86,53 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
         else:
             layers += resolve([name], available)
     return list(dict.fromkeys(layers))
+
+
+class Reading(NamedTuple):
+    """A layer, or an alias of it, and at which timesteps it is read."""
+
+    layer: str
+    timesteps: tuple[int, ...]
+
+    def label(self, every: tuple[int, ...]) -> str:
+        """The layer, followed by its timesteps unless these are `every` one."""
+        return self.layer if self.timesteps == every else f'{self.layer}@{"+".join(map(str, self.timesteps))}'
+
+
+def split_timesteps(
+    layers: Sequence[str], timesteps: Sequence[int] | None = None
+) -> tuple[list[Reading], tuple[int, ...]]:
+    """Tell layers from the timesteps that some of them name.
+
+    `'up-level1-upsampler-out@50'` is read at t = 50 alone, `'up-level1-upsampler-out@100+200'` at two timesteps, and a
+    layer without `@` at all `timesteps`.
+
+    Args:
+        layers: names or aliases; the same one may come again, at other timesteps.
+        timesteps: of all layers together; may be left out where each one names its own.
+
+    Returns:
+        What to read, in the order of `layers`, and all timesteps, ascending if they were left out.
+
+    Raises:
+        ValueError: timesteps are malformed or missing, or a layer is to be read twice at one.
+    """
+    readings: list[Reading] = []
+    for text in layers:
+        layer, at, own = text.partition('@')
+        if at and not (layer and re.fullmatch(r'-?\d+(\+-?\d+)*', own)):
+            raise ValueError(f"layer {text!r} is malformed; write its timesteps as in 'dift-1@50' or 'dift-1@100+200'")
+        if not at and timesteps is None:
+            raise ValueError(f"layer {text!r} has no timesteps; name them, as in '{text}@50', or give `timesteps`")
+        readings.append(Reading(layer, tuple(map(int, own.split('+')) if at else timesteps)))
+    named = set(chain(*(reading.timesteps for reading in readings)))
+    union = tuple(sorted(named) if timesteps is None else timesteps)
+    if missing := sorted(named - set(union)):
+        raise ValueError(f'layers name timesteps {missing} that are not in timesteps={list(union)}; add or omit these')
+    pairs = Counter((layer, t) for layer, own in readings for t in own)
+    if twice := [f'{layer}@{t}' for (layer, t), number in pairs.items() if number > 1]:
+        raise ValueError(f'asked for twice: {", ".join(twice)}')
+    return readings, union
 
 
 def _variant(name: str, available: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from diffseg.diffusion.activations import sites
-from diffseg.diffusion.layer_sets import LAYER_SETS, expand
+from diffseg.diffusion.layer_sets import LAYER_SETS, expand, split_timesteps
 
 
 @pytest.fixture
@@ -70,3 +70,33 @@ def test_patterns_aliases_and_order(sd):
 
 def test_sets_do_not_shadow_layers(sd, sdxl):
     assert not LAYER_SETS.keys() & (sd.keys() | sdxl.keys())
+
+
+def test_layers_with_timesteps_of_their_own():
+    readings, every = split_timesteps(['a@50', 'b', 'a@200+100', 'dift-1@-1'], [200, 100, 50, -1])
+    assert readings == [('a', (50,)), ('b', (200, 100, 50, -1)), ('a', (200, 100)), ('dift-1', (-1,))]
+    assert every == (200, 100, 50, -1)
+    assert [reading.label(every) for reading in readings] == ['a@50', 'b', 'a@200+100', 'dift-1@-1']
+
+
+def test_timesteps_may_be_left_out():
+    assert split_timesteps(['a@200+50', 'b@100']) == ([('a', (200, 50)), ('b', (100,))], (50, 100, 200))
+
+
+@pytest.mark.parametrize(
+    ('layers', 'timesteps', 'message'),
+    [
+        (['a@50', 'b'], None, "'b' has no timesteps"),
+        (['a@70'], [50], r'name timesteps \[70\] that are not in timesteps=\[50\]'),
+        (['a@'], [50], "'a@' is malformed"),
+        (['a@50,100'], [50], "'a@50,100' is malformed"),
+        (['a@50+'], [50], 'malformed'),
+        (['@50'], [50], 'malformed'),
+        (['a@50', 'a@100+50'], None, 'asked for twice: a@50'),
+        (['a', 'a@50'], [50, 100], 'asked for twice: a@50'),
+        (['a@50+50'], None, 'asked for twice: a@50'),
+    ],
+)
+def test_timesteps_that_cannot_be_read(layers, timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        split_timesteps(layers, timesteps)

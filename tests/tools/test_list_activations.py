@@ -68,6 +68,20 @@ def test_config_gives_what_the_extractor_gives(main, tiny_pipeline, tmp_path, ca
     assert in_channels == f'in_channels={[shape[1] for shape in maps.values()]}'
 
 
+def test_config_with_timesteps_of_a_layers_own(main, tiny_pipeline, tmp_path, capsys):
+    layers = ['dift-2@50', f'{LAYERS[0]}@200+50', 'dift-2@400', 'mid-vit-out']
+    config = write_config(tmp_path, model=str(tiny_pipeline), layers=layers, timesteps=[50, 200, 400])
+    assert main([config, '--filter', 'up-*']) == 0
+    title, _, *table, in_channels = capsys.readouterr().out.splitlines()
+    assert title.endswith('4 maps, timesteps 50, 200, 400')
+    assert [line.split()[:2] for line in table] == [
+        ['up-level2-upsampler-out@50', '32'],
+        [f'{LAYERS[0]}@200+50', '128'],
+        ['up-level2-upsampler-out@400', '32'],
+    ]
+    assert in_channels == 'in_channels=[32, 128, 32]'
+
+
 def test_config_with_attention(main, tiny_pipeline, tmp_path, capsys):
     config = write_config(
         tmp_path, model=str(tiny_pipeline), layers=['mid-vit-out'], timesteps=[50], attention_maps=['up_cross']

@@ -166,4 +166,6 @@ def test_errors(tool: ModuleType, tiny_pipeline: Path, tmp_path: Path, capsys: p
     assert 'no AggregationNeck' in error(segmentor_config(tiny_pipeline, neck=None))
     assert 'does not fit the config' in error(segmentor_config(tiny_pipeline))
     fewer = segmentor_config(tiny_pipeline, {'layers': LAYERS[:1]})
+    own = segmentor_config(tiny_pipeline, {'layers': [*LAYERS[:3], f'{LAYERS[3]}@50']})
+    assert f'own cannot be pruned: {LAYERS[3]}@50' in error(own)
     assert 'the neck mixes 4 maps, and the backbone has 1' in error(fewer)

@@ -14,6 +14,7 @@ from diffseg.cache import build_cache
 from diffseg.captions import Captions
 from diffseg.diffusion.conditioning import Conditioning, pooled_size
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 
 from ..captions import split_rows
@@ -30,8 +31,9 @@ class DiffusionBackbone(FrozenBackbone):
     ```
 
     Maps are timestep-major, in the order of `layers` (aggregated attention that is not among them comes last), and in
-    the dtype of the image. The data preprocessor brings images to [-1, 1] with `mean` and `std` of 127.5
-    each and `bgr_to_rgb=True`.
+    the dtype of the image. Where layers name timesteps of their own, T differs from map to map, which the necks take;
+    the UNet still runs once for all timesteps. The data preprocessor brings images to [-1, 1] with `mean` and `std` of
+    127.5 each and `bgr_to_rgb=True`.
 
     The network is a child module, so it follows `.to()`, autocast and distributed wrappers; it stays in evaluation mode
     and out of checkpoints, which hold a fingerprint of it instead. The frozen tensors are buffers, not parameters; a
@@ -39,8 +41,9 @@ class DiffusionBackbone(FrozenBackbone):
 
     Args:
         model: preset, hub id, diffusers folder or checkpoint file, see `DiffusionExtractor`.
-        layers: names of activations, in the order of the maps.
-        timesteps: the UNet's own indices.
+        layers: names of activations, in the order of the maps; with timesteps of their own as in
+            `'up-level1-upsampler-out@50'` or `'up-level1-upsampler-out@100+200'`, see `split_timesteps`.
+        timesteps: the UNet's own indices; may be left out where every layer names its own.
         channels: what the config expects for each layer (C, without the timesteps); verified if given.
         input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept), as GDF does.
         frozen: train nothing.
@@ -61,7 +64,8 @@ class DiffusionBackbone(FrozenBackbone):
         extractor: further options of `DiffusionExtractor`: `trajectory`, `ensemble`, `noise`, `seed`, `dtype`, ...
 
     Attributes:
-        channels: channels C of each layer; None for attention maps whose number of keys is not known.
+        layers: name of each map, followed by its timesteps if others have others.
+        channels: channels C of each map; None for attention maps whose number of keys is not known.
 
     Raises:
         ValueError: `channels` is not what the model has, the choice of trainable parts is void or contradictory, or
@@ -72,7 +76,7 @@ class DiffusionBackbone(FrozenBackbone):
         self,
         model: str,
         layers: Sequence[str],
-        timesteps: Sequence[int],
+        timesteps: Sequence[int] | None = None,
         *,
         channels: Sequence[int] | None = None,
         input_size: int | Sequence[int] | None = None,
@@ -93,7 +97,10 @@ class DiffusionBackbone(FrozenBackbone):
         prompt = build_prompt(prompt)
         self.captions = prompt if isinstance(prompt, Captions) else None
         constant = prompt if self.captions is None and conditioner is None else None
-        self.extractor = DiffusionExtractor(model, layers, timesteps, prompt=constant, **extractor).eval()
+        readings, timesteps = split_timesteps(layers, timesteps)
+        names = list(dict.fromkeys(reading.layer for reading in readings))
+        self.extractor = DiffusionExtractor(model, names, timesteps, prompt=constant, **extractor).eval()
+        self._add_readings(readings)
         if self.captions is not None:
             self.extractor.prompt_encoder.prepare(self.captions.texts)
         self.conditioner: nn.Module | None = None
@@ -101,9 +108,9 @@ class DiffusionBackbone(FrozenBackbone):
             self._add_conditioner(conditioner, prompt)
         example = self._example()
         described = self.extractor.describe(None if example is None else example.embeds.shape[1])
-        self.channels = [site.channels for site in described.values()]
+        self.channels = [described[layer].channels for layer, _ in self._readings]
         if channels is not None:
-            verify_channels(self.extractor.layers, self.channels, channels)
+            verify_channels(self.layers, self.channels, channels)
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.noise = self.extractor.noise
         self.train_noise = train_noise or self.noise
@@ -120,6 +127,15 @@ class DiffusionBackbone(FrozenBackbone):
         self.cache = build_cache(cache)
         if self.cache is not None:
             self._check_cacheable()
+
+    def _add_readings(self, readings: Sequence[Reading]) -> None:
+        """Note what each map is, by the true names of layers, and the map's own name."""
+        every = tuple(self.extractor.timesteps)
+        names = dict(zip(dict.fromkeys(layer for layer, _ in readings), self.extractor.layers, strict=False))
+        attention = self.extractor.layers[len(names) :]
+        self._readings = [Reading(names[layer], own) for layer, own in readings]
+        self._readings += [Reading(name, every) for name in attention]
+        self.layers = [reading.label(every) for reading in self._readings]
 
     def _add_conditioner(self, config: Mapping[str, Any], prompt: Any) -> None:
         """Build a conditioner that fits the UNet and learns.
@@ -213,7 +229,7 @@ class DiffusionBackbone(FrozenBackbone):
         context = self._cache_context()
         if prompts is not None:
             context['prompt'] = None  # to each image's key belongs its own
-        return self.cache.fetch(x, context, self._extract, self.extractor.layers, prompts)
+        return self.cache.fetch(x, context, self._extract, self.layers, prompts)
 
     def _extract(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """`forward` without the cache."""
@@ -223,7 +239,12 @@ class DiffusionBackbone(FrozenBackbone):
             prompts = self.conditioner()
         with self.resident(x.device):
             found = self.extractor(x, prompts)  # {name: (B, T, C, h, w)}
-        return tuple(activation.flatten(1, 2).to(x.dtype) for activation in found.values())  # (B, T*C, h, w)
+        every = tuple(self.extractor.timesteps)
+        maps = []
+        for layer, own in self._readings:
+            activation = found[layer] if own == every else found[layer][:, [every.index(t) for t in own]]
+            maps.append(activation.flatten(1, 2).to(x.dtype))  # (B, T*C, h, w)
+        return tuple(maps)
 
     def _check_cacheable(self) -> None:
         """Raise a ValueError if the maps of an image are not the same each time."""
@@ -256,6 +277,7 @@ class DiffusionBackbone(FrozenBackbone):
         return {
             **self.fingerprint,
             **self.extractor.fingerprint,
+            'layers': self.layers,
             'configs': [{key: value for key, value in config.items() if key[0] != '_'} for config in configs],
             'vae_dtype': str(self.extractor.vae.dtype),
             'input_size': self.input_size,
@@ -271,7 +293,7 @@ class DiffusionBackbone(FrozenBackbone):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a head that was trained on the maps takes for granted; not the draws of noise, which may be others."""
-        told = {**self.extractor.fingerprint, **self.trained}
+        told = {**self.extractor.fingerprint, 'layers': self.layers, **self.trained}
         if self.captions is not None:
             told['prompt'] = 'captions'  # of other images, when it is used
         if self.conditioner is not None:

@@ -95,6 +95,73 @@ def test_training_noise_may_be_fresh(make: Callable):
     assert torch.equal(backbone.eval()(images)[0], seeded)
 
 
+# ---- timesteps of a layer's own
+
+
+OWN = [f'{LAYERS[0]}@261', LAYERS[1], f'{LAYERS[2]}@500+50', f'{LAYERS[0]}@50']
+
+
+def test_layers_may_have_timesteps_of_their_own(make: Callable):
+    backbone, images = make(layers=OWN, channels=[32, 32, 64, 32]), make_images()
+    assert backbone.layers == OWN and backbone.channels == [32, 32, 64, 32]
+    every = [x.unflatten(1, (len(TIMESTEPS), -1)) for x in make(layers=LAYERS[:3])(images)]  # (B, T, C, h, w)
+    expected = [every[0][:, [1]], every[1], every[2][:, [2, 0]], every[0][:, [0]]]
+    for x, theirs in zip(backbone(images), expected, strict=True):
+        assert torch.equal(x, theirs.flatten(1, 2))
+
+
+def test_the_network_runs_once_for_all_timesteps(make: Callable):
+    backbone, calls = make(layers=[OWN[0], OWN[2]], timesteps=None), []
+    backbone.extractor.unet.register_forward_pre_hook(lambda module, args: calls.append(args[1].tolist()))
+    backbone(make_images(1))
+    assert calls == [TIMESTEPS]
+
+
+def test_aliases_and_attention_beside_timesteps_of_their_own(make: Callable):
+    backbone = make(layers=['dift-1@50', 'dift-1@261', 'mid-vit-out'], attention_maps=['up_cross'])
+    upsampled = 'up-level1-upsampler-out'
+    assert backbone.layers == [f'{upsampled}@50', f'{upsampled}@261', 'mid-vit-out', 'attn']
+    assert [x.shape[1] for x in backbone(make_images(1))] == [64, 64, 3 * 64, 3 * backbone.channels[3]]
+    assert len(set(backbone.channels[:3])) == 1
+
+
+def test_timesteps_of_their_own_belong_to_fingerprint_and_cache(make: Callable, tmp_path: Path):
+    cache = {'path': str(tmp_path), 'dtype': 'float32'}
+    one, other = (make(layers=layers, cache=cache) for layers in (OWN, [*OWN[:3], f'{LAYERS[0]}@500']))
+    one.load_state_dict(one.state_dict(), strict=True)
+    with pytest.raises(ValueError, match='belongs to another backbone: layers was'):
+        other.load_state_dict(one.state_dict())
+    for backbone in (one, other, one):
+        maps = backbone(make_images(1))
+        expected = backbone._extract(make_images(1))
+        assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+
+def test_the_same_timesteps_said_in_another_way(make: Callable):
+    own = make(layers=[f'{layer}@50+261+500' for layer in LAYERS], timesteps=None)
+    own.load_state_dict(make().state_dict(), strict=True)
+
+
+def test_necks_take_another_number_of_timesteps_for_each_map(make: Callable):
+    maps = make(layers=OWN)(make_images())
+    config = {'levels': [[32, 32, 64, 32]], 'timesteps': [[1, 3, 2, 1]]}
+    names = {'layer_names': [OWN], 'timestep_names': ['first', 'second', 'third']}
+    neck = MODELS.build({'type': 'AggregationNeck', 'out_channels': 32, 'num_groups': 4, **config, **names})
+    assert neck(maps)[0].shape == (2, 32, 8, 12)
+    (table,) = neck.mixing_weights()
+    assert table.layers == tuple(OWN) and ((table.weights > 0).sum(0) == torch.tensor([1, 3, 2, 1])).all()
+    assert MODELS.build({'type': 'ConcatNeck', **config})(maps)[0].shape == (2, 32 + 3 * 32 + 2 * 64 + 32, 8, 12)
+
+
+def test_timesteps_of_their_own_that_are_wrong(make: Callable):
+    with pytest.raises(ValueError, match=r'\[51\] that are not in timesteps=\[50, 261, 500\]'):
+        make(layers=[f'{LAYERS[0]}@51'])
+    with pytest.raises(ValueError, match='asked for twice'):
+        make(layers=['dift-1@50', 'up-level1-upsampler-out@261'])
+    with pytest.raises(ValueError, match=rf'{LAYERS[0]}@50 has 32, not 64'):
+        make(layers=OWN, channels=[32, 32, 64, 64])
+
+
 # ---- channels and errors
 
 
