@@ -6,7 +6,7 @@ stand in for Horse-21 (part segmentation) and SPair-71k (keypoint matching) wher
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +105,7 @@ def draw_sample(seed: int, index: int, size: int = 64, species: str | None = Non
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """A filled polygon (N, 2) that belongs to a limb; the limb names are those of `_LIMBS`."""
 
     limb: str
@@ -117,6 +117,12 @@ _LIMBS = {
     'tail': 7, 'far front leg': 5, 'far hind leg': 6, 'neck': 2, 'torso': 1, 'near front leg': 5, 'near hind leg': 6,
     'head': 3, 'ear': 4,
 }  # fmt: skip
+_LEGS = ('far front leg', 'far hind leg', 'near front leg', 'near hind leg')
+_UPRIGHT_EARS = ('horse', 'giraffe')
+
+# Lengths in units of the torso's, and angles in degrees, whose names end in "angle". What lies between two poses of a
+# species is a pose.
+Pose = Mapping[str, float]
 
 
 def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
@@ -143,91 +149,102 @@ def _ellipse(centre: np.ndarray, radii: Sequence[float], degrees: float) -> np.n
     return centre + radii[0] * np.cos(turn)[:, None] * along + radii[1] * np.sin(turn)[:, None] * across
 
 
-def _skeleton(rng: np.random.Generator, species: str) -> tuple[list[_Shape], dict[str, np.ndarray]]:
+def draw_pose(rng: np.random.Generator, species: str) -> Pose:
+    """Proportions and angles of an animal at random."""
+    pose = {name: _uniform(rng, bounds) for name, bounds in _PROPORTIONS[species].items()}
+    pose['shoulder'] = rng.uniform(-0.06, 0.04)
+    pose['haunch'] = rng.uniform(0.9, 1.0)
+    for leg in _LEGS:
+        pose[f'{leg} forwards'] = rng.uniform(-0.05, 0.05)
+        pose[f'{leg} stride_angle'] = rng.uniform(-24, 24)
+        pose[f'{leg} bend_angle'] = rng.uniform(0, 28)
+    if species == 'elephant':
+        for end, length, angles in (('trunk', (0.28, 0.36), (262, 300)), ('trunk_tip', (0.24, 0.34), (240, 320))):
+            pose[end] = _uniform(rng, length)
+            pose[f'{end}_angle'] = _uniform(rng, angles)
+    pose['ear_angle'] = _uniform(rng, (15, 55) if species in _UPRIGHT_EARS else (230, 265))
+    pose['tail_swing_angle'] = rng.uniform(-10, 10)
+    pose['tail_tip_angle'] = rng.uniform(-5, 35)
+    return pose
+
+
+def skeleton(p: Pose, species: str) -> tuple[list[Shape], dict[str, np.ndarray]]:
     """Shapes and keypoints of an animal facing right, in units of its torso's length, y down."""
-    p = {name: _uniform(rng, bounds) for name, bounds in _PROPORTIONS[species].items()}
     shapes, points = [], {}
     hip = np.array([0.0, 0.0])
-    shoulder = np.array([1.0 - 2 * p['torso'], rng.uniform(-0.06, 0.04)])
+    shoulder = np.array([1.0 - 2 * p['torso'], p['shoulder']])
     girth = p['torso']
-    shapes.append(_Shape('torso', _capsule(hip, shoulder, girth * rng.uniform(0.9, 1.0), girth)))
+    shapes.append(Shape('torso', _capsule(hip, shoulder, girth * p['haunch'], girth)))
     middle = (hip + shoulder) / 2
     points['back'] = middle + np.array([0, -0.8 * girth])
     points['belly'] = middle + np.array([0, 0.8 * girth])
     points['chest'] = shoulder + girth * np.array([0.8, 0.25])
     points['withers'] = shoulder + girth * np.array([-0.1, -0.8])
 
-    for side in ('far', 'near'):
-        for name, joint in (('front', shoulder), ('hind', hip)):
-            forwards = 0.25 * girth * (1 if side == 'near' else -1) + rng.uniform(-0.05, 0.05)
-            top = joint + np.array([forwards, 0.45 * girth])
-            stride, bend = rng.uniform(-24, 24), rng.uniform(0, 28)
-            upper, lower = 0.5 * (p['leg'] + 0.1), 0.5 * p['leg']
-            knee = top + upper * _direction(270 + stride + (bend / 2 if name == 'front' else -bend / 2))
-            hoof = knee + lower * _direction(270 + stride - (bend / 2 if name == 'front' else -bend / 2))
-            limb = f'{side} {name} leg'
-            shapes.append(_Shape(limb, _capsule(top, knee, 1.35 * p['leg_width'], p['leg_width'])))
-            shapes.append(_Shape(limb, _capsule(knee, hoof, p['leg_width'], 0.9 * p['leg_width'])))
-            points[f'{side} {name} hoof'] = hoof
+    for leg in _LEGS:
+        joint, side = (shoulder, 1) if 'front' in leg else (hip, -1)
+        forwards = 0.25 * girth * (1 if 'near' in leg else -1) + p[f'{leg} forwards']
+        top = joint + np.array([forwards, 0.45 * girth])
+        stride, bend = p[f'{leg} stride_angle'], side * p[f'{leg} bend_angle'] / 2
+        upper, lower = 0.5 * (p['leg'] + 0.1), 0.5 * p['leg']
+        knee = top + upper * _direction(270 + stride + bend)
+        hoof = knee + lower * _direction(270 + stride - bend)
+        shapes.append(Shape(leg, _capsule(top, knee, 1.35 * p['leg_width'], p['leg_width'])))
+        shapes.append(Shape(leg, _capsule(knee, hoof, p['leg_width'], 0.9 * p['leg_width'])))
+        points[leg.replace('leg', 'hoof')] = hoof
 
     neck_base = shoulder + girth * np.array([0.35, -0.35])
     poll = neck_base + p['neck'] * _direction(p['neck_angle'])
-    shapes.append(_Shape('neck', _capsule(neck_base, poll, 1.5 * p['neck_width'], p['neck_width'])))
+    shapes.append(Shape('neck', _capsule(neck_base, poll, 1.5 * p['neck_width'], p['neck_width'])))
     head_angle = p['neck_angle'] - p['head_angle']
     muzzle = poll + p['head'] * _direction(head_angle)
     width = p['head_width']
-    shapes.append(_Shape('head', _capsule(poll, muzzle, width, 0.6 * width)))
+    shapes.append(Shape('head', _capsule(poll, muzzle, width, 0.6 * width)))
     points['poll'] = poll + 0.6 * width * _direction(p['neck_angle'])
     points['eye'] = poll + 0.4 * (muzzle - poll) + 0.3 * width * _direction(head_angle + 90)
     points['muzzle'] = muzzle
     if species == 'elephant':  # the trunk belongs to the head, its tip is the muzzle
-        bend = muzzle + rng.uniform(0.28, 0.36) * _direction(rng.uniform(262, 300))
-        tip = bend + rng.uniform(0.24, 0.34) * _direction(rng.uniform(240, 320))
-        shapes.append(_Shape('head', _capsule(muzzle, bend, 0.45 * width, 0.3 * width)))
-        shapes.append(_Shape('head', _capsule(bend, tip, 0.3 * width, 0.2 * width)))
+        bend = muzzle + p['trunk'] * _direction(p['trunk_angle'])
+        tip = bend + p['trunk_tip'] * _direction(p['trunk_tip_angle'])
+        shapes.append(Shape('head', _capsule(muzzle, bend, 0.45 * width, 0.3 * width)))
+        shapes.append(Shape('head', _capsule(bend, tip, 0.3 * width, 0.2 * width)))
         points['muzzle'] = tip
-    if species in ('horse', 'giraffe'):  # upright
-        lean = p['neck_angle'] + rng.uniform(15, 55)
+    if species in _UPRIGHT_EARS:
+        lean = p['neck_angle'] + p['ear_angle']
         root = poll + 0.7 * width * _direction(lean)
         ear_tip = root + p['ear'] * _direction(lean)
-        shapes.append(_Shape('ear', _ellipse((root + ear_tip) / 2, (0.62 * p['ear'], 0.3 * p['ear']), lean)))
+        shapes.append(Shape('ear', _ellipse((root + ear_tip) / 2, (0.62 * p['ear'], 0.3 * p['ear']), lean)))
     else:  # hanging beside the head
-        lean = rng.uniform(230, 265)
+        lean = p['ear_angle']
         root = poll + 0.35 * width * _direction(p['neck_angle'] + 60)
         ear_tip = root + p['ear'] * _direction(lean)
         broad = 0.42 if species == 'dog' else 0.55
-        shapes.append(_Shape('ear', _ellipse((root + ear_tip) / 2, (0.6 * p['ear'], broad * p['ear']), lean)))
+        shapes.append(Shape('ear', _ellipse((root + ear_tip) / 2, (0.6 * p['ear'], broad * p['ear']), lean)))
     points['ear tip'] = ear_tip
 
     tail_base = hip + girth * np.array([-0.85, -0.45])
-    angle = p['tail_angle'] + rng.uniform(-10, 10)
+    angle = p['tail_angle'] + p['tail_swing_angle']
     bend = tail_base + 0.5 * p['tail'] * _direction(angle)
-    tip = bend + 0.5 * p['tail'] * _direction(angle + rng.uniform(-5, 35))
-    shapes.append(_Shape('tail', _capsule(tail_base, bend, p['tail_width'], p['tail_width'])))
-    shapes.append(_Shape('tail', _capsule(bend, tip, p['tail_width'], 1.2 * p['tail_width'])))
+    tip = bend + 0.5 * p['tail'] * _direction(angle + p['tail_tip_angle'])
+    shapes.append(Shape('tail', _capsule(tail_base, bend, p['tail_width'], p['tail_width'])))
+    shapes.append(Shape('tail', _capsule(bend, tip, p['tail_width'], 1.2 * p['tail_width'])))
     points['tail base'], points['tail tip'] = tail_base, tip
     return shapes, points
 
 
 def _render(rng: np.random.Generator, species: str, size: int) -> ToySample:
-    shapes, points = _skeleton(rng, species)
+    shapes, points = skeleton(draw_pose(rng, species), species)
     facing = 'right' if rng.random() < 0.5 else 'left'
     place = _placement(rng, shapes, size * SUPERSAMPLING, mirrored=facing == 'left')
 
     canvas = (size * SUPERSAMPLING,) * 2
-    limbs = Image.new('L', canvas)  # number of the limb + 1, 0 where there is none
-    paint = ImageDraw.Draw(limbs)
-    for number, limb in enumerate(_LIMBS, start=1):
-        for shape in shapes:
-            if shape.limb == limb:
-                paint.polygon([tuple(xy) for xy in place(shape.polygon)], fill=number)
-
-    background = _background(rng, size)
+    limbs = paint_limbs(shapes, place, canvas)
+    background = paint_background(rng, size)
     image = background.resize(canvas, Image.Resampling.BILINEAR)
-    coat = _coat(rng, limbs, np.asarray(background))
+    coat = paint_coat(rng, limbs, np.asarray(background))
     image.paste(coat, mask=limbs.point(lambda value: 255 if value else 0))
     keypoints = place(np.stack([points[name] for name in KEYPOINTS]))
-    ImageDraw.Draw(image).ellipse(_disc(keypoints[0], 0.016 * canvas[0]), fill=(15, 15, 15))
+    paint_eye(image, keypoints[0], 0.016 * canvas[0])
     pixels = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float64)
     pixels = np.clip(pixels + rng.normal(0, 1.5, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -246,7 +263,25 @@ def _render(rng: np.random.Generator, species: str, size: int) -> ToySample:
     )
 
 
-def _placement(rng: np.random.Generator, shapes: list[_Shape], size: int, mirrored: bool):
+def paint_limbs(
+    shapes: Sequence[Shape], place: Callable[[np.ndarray], np.ndarray], size: tuple[int, int]
+) -> Image.Image:
+    """Number of the limb, from 1, for every pixel of a (width, height), 0 where there is none; `place` maps (N, 2)."""
+    limbs = Image.new('L', size)
+    paint = ImageDraw.Draw(limbs)
+    for number, limb in enumerate(_LIMBS, start=1):
+        for shape in shapes:
+            if shape.limb == limb:
+                paint.polygon([tuple(xy) for xy in place(shape.polygon)], fill=number)
+    return limbs
+
+
+def paint_eye(image: Image.Image, centre: Sequence[float], radius: float) -> None:
+    """Draw an eye at (x, y)."""
+    ImageDraw.Draw(image).ellipse(_disc(centre, radius), fill=(15, 15, 15))
+
+
+def _placement(rng: np.random.Generator, shapes: list[Shape], size: int, mirrored: bool):
     """Function from units of the torso to pixels: mirror, tilt, scale, and a place where the whole animal is seen."""
     tilt = math.radians(rng.uniform(-8, 8))
     turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
@@ -272,7 +307,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
     return np.clip(rng.uniform(50, 215) + rng.normal(0, 32, 3), 15, 240)
 
 
-def _coat(rng: np.random.Generator, limbs: Image.Image, background: np.ndarray) -> Image.Image:
+def paint_coat(rng: np.random.Generator, limbs: Image.Image, background: np.ndarray) -> Image.Image:
     """The animal's paint: a hue for the animal, a shade for every limb, and plain, spotted or striped texture."""
     around = background.reshape(-1, 3).mean(axis=0)
     base = _colour(rng)
@@ -308,15 +343,15 @@ def _coat(rng: np.random.Generator, limbs: Image.Image, background: np.ndarray) 
     return ImageChops.multiply(coat, Image.merge('RGB', (light, light, light)))
 
 
-def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Sky and ground, each with a gradient, and a few posts, boulders and branches."""
+def paint_background(rng: np.random.Generator, size: int, clutter: tuple[int, int] = (2, 7)) -> Image.Image:
+    """Sky and ground, each with a gradient, and some posts, boulders and branches: `clutter`, the end exclusive."""
     horizon = rng.uniform(0.3, 0.75)
     rows = np.linspace(0, 1, size)[:, None]
     sky, ground = (_colour(rng) + np.linspace(-1, 1, size)[:, None] * rng.normal(0, 14, 3) for _ in range(2))
     column = np.where(rows < horizon, sky, ground)
     image = Image.fromarray(np.clip(np.repeat(column[:, None], size, axis=1), 0, 255).astype(np.uint8))
     paint = ImageDraw.Draw(image)
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(*clutter)):
         colour = tuple(int(value) for value in 0.6 * _colour(rng) + 0.4 * column[int(horizon * size)])
         x, y = rng.uniform(0, size, 2)
         kind = rng.integers(3)
