@@ -1,0 +1,1 @@
+"""Labels of a video's first frame, propagated to all others."""
