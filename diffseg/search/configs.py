@@ -1,0 +1,125 @@
+"""Models that use what a search has selected, as configs."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffseg.diffusion.activations import Site
+
+from .grid import Candidate
+
+# of an AggregationNeck, what does not depend on the activations
+NECK_OPTIONS = ('type', 'out_channels', 'num_groups', 'resize')
+
+
+def segmentation_model(
+    model: Mapping[str, Any], candidates: Sequence[Candidate], sites: Mapping[str, Site]
+) -> dict[str, Any]:
+    """A segmentor's config with these activations in place of its own.
+
+    A head that takes several maps gets a level for each stride, fine -> coarse, one that takes a single map gets them
+    all in one level, of the finest one's size. An `AggregationNeck` stays one, as wide as it was, with a bottleneck for
+    each candidate (unlike Diffusion Hyperfeatures, which shares those of a layer over timesteps), and a `ConcatNeck`
+    stays one. Without a neck the head gets the maps themselves, fine -> coarse.
+
+    Args:
+        model: config of an `EncoderDecoder` with a `DiffusionBackbone`.
+        candidates: what was selected.
+        sites: of the backbone's UNet.
+
+    Raises:
+        ValueError: the model is of another kind, has no neck where one is needed, or a candidate is attention, whose
+            channels depend on the image.
+    """
+    model = copy.deepcopy(dict(model))
+    neck, head = model.get('neck'), model['decode_head']
+    if neck is not None and neck['type'] not in ('AggregationNeck', 'ConcatNeck'):
+        raise ValueError(f'the neck is a {neck["type"]}; with AggregationNeck, ConcatNeck or none a config can be made')
+    if neck is None and len(candidates) > 1 and _takes_one_map(head):
+        raise ValueError(f'{head["type"]} takes one map, not {len(candidates)}; put a ConcatNeck into the config')
+    channels = _channels(candidates, sites)
+    strides = {candidate: sites[candidate.layer].stride for candidate in candidates}
+    ordered = sorted(candidates, key=strides.__getitem__)
+    if neck is None:
+        levels = [[candidate] for candidate in ordered]
+    elif _takes_one_map(head):
+        levels = [ordered]
+    else:
+        levels = [[c for c in ordered if strides[c] == stride] for stride in sorted(set(strides.values()))]
+    widths = [[channels[candidate] for candidate in level] for level in levels]
+    outputs = [sum(level) for level in widths]
+    if neck is not None and neck['type'] == 'AggregationNeck':
+        outputs = [neck['out_channels']] * len(levels)
+        names = [list(map(str, level)) for level in levels]
+        options = {key: neck[key] for key in NECK_OPTIONS if key in neck}
+        model['neck'] = {**options, 'levels': widths, 'timesteps': 1, 'layer_names': names, 'timestep_names': ['own']}
+    elif neck is not None:
+        model['neck'] = {'type': 'ConcatNeck', 'levels': widths}
+    model['backbone'] = _backbone(model['backbone'], ordered, channels)
+    auxiliary = model.get('auxiliary_head') or []
+    for each in [head, *([auxiliary] if isinstance(auxiliary, Mapping) else auxiliary)]:
+        _connect(each, outputs)
+    return model
+
+
+def correspondence_model(
+    model: Mapping[str, Any],
+    candidates: Sequence[Candidate],
+    sites: Mapping[str, Site],
+    output_size: int | Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The config of a model that matches with these activations, zero-shot.
+
+    Each is resized, brought to unit length in every cell and concatenated, so that the cosine of two cells is the mean
+    of the candidates' cosines.
+
+    Args:
+        model: config of a `CorrespondenceModel` with a `DiffusionBackbone`; its neck and head are left out.
+        candidates: what was selected.
+        sites: of the backbone's UNet.
+        output_size: side or (height, width) in cells; by default the finest one's.
+
+    Raises:
+        ValueError: the model is of another kind, or a candidate is attention, whose channels depend on the image.
+    """
+    model = copy.deepcopy(dict(model))
+    channels = _channels(candidates, sites)
+    model['backbone'] = _backbone(model['backbone'], candidates, channels)
+    model['neck'] = {'type': 'ConcatNeck', 'levels': [list(channels.values())], 'normalize': True}
+    if output_size is not None:
+        model['neck']['output_sizes'] = [output_size]
+    model.pop('head', None)
+    return model
+
+
+def _channels(candidates: Sequence[Candidate], sites: Mapping[str, Site]) -> dict[Candidate, int]:
+    if unknown := [str(candidate) for candidate in candidates if sites[candidate.layer].channels is None]:
+        raise ValueError(f'{", ".join(unknown)} have as many channels as the image has cells; select others')
+    return {candidate: sites[candidate.layer].channels for candidate in candidates}
+
+
+def _backbone(
+    backbone: Mapping[str, Any], candidates: Sequence[Candidate], channels: Mapping[Candidate, int]
+) -> dict[str, Any]:
+    if backbone['type'] != 'DiffusionBackbone':
+        raise ValueError(f'the backbone is a {backbone["type"]}; activations are selected for a DiffusionBackbone')
+    own = ('layers', 'channels', 'timesteps', 'attention_maps', 'attention_mode')
+    return {
+        **{key: value for key, value in backbone.items() if key not in own},
+        'layers': list(map(str, candidates)),
+        'channels': [channels[candidate] for candidate in candidates],
+    }
+
+
+def _takes_one_map(head: Mapping[str, Any]) -> bool:
+    return isinstance(head['in_channels'], int)
+
+
+def _connect(head: dict[str, Any], outputs: Sequence[int]) -> None:
+    """Let a head take maps with so many channels: all of them, or one."""
+    if _takes_one_map(head):
+        head['in_index'] = min(head.get('in_index', -1), len(outputs) - 1)
+        head['in_channels'] = outputs[head['in_index']]
+    else:
+        head['in_index'] = list(range(len(outputs)))
+        head['in_channels'] = list(outputs)
