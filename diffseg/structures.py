@@ -36,6 +36,20 @@ class PairSample(BaseDataElement):
     """
 
 
+class HomographySample(BaseDataElement):
+    """Two images of a plane, or from one place, and the homography between them; suffixes 0 and 1 as in `PairSample`.
+
+    Fields:
+        keypoints0, keypoints1: points of interest, float32 with shapes (N, 2) and (M, 2), (x, y) in original pixels;
+            found in each image alone, so that their rows do not correspond.
+        homography: takes homogeneous (x, y, 1) of image 0 to those of image 1, float64 with shape (3, 3).
+        pred_matches: what a model predicts: rows of keypoints0 and keypoints1 that correspond, int64 with shape (P, 2).
+
+    Meta information: `img_path0`, `ori_shape0`, `img_shape0`, the same with 1, and `pair_id` as in `PairSample`, and
+        sequence: what the pair is taken from, e.g. "v_wall"; pairs of a sequence have image 0 in common.
+    """
+
+
 class VideoFrames:
     """The frames of a video, read from their files when they are asked for.
 

@@ -10,7 +10,7 @@ from .backbones import (
     VisionBackbone,
 )
 from .captions import CaptionPreProcessor
-from .correspondence import CorrespondenceModel
+from .correspondence import CorrespondenceModel, SparseMatcher
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 
@@ -25,6 +25,7 @@ __all__ = [
     'MetaPrompts',
     'MetaPromptsBackbone',
     'PixelClassifierHead',
+    'SparseMatcher',
     'TextAdapter',
     'VisionBackbone',
 ]

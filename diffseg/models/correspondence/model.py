@@ -1,22 +1,24 @@
-"""Semantic correspondence as a model that mmengine trains and tests."""
+"""Correspondence as models that mmengine trains and tests."""
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.model import BaseDataPreprocessor
 from mmseg.registry import MODELS
 from torch import Tensor
 
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.structures import PairSample
+from diffseg.structures import HomographySample, PairSample
 
+from ..descriptors import DescriptorEncoder
 from .heads import points_to_cells
 from .matching import Size, match_points
 
 Images = Mapping[str, Sequence[Tensor | None]]  # 'image0', 'image1' -> of each pair, None if damaged
+Sample = PairSample | HomographySample
 VIEWS = (0, 1)  # source, target
 
 
@@ -67,14 +69,12 @@ class DescriptorStore:
         self._bytes = 0
 
 
-@MODELS.register_module()
-class CorrespondenceModel(BaseModel):
-    """Match the keypoints of image pairs by descriptors.
+class DescriptorModel(DescriptorEncoder):
+    """What models of correspondence have in common: descriptors of the images of pairs.
 
     ```text
     images (3, H, W) -> backbone -> maps -> neck -> one map (B, C, h, w) -> head -> descriptors (B, C', h, w)
-      loss:    descriptors of both images, annotated points -> symmetric cross-entropy
-      predict: descriptors of both images, points of the source -> points of the target
+      predict: descriptors of both images, points -> `match`
     ```
 
     Descriptors of an image are kept while the model is in evaluation mode, so that an image is encoded once however
@@ -89,17 +89,15 @@ class CorrespondenceModel(BaseModel):
         data_preprocessor: config.
         prompt: of each image, with `{category}` in place of its category's name, as DIFT's `a photo of a {category}`;
             None leaves the backbone's own prompt.
-        match_size: to what height and width maps are upsampled for matching: those of the 'original' images, as in
-            DIFT, or the same side for all, as in DHF (224 or 512). Predictions are in original pixels either way.
-        window: refine matches to sub-pixel positions, see `match_points`.
-        temperature: of the refinement.
         store_gb: how many descriptors to keep in evaluation, in 10^9 bytes of CPU memory.
         store_dtype: precision of descriptors in evaluation, 'float32' or 'float16'.
         init_cfg: of mmengine.
 
     Raises:
-        ValueError: another `match_size` or precision.
+        ValueError: another precision.
     """
+
+    PREDICTION: ClassVar[str]  # the field of a sample that `match` fills
 
     def __init__(
         self,
@@ -108,36 +106,25 @@ class CorrespondenceModel(BaseModel):
         head: Mapping[str, Any] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
         prompt: str | None = None,
-        match_size: Literal['original'] | int = 'original',
-        window: int | None = None,
-        temperature: float = 0.04,
         store_gb: float = 4,
         store_dtype: Literal['float32', 'float16'] = 'float32',
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(data_preprocessor or {'type': 'PairDataPreProcessor'}, init_cfg)
-        if match_size != 'original' and (not isinstance(match_size, int) or match_size < 1):
-            raise ValueError(f"match_size is {match_size!r}; it is 'original' or a number of pixels")
+        super().__init__(backbone, neck, head, data_preprocessor or {'type': 'PairDataPreProcessor'}, init_cfg)
         if store_dtype not in ('float32', 'float16'):
             raise ValueError(f"store_dtype is {store_dtype!r}; it is 'float32' or 'float16'")
-        self.backbone = MODELS.build(backbone)
-        self.neck = None if neck is None else MODELS.build(neck)
-        self.head = MODELS.build(head or {'type': 'DescriptorHead'})
         self.prompt = prompt
-        self.match_size = match_size
-        self.window = window
-        self.temperature = temperature
         self.store = DescriptorStore(store_gb * 1e9)
         self.store_dtype = getattr(torch, store_dtype)
         self._protocol: dict[str, Any] | None = None
-        self.register_load_state_dict_post_hook(CorrespondenceModel._forget)
+        self.register_load_state_dict_post_hook(DescriptorModel._forget)
 
     def forward(
         self,
         inputs: Images,
-        data_samples: Sequence[PairSample],
+        data_samples: Sequence[Sample],
         mode: Literal['loss', 'predict', 'tensor'] = 'tensor',
-    ) -> dict[str, Tensor] | list[PairSample] | list[list[Tensor]]:
+    ) -> dict[str, Tensor] | Sequence[Sample] | list[list[Tensor]]:
         """What mmengine calls.
 
         Args:
@@ -152,6 +139,134 @@ class CorrespondenceModel(BaseModel):
         if mode == 'tensor':
             return self.encode_pairs(inputs, data_samples)
         raise ValueError(f"mode is {mode!r}; it is 'loss', 'predict' or 'tensor'")
+
+    def loss(self, inputs: Images, data_samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """What to minimise, of models that are trained."""
+        raise NotImplementedError(
+            f'{type(self).__name__} is not trained; train a CorrespondenceModel of the same parts'
+        )
+
+    def predict(self, inputs: Images, data_samples: Sequence[Sample]) -> list[Sample]:
+        """Match each pair.
+
+        Returns:
+            The samples, each with what `match` gives, see there. One that has it already is left as it is. Damaged
+            samples get none. All say in their meta information by what `protocol` they were made.
+        """
+        wanted = [i for i, s in enumerate(data_samples) if 'damaged' not in s and self.PREDICTION not in s]
+        samples = [data_samples[i] for i in wanted]
+        pairs = self.encode_pairs({view: [images[i] for i in wanted] for view, images in inputs.items()}, samples)
+        for sample, descriptors in zip(samples, pairs, strict=True):
+            sample.set_field(self.match(*descriptors, sample), self.PREDICTION)
+        for sample in data_samples:
+            sample.set_metainfo({'protocol': self.protocol})
+        return list(data_samples)
+
+    def match(self, source: Tensor, target: Tensor, sample: Sample) -> Tensor:
+        """What `predict` gives of one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
+        raise NotImplementedError
+
+    def encode_pairs(self, inputs: Images, data_samples: Sequence[Sample]) -> list[list[Tensor]]:
+        """Descriptors (C', h, w) of both images of each pair. Images of one size are encoded together."""
+        images = [inputs[f'image{view}'][i] for i in range(len(data_samples)) for view in VIEWS]
+        paths = [sample.get(f'img_path{view}') for sample in data_samples for view in VIEWS]
+        prompts = [self._prompt_of(sample) for sample in data_samples for _ in VIEWS]
+        keep = not self.training and not torch.is_grad_enabled()
+        shapes = [image.shape for image in images]
+        keys: list[Hashable] = list(zip(paths, prompts, shapes, strict=True) if keep else range(len(images)))
+        found = {key: self.store.get(key) if keep else None for key in keys}
+        groups: dict[torch.Size, dict[Hashable, int]] = {}  # shape -> key -> one of the images with this key
+        for i, key in enumerate(keys):
+            if found[key] is None:
+                groups.setdefault(shapes[i], {})[key] = i
+        for group in groups.values():
+            chosen = list(group.values())
+            maps = self.encode(torch.stack([images[i] for i in chosen]), [prompts[i] for i in chosen])
+            if keep:
+                maps = [x.to('cpu', self.store_dtype, copy=True) for x in maps]
+                for key, x in zip(group, maps, strict=True):
+                    self.store.put(key, x)
+            found |= zip(group, maps, strict=True)
+        descriptors = [found[key].to(image.device) for key, image in zip(keys, images, strict=True)]
+        return [descriptors[i : i + 2] for i in range(0, len(descriptors), 2)]
+
+    def encode(self, images: Tensor, prompts: Sequence[str | None]) -> Tensor:
+        """As for any `DescriptorEncoder`; without a `prompt`, those of the images are all None."""
+        return super().encode(images, None if self.prompt is None else prompts)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a prediction depends on, for the record; in types that JSON has."""
+        if self._protocol is None:
+            model = getattr(self.backbone, 'fingerprint', type(self.backbone).__name__)
+            own_prompt = model.get('prompt') if isinstance(model, dict) else None
+            extractors = [module for module in self.modules() if isinstance(module, DiffusionExtractor)]
+            sizes = [getattr(part, 'input_size', None) for part in getattr(self.backbone, 'members', [self.backbone])]
+            self._protocol = {
+                **self._matching(),
+                'prompt': own_prompt if self.prompt is None else self.prompt,
+                'input_size': sizes if len(sizes) > 1 else sizes[0],
+                'draws': [{'noise': e.noise, 'seed': e.seed, 'ensemble': e.ensemble} for e in extractors],
+                'store_dtype': str(self.store_dtype).removeprefix('torch.'),
+                'model': model,
+                'weights': _digest(self.state_dict()),
+            }
+        return self._protocol
+
+    def train(self, mode: bool = True) -> 'DescriptorModel':
+        """Set the mode, and forget descriptors: weights may have changed."""
+        self._forget()
+        return super().train(mode)
+
+    def _forget(self, *_: object) -> None:
+        self.store.clear()
+        self._protocol = None
+
+    def _matching(self) -> dict[str, Any]:
+        """How `match` works, for the `protocol`."""
+        raise NotImplementedError
+
+    def _prompt_of(self, sample: Sample) -> str | None:
+        return None if self.prompt is None else self.prompt.format(category=sample.category)
+
+
+@MODELS.register_module()
+class CorrespondenceModel(DescriptorModel):
+    """Match the keypoints of image pairs by descriptors.
+
+    ```text
+    loss:    descriptors of both images, annotated points -> symmetric cross-entropy
+    predict: descriptors of both images, points of the source -> points of the target, `pred_keypoints1`
+    ```
+
+    Args:
+        *args: what `DescriptorModel` takes.
+        match_size: to what height and width maps are upsampled for matching: those of the 'original' images, as in
+            DIFT, or the same side for all, as in DHF (224 or 512). Predictions are in original pixels either way.
+        window: refine matches to sub-pixel positions, see `match_points`.
+        temperature: of the refinement.
+        **kwargs: what `DescriptorModel` takes.
+
+    Raises:
+        ValueError: another `match_size` or precision.
+    """
+
+    PREDICTION = 'pred_keypoints1'
+
+    def __init__(
+        self,
+        *args: Any,
+        match_size: Literal['original'] | int = 'original',
+        window: int | None = None,
+        temperature: float = 0.04,
+        **kwargs: Any,
+    ) -> None:
+        if match_size != 'original' and (not isinstance(match_size, int) or match_size < 1):
+            raise ValueError(f"match_size is {match_size!r}; it is 'original' or a number of pixels")
+        super().__init__(*args, **kwargs)
+        self.match_size = match_size
+        self.window = window
+        self.temperature = temperature
 
     def loss(self, inputs: Images, data_samples: Sequence[PairSample]) -> dict[str, Tensor]:
         """The mean loss of those pairs that have keypoints visible in both images."""
@@ -168,25 +283,13 @@ class CorrespondenceModel(BaseModel):
             return {'loss_match': 0 * sum(maps.sum() for descriptors in pairs for maps in descriptors)}
         return {'loss_match': torch.stack(losses).mean()}
 
-    def predict(self, inputs: Images, data_samples: Sequence[PairSample]) -> list[PairSample]:
-        """Match the visible keypoints of each source.
+    def match(self, source: Tensor, target: Tensor, sample: PairSample) -> Tensor:
+        """Match the visible keypoints of the source, from descriptors with shapes (C', h, w) and (C', h', w').
 
         Returns:
-            The samples, each with `pred_keypoints1`: (x, y) in original pixels of the target for every visible
-            keypoint, in order, float64 with shape (V, 2), on the CPU. One that has it already is left as it is. Damaged
-            samples get none. All say in their meta information by what `protocol` they were made.
+            (x, y) in original pixels of the target for every visible keypoint, in order, float64 with shape (V, 2), on
+            the CPU.
         """
-        wanted = [i for i, s in enumerate(data_samples) if 'damaged' not in s and 'pred_keypoints1' not in s]
-        samples = [data_samples[i] for i in wanted]
-        pairs = self.encode_pairs({view: [images[i] for i in wanted] for view, images in inputs.items()}, samples)
-        for sample, descriptors in zip(samples, pairs, strict=True):
-            sample.pred_keypoints1 = self.match(*descriptors, sample)
-        for sample in data_samples:
-            sample.set_metainfo({'protocol': self.protocol})
-        return list(data_samples)
-
-    def match(self, source: Tensor, target: Tensor, sample: PairSample) -> Tensor:
-        """What `predict` gives of one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
         points, sizes, scale = self.frame(sample)
         if not len(points):
             return points
@@ -212,88 +315,12 @@ class CorrespondenceModel(BaseModel):
         points = torch.minimum(points.clamp(min=0), points.new_tensor([width - 1, height - 1])).round()
         return points, sizes, scales[1]
 
-    def encode_pairs(self, inputs: Images, data_samples: Sequence[PairSample]) -> list[list[Tensor]]:
-        """Descriptors (C', h, w) of both images of each pair. Images of one size are encoded together."""
-        images = [inputs[f'image{view}'][i] for i in range(len(data_samples)) for view in VIEWS]
-        paths = [sample.get(f'img_path{view}') for sample in data_samples for view in VIEWS]
-        prompts = [self._prompt_of(sample) for sample in data_samples for _ in VIEWS]
-        keep = not self.training and not torch.is_grad_enabled()
-        shapes = [image.shape for image in images]
-        keys: list[Hashable] = list(zip(paths, prompts, shapes, strict=True) if keep else range(len(images)))
-        found = {key: self.store.get(key) if keep else None for key in keys}
-        groups: dict[torch.Size, dict[Hashable, int]] = {}  # shape -> key -> one of the images with this key
-        for i, key in enumerate(keys):
-            if found[key] is None:
-                groups.setdefault(shapes[i], {})[key] = i
-        for group in groups.values():
-            chosen = list(group.values())
-            maps = self.encode(torch.stack([images[i] for i in chosen]), [prompts[i] for i in chosen])
-            if keep:
-                maps = [x.to('cpu', self.store_dtype, copy=True) for x in maps]
-                for key, x in zip(group, maps, strict=True):
-                    self.store.put(key, x)
-            found |= zip(group, maps, strict=True)
-        descriptors = [found[key].to(image.device) for key, image in zip(keys, images, strict=True)]
-        return [descriptors[i : i + 2] for i in range(0, len(descriptors), 2)]
-
-    def encode(self, images: Tensor, prompts: Sequence[str | None]) -> Tensor:
-        """Descriptors of images.
-
-        Args:
-            images: with shape (B, 3, H, W), in [-1, 1].
-            prompts: of each image; None where the model has none.
-
-        Returns:
-            Shape (B, C', h, w).
-
-        Raises:
-            ValueError: there is more than one map, or none.
-        """
-        return self.describe(self.backbone(images) if self.prompt is None else self.backbone(images, prompts))
-
-    def describe(self, maps: Sequence[Tensor]) -> Tensor:
-        """The second half of `encode`: descriptors (B, C', h, w) from the backbone's maps (B, C, h, w)."""
-        if self.neck is not None:
-            maps = self.neck(maps)
-        if len(maps) != 1:
-            raise ValueError(
-                f'the {"backbone" if self.neck is None else "neck"} gives {len(maps)} maps and matching takes one; '
-                f"join them with a neck, such as dict(type='ConcatNeck', levels=[[...]], output_sizes=[64])"
-            )
-        return self.head(maps[0])
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What a prediction depends on, for the record; in types that JSON has."""
-        if self._protocol is None:
-            model = getattr(self.backbone, 'fingerprint', type(self.backbone).__name__)
-            own_prompt = model.get('prompt') if isinstance(model, dict) else None
-            extractors = [module for module in self.modules() if isinstance(module, DiffusionExtractor)]
-            sizes = [getattr(part, 'input_size', None) for part in getattr(self.backbone, 'members', [self.backbone])]
-            self._protocol = {
-                'match_size': self.match_size,
-                'window': self.window,
-                'temperature': None if self.window is None else self.temperature,
-                'prompt': own_prompt if self.prompt is None else self.prompt,
-                'input_size': sizes if len(sizes) > 1 else sizes[0],
-                'draws': [{'noise': e.noise, 'seed': e.seed, 'ensemble': e.ensemble} for e in extractors],
-                'store_dtype': str(self.store_dtype).removeprefix('torch.'),
-                'model': model,
-                'weights': _digest(self.state_dict()),
-            }
-        return self._protocol
-
-    def train(self, mode: bool = True) -> 'CorrespondenceModel':
-        """Set the mode, and forget descriptors: weights may have changed."""
-        self._forget()
-        return super().train(mode)
-
-    def _forget(self, *_: object) -> None:
-        self.store.clear()
-        self._protocol = None
-
-    def _prompt_of(self, sample: PairSample) -> str | None:
-        return None if self.prompt is None else self.prompt.format(category=sample.category)
+    def _matching(self) -> dict[str, Any]:
+        return {
+            'match_size': self.match_size,
+            'window': self.window,
+            'temperature': None if self.window is None else self.temperature,
+        }
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
