@@ -69,8 +69,8 @@ class DescriptorStore:
         self._bytes = 0
 
 
-class DescriptorModel(DescriptorEncoder):
-    """What models of correspondence have in common: descriptors of the images of pairs.
+class PairModel(DescriptorEncoder):
+    """What models of pairs have in common: the descriptors of both images.
 
     ```text
     images (3, H, W) -> backbone -> maps -> neck -> one map (B, C, h, w) -> head -> descriptors (B, C', h, w)
@@ -117,7 +117,7 @@ class DescriptorModel(DescriptorEncoder):
         self.store = DescriptorStore(store_gb * 1e9)
         self.store_dtype = getattr(torch, store_dtype)
         self._protocol: dict[str, Any] | None = None
-        self.register_load_state_dict_post_hook(DescriptorModel._forget)
+        self.register_load_state_dict_post_hook(PairModel._forget)
 
     def forward(
         self,
@@ -213,7 +213,7 @@ class DescriptorModel(DescriptorEncoder):
             }
         return self._protocol
 
-    def train(self, mode: bool = True) -> 'DescriptorModel':
+    def train(self, mode: bool = True) -> 'PairModel':
         """Set the mode, and forget descriptors: weights may have changed."""
         self._forget()
         return super().train(mode)
@@ -231,7 +231,7 @@ class DescriptorModel(DescriptorEncoder):
 
 
 @MODELS.register_module()
-class CorrespondenceModel(DescriptorModel):
+class CorrespondenceModel(PairModel):
     """Match the keypoints of image pairs by descriptors.
 
     ```text
@@ -240,12 +240,12 @@ class CorrespondenceModel(DescriptorModel):
     ```
 
     Args:
-        *args: what `DescriptorModel` takes.
+        *args: what `PairModel` takes.
         match_size: to what height and width maps are upsampled for matching: those of the 'original' images, as in
             DIFT, or the same side for all, as in DHF (224 or 512). Predictions are in original pixels either way.
         window: refine matches to sub-pixel positions, see `match_points`.
         temperature: of the refinement.
-        **kwargs: what `DescriptorModel` takes.
+        **kwargs: what `PairModel` takes.
 
     Raises:
         ValueError: another `match_size` or precision.

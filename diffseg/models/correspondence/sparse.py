@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from diffseg.structures import HomographySample
 
 from .matching import Size, mutual_nearest_neighbours
-from .model import DescriptorModel
+from .model import PairModel
 
 METRICS = 'cosine', 'l2'
 CONVENTIONS = 'centres', 'published'
@@ -52,7 +52,7 @@ def sample_descriptors(
 
 
 @MODELS.register_module()
-class SparseMatcher(DescriptorModel):
+class SparseMatcher(PairModel):
     """Match keypoints of two images as DIFT (arXiv 2306.03881) does on HPatches.
 
     ```text
@@ -62,10 +62,10 @@ class SparseMatcher(DescriptorModel):
     A checkpoint of a `CorrespondenceModel` with the same parts fits.
 
     Args:
-        *args: what `DescriptorModel` takes, without a prompt.
+        *args: what `PairModel` takes, without a prompt.
         metric: of descriptors, 'cosine' or 'l2'.
         convention: of interpolation, see `sample_descriptors`.
-        **kwargs: what `DescriptorModel` takes.
+        **kwargs: what `PairModel` takes.
 
     Raises:
         ValueError: another metric, convention or precision, or a prompt.
