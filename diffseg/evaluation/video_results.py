@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from torch import Tensor
 
-from diffseg.masks import davis_palette, read_mask, write_mask
+from diffseg.masks import VOID, davis_palette, read_mask, write_mask
 from diffseg.structures import VideoFrames, VideoSample
 from diffseg.visualization import colour_labels, grid, overlay
 
@@ -21,7 +21,7 @@ from diffseg.visualization import colour_labels, grid, overlay
 def draw_mask(picture: Tensor, mask: Tensor) -> Tensor:
     """A picture (3, H, W) with its objects (H, W) in DAVIS's colours, void left as it is."""
     colours = colour_labels(mask, torch.from_numpy(davis_palette()))
-    return overlay(picture, colours, alpha=0.6, mask=(mask > 0) & (mask < 255))
+    return overlay(picture, colours, alpha=0.6, mask=(mask > 0) & (mask != VOID))
 
 
 def draw_joints(picture: Tensor, joints: Tensor) -> Tensor:
