@@ -13,6 +13,7 @@ from .captions import CaptionPreProcessor
 from .correspondence import CorrespondenceModel, SparseMatcher
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
+from .propagation import LabelPropagator
 
 __all__ = [
     'AggregationNeck',
@@ -21,6 +22,7 @@ __all__ = [
     'CorrespondenceModel',
     'DiffusionBackbone',
     'EnsembleBackbone',
+    'LabelPropagator',
     'LearnedPrompts',
     'MetaPrompts',
     'MetaPromptsBackbone',

@@ -1,0 +1,102 @@
+"""Annotations to the labels of cells that are propagated, and propagated labels to predictions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]  # height, width
+VOID = 255
+SIGMA = 0.5  # of a joint's Gaussian, in cells
+PEAK = 3  # cells of the highest values, whose mean place is a joint's
+
+
+def encode_mask(mask: Tensor, cells: Size) -> Tensor:
+    """One-hot labels of cells, each the object in its middle (as PIL's NEAREST does it).
+
+    Unlike DIFT, void pixels are background; there they are one more object, which is then predicted.
+
+    Args:
+        mask: object ids with shape (H, W), uint8: 0 background, 255 void.
+        cells: height and width of the map.
+
+    Returns:
+        Shape (K, h, w) for background and objects 1 to K - 1, float32. An object that is in the middle of no cell has
+        zeros only, and is never predicted.
+    """
+    objects = mask.where(mask != VOID, 0)
+    nearest = _nearest(objects, cells).long()
+    return F.one_hot(nearest, int(objects.max()) + 1).permute(2, 0, 1).float()
+
+
+def decode_mask(soft: Tensor, frame_size: Size, size: Size) -> Tensor:
+    """Object ids from soft labels: upsampled bilinearly, each label stretched to [0, 1], the highest one taken.
+
+    Args:
+        soft: with shape (K, h, w), not negative.
+        frame_size: of the frame as the model sees it.
+        size: of the mask, which is resized to it (as PIL's NEAREST does it).
+
+    Returns:
+        Shape (H, W), uint8.
+    """
+    upsampled = F.interpolate(soft[None], frame_size, mode='bilinear', align_corners=False)[0]  # (K, H', W')
+    return _nearest(stretch(upsampled).argmax(0).to(torch.uint8), size)
+
+
+def stretch(labels: Tensor) -> Tensor:
+    """Map the lowest value of each label to 0 and the highest to 1.
+
+    Unlike DIFT, a label whose values are all equal stays as it is; there these are 0 / 0, unless they are 0.
+
+    Args:
+        labels: with shape (K, h, w).
+    """
+    lowest, highest = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
+    return torch.where(highest > lowest, (labels - lowest) / (highest - lowest), labels)
+
+
+def encode_joints(joints: Tensor, size: Size, cells: Size) -> Tensor:
+    """A Gaussian on the map for each joint, 1 in the cell it is nearest to, as Contrastive Random Walk draws it.
+
+    The Gaussian is cut off two cells before and one cell behind its middle along each axis. There is none of joints
+    that lie so far outside that nothing of it is left. Unlike there, joints near the upper and left borders are rounded
+    like any other, and there is no label for the background, which no joint depends on.
+
+    Args:
+        joints: (x, y) with shape (J, 2), in pixels.
+        size: of the image in pixels.
+        cells: height and width of the map.
+
+    Returns:
+        Shape (J, h, w), float32.
+    """
+    scale = torch.tensor([cells[1] / size[1], cells[0] / size[0]], dtype=torch.float64)
+    middles = (joints.double().cpu() * scale + 0.5).floor()  # (J, 2)
+    x, y = (
+        torch.arange(count, dtype=torch.float64) - middle[:, None]
+        for count, middle in zip(cells[::-1], middles.T, strict=True)
+    )  # distances (J, w), (J, h)
+    columns, rows = (torch.exp(-(d**2) / (2 * SIGMA**2)) * ((d >= -2) & (d <= 1)) for d in (x, y))
+    return (rows[:, :, None] * columns[:, None]).float()
+
+
+def decode_joints(soft: Tensor, size: Size) -> Tensor:
+    """Joints from soft labels: the mean place of the three highest cells, weighted with their values.
+
+    Args:
+        soft: with shape (J, h, w), not negative.
+        size: of the image in pixels.
+
+    Returns:
+        (x, y) with shape (J, 2), float32, in pixels; (-1, -1) where a joint's label is zero everywhere.
+    """
+    h, w = soft.shape[1:]
+    values, places = soft.flatten(1).double().topk(min(PEAK, h * w))  # (J, 3)
+    weights = values / values.sum(1, keepdim=True)
+    scale = soft.new_tensor([size[1] / w, size[0] / h], dtype=torch.float64)
+    points = torch.stack([(weights * (places % w)).sum(1), (weights * (places // w)).sum(1)], dim=1) * scale
+    return points.where(values[:, :1] > 0, -1).float()
+
+
+def _nearest(labels: Tensor, size: Size) -> Tensor:
+    return F.interpolate(labels[None, None], size, mode='nearest-exact')[0, 0]
