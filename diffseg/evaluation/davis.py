@@ -107,7 +107,7 @@ def score_video(annotations: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     objects = int(first[first != VOID].max(initial=0))
     if not objects:
         raise ValueError('the first annotation has no object; objects have the values 1, 2, ...')
-    if (highest := int(predicted.max())) > objects:
+    if (highest := int(predicted[1:-1].max())) > objects:
         raise ValueError(f'object {highest} is predicted, the first frame has objects 1 to {objects}')
     figures = np.empty((2, objects, len(annotations) - 2))
     for t, (truth, guess) in enumerate(zip(annotations[1:-1], predicted[1:-1], strict=True)):
