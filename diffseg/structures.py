@@ -45,8 +45,9 @@ class HomographySample(BaseDataElement):
         homography: takes homogeneous (x, y, 1) of image 0 to those of image 1, float64 with shape (3, 3).
         pred_matches: what a model predicts: rows of keypoints0 and keypoints1 that correspond, int64 with shape (P, 2).
 
-    Meta information: `img_path0`, `ori_shape0`, `img_shape0`, the same with 1, and `pair_id` as in `PairSample`, and
+    Meta information, beside `img_path0`, `ori_shape0`, `img_shape0`, the same with 1, and `pair_id` as in `PairSample`:
         sequence: what the pair is taken from, e.g. "v_wall"; pairs of a sequence have image 0 in common.
+        keypoint_source: the folder of their files, or the detector.
     """
 
 

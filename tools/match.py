@@ -6,9 +6,9 @@
 
 The first form compares activations of a diffusion model, those of several layers and timesteps concatenated; the second
 uses what was trained, and prepares images as its config does for tests. Points are (x, y) in pixels of the image file:
-on the command line, or in a file, a line for each (or JSON, a list of pairs). The matches are printed as CSV or JSON,
-with their cosine similarity. The picture of `--heatmap` has a row for each point: the source, and its similarity with
-every pixel of the target, from the lowest (dark, its value in brackets) to the highest.
+on the command line, or in a file, a line for each (or JSON or .npy). The matches are printed as CSV or JSON, with their
+cosine similarity. The picture of `--heatmap` has a row for each point: the source, and its similarity with every pixel
+of the target, from the lowest (dark, its value in brackets) to the highest.
 
 With `--features FOLDER` the activations of an image NAME are read from FOLDER/NAME.safetensors, if there is such a
 file, instead of being computed: `generate.py` writes them for the images that it generates, `extract_features.py` for
@@ -42,6 +42,7 @@ from diffseg.diffusion.activations import sites
 from diffseg.diffusion.images import image_size, read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_unet
+from diffseg.keypoints import read_keypoints
 from diffseg.models import CorrespondenceModel
 from diffseg.models.correspondence import UpsampledSimilarity, descriptors_at
 from diffseg.structures import PairSample
@@ -89,14 +90,11 @@ def read_points(given: Sequence[str]) -> np.ndarray:
     Raises:
         ValueError: something is not a pair of numbers.
     """
-    pairs: Sequence[Any] = [text.split(',') for text in given]
     if len(given) == 1 and ',' not in given[0]:
-        text = Path(given[0]).read_text('utf-8')
-        lines = [line.replace(',', ' ').split() for line in text.splitlines() if line.strip()]
-        pairs = json.loads(text) if given[0].endswith('.json') else lines
+        return read_keypoints(given[0])
     try:
-        points = np.array(pairs, dtype=np.float32)
-    except (TypeError, ValueError):
+        points = np.array([text.split(',') for text in given], dtype=np.float32)
+    except ValueError:
         points = np.empty(0)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise ValueError(f'{" ".join(given)} are not points; give X,Y X,Y ..., or a file with a line X,Y for each')

@@ -1,8 +1,9 @@
-"""Data sets: toy quadrupeds, label-scarce part segmentation folders, pairs of images with keypoints, and videos."""
+"""Data sets: toy quadrupeds, label-scarce part segmentation folders, pairs of images, and videos."""
 
 from .captions import LoadCaption
 from .cub import CUBPairsDataset
 from .davis import DAVISDataset
+from .hpatches import DetectKeypoints, HPatchesDataset, PackHomographyPair
 from .jhmdb import JHMDBDataset
 from .pair_transforms import (
     ColourJitterPair,
@@ -26,6 +27,8 @@ __all__ = [
     'CropToBoxPair',
     'DAVISDataset',
     'DamagedFile',
+    'DetectKeypoints',
+    'HPatchesDataset',
     'IgnoreSmallClasses',
     'JHMDBDataset',
     'LoadCaption',
@@ -34,6 +37,7 @@ __all__ = [
     'LoadVideo',
     'PFPascalDataset',
     'PFWillowDataset',
+    'PackHomographyPair',
     'PackPair',
     'PairDataset',
     'RandomCropPair',

@@ -1,6 +1,7 @@
 """Metrics, and hooks around evaluations."""
 
 from .davis import DAVISMetric
+from .homography import HomographyMetric, corner_error, estimate_homography
 from .hooks import ResultFileHook, ResumableTestHook, SelectionGuardHook
 from .jhmdb import JHMDBMetric
 from .pck import PCKMetric, correct_keypoints, pck
@@ -9,6 +10,7 @@ from .video_results import VideoResultHook
 
 __all__ = [
     'DAVISMetric',
+    'HomographyMetric',
     'JHMDBMetric',
     'PCKMetric',
     'ResultFileHook',
@@ -16,6 +18,8 @@ __all__ = [
     'ScarceIoUMetric',
     'SelectionGuardHook',
     'VideoResultHook',
+    'corner_error',
     'correct_keypoints',
+    'estimate_homography',
     'pck',
 ]

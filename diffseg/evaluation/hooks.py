@@ -16,6 +16,7 @@ from mmseg.registry import HOOKS
 from diffseg.structures import PairSample
 
 from .davis import DAVISMetric
+from .homography import HomographyMetric
 from .pck import PCKMetric
 
 
@@ -60,7 +61,7 @@ class ResultFileHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Complete the paths."""
         for metric in runner.test_evaluator.metrics:
-            if isinstance(metric, (DAVISMetric, PCKMetric)) and metric.out_file is not None:
+            if isinstance(metric, (DAVISMetric, HomographyMetric, PCKMetric)) and metric.out_file is not None:
                 metric.out_file = str(Path(runner.work_dir, metric.out_file).absolute())
 
 

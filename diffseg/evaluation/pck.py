@@ -255,7 +255,7 @@ class PCKMetric(BaseMetric):
                 'damaged': sorted(set(damaged)),
                 'predictions': results,
             }
-            _write(Path(self.out_file), json.dumps(content, indent=1))
+            write_result(self.out_file, content)
         return {**figures['all'], 'damaged': len(damaged)}
 
     def _protocol(self, results: Sequence[Record]) -> dict[str, Any]:
@@ -271,13 +271,19 @@ class PCKMetric(BaseMetric):
             'thresholds': self.thresholds,
             'bases': self.bases,
             'selection_on_test': self.allow_selection_on_test,
-            'versions': {'diffseg': __version__, **{package.__name__: package.__version__ for package in PACKAGES}},
+            'versions': versions(),
         }
 
 
-def _write(path: Path, content: str) -> None:
-    """Write a whole file or none."""
+def versions() -> dict[str, str]:
+    """Of the packages that figures may depend on."""
+    return {'diffseg': __version__, **{package.__name__: package.__version__ for package in PACKAGES}}
+
+
+def write_result(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.partial')
-    partial.write_text(content)
+    partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, path)
