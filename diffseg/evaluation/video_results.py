@@ -17,6 +17,8 @@ from diffseg.masks import VOID, davis_palette, read_mask, write_mask
 from diffseg.structures import VideoFrames, VideoSample
 from diffseg.visualization import colour_labels, grid, overlay
 
+CELL = 240  # pixels, the longer side of a frame in a strip at most
+
 
 def draw_mask(picture: Tensor, mask: Tensor) -> Tensor:
     """A picture (3, H, W) with its objects (H, W) in DAVIS's colours, void left as it is."""
@@ -99,7 +101,8 @@ class VideoResultHook(Hook):
             shown = np.linspace(0, len(frames) - 1, min(self.strip, len(frames))).round().astype(int).tolist()
             rows = [[_draw(frames, sample, t, truth) for t in shown] for truth in (True, False)]
             names = [f'frame {sample.frame_names[t]}' for t in shown]
-            grid(rows, ('annotated', 'propagated'), names).save(_made(folder / 'strips' / f'{sample.video_id}.png'))
+            strip = grid(rows, ('annotated', 'propagated'), names, cell=min(max(sample.ori_shape), CELL))
+            strip.save(_made(folder / 'strips' / f'{sample.video_id}.png'), optimize=True)
 
     def _write_masks(self, folder: Path, sample: VideoSample) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def test_masks_video_and_strip(tmp_path, run_hook):
     assert inside[1].argmax() == 0
     assert inside[2].argmax() == 1
     strip = Image.open(out / 'strips/video-0.png')
-    assert strip.width > 3 * 192
+    assert strip.width > 3 * 44
 
 
 def test_joints(tmp_path, run_hook):
