@@ -10,6 +10,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -48,6 +49,26 @@ def sdxl_unet(seed: int = 0, **config) -> UNet2DConditionModel:
         'sample_size': 16,
     }
     return unet(seed, **{**defaults, **config})
+
+
+def pixel_unet(seed: int = 0, **config) -> UNet2DModel:
+    """The topology of guided-diffusion's networks (ADM) with three levels, attention in the two coarser ones."""
+    torch.manual_seed(seed)
+    defaults = {
+        'sample_size': 16,
+        'out_channels': 6,  # a learned variance beside the noise
+        'block_out_channels': (16, 16, 32),
+        'down_block_types': ('ResnetDownsampleBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+        'up_block_types': ('AttnUpBlock2D', 'AttnUpBlock2D', 'ResnetUpsampleBlock2D'),
+        'layers_per_block': 2,
+        'downsample_type': 'resnet',
+        'upsample_type': 'resnet',
+        'resnet_time_scale_shift': 'scale_shift',
+        'attention_head_dim': 8,
+        'norm_num_groups': 8,
+        'attn_norm_num_groups': 8,
+    }
+    return UNet2DModel(**{**defaults, **config}).eval()
 
 
 def vae(seed: int = 0, **config) -> AutoencoderKL:

@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +24,7 @@ ATTENTION_CATEGORIES = tuple(f'{part}_{kind}' for part in ('down', 'mid', 'up') 
 ATTENTION_STRIDES = {'concat': (2, 4), 'average': (2, math.inf)}
 
 AttentionMode = Literal['concat', 'average']
+UNet = UNet2DConditionModel | UNet2DModel  # of latents and prompts, or of pixels alone
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Site:
         return -(-height // self.stride), -(-width // self.stride)
 
 
-def sites(unet: UNet2DConditionModel, vae_scale_factor: int = 8) -> dict[str, Site]:
+def sites(unet: UNet, vae_scale_factor: int | None = None) -> dict[str, Site]:
     """List everything that can be read inside a UNet, in order of execution.
 
     No forward pass is made, so the UNet may be on the meta device. The names (spec of GDF, all indices from 0):
@@ -62,14 +63,21 @@ def sites(unet: UNet2DConditionModel, vae_scale_factor: int = 8) -> dict[str, Si
     * `down-level{L}-downsampler-out`, `up-level{L}-upsampler-out`
     * `mid-repeat{R}-res-...`, `mid-vit-...`
 
+    Of a network of pixels, whose attention is not inside transformers, `vit-out` is all that there is of it.
+
     Args:
         unet: The network.
-        vae_scale_factor: Image pixels per latent cell.
+        vae_scale_factor: Image pixels per latent cell; None is 8, and 1 for a network of pixels.
     """
-    return {site.name: site for site in _walk(unet, vae_scale_factor)}
+    return {site.name: site for site in _walk(unet, vae_scale_factor or default_scale_factor(unet))}
 
 
-def _walk(unet: UNet2DConditionModel, stride: int) -> Iterator[Site]:
+def default_scale_factor(unet: UNet) -> int:
+    """Image pixels per cell of what the network reads: 1 without a VAE, else that of Stable Diffusion's, 8."""
+    return 1 if isinstance(unet, UNet2DModel) else 8
+
+
+def _walk(unet: UNet, stride: int) -> Iterator[Site]:
     yield Site('unet-in', 'conv_in', unet.config.in_channels, stride, 'input')
     yield Site('unet-after-conv-in', 'conv_in', unet.config.block_out_channels[0], stride)
     for level, block in enumerate(unet.down_blocks):
@@ -181,7 +189,9 @@ def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
     """Translate aliases and check names.
 
     The aliases are `dift-{n}`, the output of decoder block n with its upsampler (DIFT's `up_ft_index`), and
-    `dhf-{level}-{repeat}`, a residual increment of the decoder (the layers of Diffusion Hyperfeatures).
+    `dhf-{level}-{repeat}`, a residual increment of the decoder (the layers of Diffusion Hyperfeatures). In a network
+    of pixels `adm-{i}` is guided-diffusion's `output_blocks.i`: a residual block of the decoder, counted through all
+    levels, with the attention and the upsampler behind it; there `dift-{i}` means the same, as in DIFT.
 
     Args:
         names: Names of sites or aliases.
@@ -213,10 +223,22 @@ def nearest(name: str, available: Sequence[str]) -> str:
 
 
 def _translate(name: str, available: Sequence[str]) -> str:
-    if alias := re.fullmatch(r'dift-(\d+)', name):
-        outputs = [site for site in available if site.startswith(f'up-level{alias[1]}-')]
-        return outputs[-1] if outputs else name  # what a block executes last is its output
+    pixels = not any('-vit-block' in site for site in available)  # no transformers, so no prompts either
+    if alias := re.fullmatch(r'(?:dift|adm)-(\d+)' if pixels else r'dift-(\d+)', name):
+        outputs = _outputs(available, r'up-level\d+-repeat\d+' if pixels else r'up-level\d+')
+        return outputs[int(alias[1])] if int(alias[1]) < len(outputs) else name
     return re.sub(r'^dhf-(\d+)-(\d+)$', r'up-level\1-repeat\2-res-increment', name)
+
+
+def _outputs(available: Iterable[str], block: str) -> list[str]:
+    """What each block of the decoder executes last; the beginnings of its names match `block`, or it began before."""
+    outputs, current = {}, ''
+    for name in available:
+        if name.startswith('up-'):
+            found = re.match(block, name)
+            current = found[0] if found else current
+            outputs[current] = name
+    return list(outputs.values())
 
 
 class _Tap(NamedTuple):
@@ -243,7 +265,7 @@ class ActivationRecorder:
             runs to its end all the same, since checkpointed modules must not be left by an exception.
         attention: Categories of aggregated attention, which is returned after `names`, see `aggregates`.
         attention_mode: How it is aggregated, 'concat' or 'average'.
-        vae_scale_factor: Image pixels per latent cell, which strides and so some names tell.
+        vae_scale_factor: Image pixels per latent cell, which strides and so some names tell; None as in `sites`.
 
     Raises:
         ValueError: For names that the UNet does not have.
@@ -251,16 +273,16 @@ class ActivationRecorder:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: UNet,
         names: Sequence[str],
         stop_early: bool = True,
         attention: Sequence[str] = (),
         attention_mode: AttentionMode = 'concat',
-        vae_scale_factor: int = 8,
+        vae_scale_factor: int | None = None,
     ) -> None:
         available = sites(unet, vae_scale_factor)
         self.unet = unet
-        self.vae_scale_factor = vae_scale_factor
+        self.vae_scale_factor = vae_scale_factor or default_scale_factor(unet)
         self.stop_early = stop_early
         self.sites = [available[name] for name in resolve(names, available)]
         self.aggregates = aggregates(available, attention, attention_mode)
@@ -282,9 +304,9 @@ class ActivationRecorder:
         Gradients flow through the activations when gradient mode is on.
 
         Args:
-            x_t: Noised latent with shape (B, 4, h, w), of any size that the UNet takes.
+            x_t: Noised latent with shape (B, 4, h, w), of any size that the UNet takes; or image (B, 3, h, w).
             timestep: The scheduler's own index, one or (B,).
-            encoder_hidden_states: Text embedding with shape (B, N, D).
+            encoder_hidden_states: Text embedding with shape (B, N, D), for networks that read one.
             added_cond_kwargs: SDXL's `text_embeds` and `time_ids`.
             unet_kwargs: Passed on to the UNet.
 
@@ -299,7 +321,9 @@ class ActivationRecorder:
         masked = any(unet_kwargs.get(name) is not None for name in ('attention_mask', 'encoder_attention_mask'))
         if masked and any(site.kind == 'map' for site in self._all_sites()):
             raise ValueError('attention maps cannot be read under an attention mask; ask for other activations')
-        raw = self._run(x_t, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **unet_kwargs)
+        told = {'encoder_hidden_states': encoder_hidden_states, 'added_cond_kwargs': added_cond_kwargs}
+        unet_kwargs |= {name: value for name, value in told.items() if value is not None}
+        raw = self._run(x_t, timestep, **unet_kwargs)
         height, width = (side * self.vae_scale_factor for side in x_t.shape[-2:])
         read = {site.name: self._read(site, raw, (height, width)) for site in self.sites}
         for site, groups in self.aggregates:

@@ -4,15 +4,16 @@ import weakref
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffseg.diffusion import ActivationRecorder, Site, resolve, sites
-from diffseg.diffusion.activations import aggregates
+from diffseg.diffusion.activations import UNet, aggregates
 
 # one of each kind, the first and the last one executed far apart
 NAMES = [
@@ -40,15 +41,25 @@ TOPOLOGIES = {
     'x4-upscaler': {'only_cross_attention': (True, True, True, False), 'in_channels': 7},
     'floyd': SIMPLE_CROSS,
 }
+PIXEL_TOPOLOGIES = {
+    'adm': {},
+    'strided-convolutions': {
+        'down_block_types': ('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D'),
+        'up_block_types': ('UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+        'downsample_type': 'conv',
+        'upsample_type': 'conv',
+        'resnet_time_scale_shift': 'default',
+    },
+    'middle-without-attention': {'add_attention': False},
+}
 
 
-def inputs(unet: UNet2DConditionModel, batch: int = 1, height: int = 16, width: int = 24) -> dict:
+def inputs(unet: UNet, batch: int = 1, height: int = 16, width: int = 24) -> dict:
     config = unet.config
-    values = {
-        'x_t': torch.randn(batch, config.in_channels, height, width),
-        'timestep': 50,
-        'encoder_hidden_states': torch.randn(batch, 5, config.cross_attention_dim),
-    }
+    values = {'x_t': torch.randn(batch, config.in_channels, height, width), 'timestep': 50}
+    if isinstance(unet, UNet2DModel):
+        return values
+    values['encoder_hidden_states'] = torch.randn(batch, 5, config.cross_attention_dim)
     if config.addition_embed_type == 'text_time':
         values['added_cond_kwargs'] = {'text_embeds': torch.randn(batch, 32), 'time_ids': torch.rand(batch, 6)}
     return values
@@ -110,11 +121,12 @@ def number_of_keys(unet: UNet2DConditionModel, site: Site, cells: int) -> int:
     return 5 if attention == 'attn2' or unet.get_submodule(block).only_cross_attention else cells
 
 
-def assert_as_described(unet: UNet2DConditionModel, height: int, width: int) -> None:
+def assert_as_described(unet: UNet, height: int, width: int) -> None:
     """Every site's real shape, for a latent of `height` x `width`, is what its description says."""
+    factor = 1 if isinstance(unet, UNet2DModel) else 8
     read = ActivationRecorder(unet, list(sites(unet)))(**inputs(unet, 2, height, width))
     for site in sites(unet).values():
-        h, w = site.size(8 * height, 8 * width)
+        h, w = site.size(factor * height, factor * width)
         channels = site.channels or number_of_keys(unet, site, h * w)
         assert read[site.name].shape == (2, channels, h, w), site
         if site.kind == 'map':
@@ -125,6 +137,12 @@ def assert_as_described(unet: UNet2DConditionModel, height: int, width: int) -> 
 @torch.no_grad()
 def test_every_site_is_as_described(tiny_unet, topology):
     assert_as_described(tiny_unet(**TOPOLOGIES[topology]), 16, 24)
+
+
+@pytest.mark.parametrize('config', PIXEL_TOPOLOGIES.values(), ids=PIXEL_TOPOLOGIES)
+@torch.no_grad()
+def test_every_site_of_a_pixel_network_is_as_described(config):
+    assert_as_described(tiny.pixel_unet(**config), 12, 20)
 
 
 @pytest.mark.parametrize('make', ['tiny_unet', 'tiny_sdxl_unet'])
@@ -152,28 +170,31 @@ def test_tokens_fold_by_the_true_height_and_width(tiny_unet):
     assert torch.equal(read['down-level0-repeat0-vit-block0-out'][0, :, 4, 7], stored[0][0, 4 * 10 + 7])
 
 
+@pytest.mark.parametrize(
+    ('make', 'names'), [(tiny.unet, NAMES), (tiny.pixel_unet, ['up-level0-upsampler-out', 'mid-vit-out', 'unet-in'])]
+)
 @torch.no_grad()
-def test_stops_early_with_the_same_values(tiny_unet):
-    unet = tiny_unet()
+def test_stops_early_with_the_same_values(make, names):
+    unet = make()
     given = inputs(unet, 2)
     executed = []
     unet.up_blocks[1].resnets[2].register_forward_hook(lambda *_: executed.append('after'))
-    early = ActivationRecorder(unet, NAMES)(**given)
+    early = ActivationRecorder(unet, names)(**given)
     assert executed == []
-    full = ActivationRecorder(unet, NAMES, stop_early=False)(**given)
+    full = ActivationRecorder(unet, names, stop_early=False)(**given)
     assert executed == ['after']
-    assert list(early) == NAMES
-    for name in NAMES:
+    assert list(early) == names
+    for name in names:
         assert torch.equal(early[name], full[name])
 
 
+@pytest.mark.parametrize('make', [tiny.unet, tiny.pixel_unet])
 @torch.no_grad()
-def test_output_of_the_unet(tiny_unet):
-    unet = tiny_unet()
+def test_output_of_the_unet(make):
+    unet = make()
     given = inputs(unet)
     read = ActivationRecorder(unet, ['unet-out'])(**given)
-    expected = unet(given['x_t'], given['timestep'], given['encoder_hidden_states']).sample
-    assert torch.equal(read['unet-out'], expected)
+    assert torch.equal(read['unet-out'], unet(given.pop('x_t'), **given).sample)
 
 
 @torch.no_grad()
@@ -369,9 +390,25 @@ def test_dift_alias_is_the_output_of_the_block(tiny_sdxl_unet):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize('config', PIXEL_TOPOLOGIES.values(), ids=PIXEL_TOPOLOGIES)
+def test_aliases_of_a_pixel_network_count_residual_blocks(config):
+    available = sites(tiny.pixel_unet(**config))
+    attention = [int(kind.startswith('Attn')) for kind in config.get('up_block_types', ('Attn', 'Attn', ''))]
+    expected = []
+    for level, last in enumerate(['upsampler-out', 'upsampler-out', None]):
+        out = 'vit-out' if attention[level] else 'res-out'
+        blocks = [f'up-level{level}-repeat{repeat}-{out}' for repeat in range(3)]
+        expected += [*blocks[:2], f'up-level{level}-{last}' if last else blocks[2]]
+    assert resolve([f'adm-{i}' for i in range(9)], available) == expected
+    assert resolve([f'dift-{i}' for i in range(9)], available) == expected
+    with pytest.raises(ValueError, match="unknown activation 'adm-9'"):
+        resolve(['adm-9'], available)
+
+
 @pytest.mark.parametrize(
     ('name', 'nearest'),
     [
+        ('adm-3', ''),
         ('up-level1-repeat1-vit-block1-cross-q', 'up-level1-repeat1-vit-block0-cross-q'),
         ('up_level1-repeat1-res-out', 'up-level1-repeat1-res-out'),
         ('dift-4', ''),
