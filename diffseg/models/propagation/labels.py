@@ -1,7 +1,9 @@
 """Annotations to the labels of cells that are propagated, and propagated labels to predictions."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 Size = tuple[int, int]  # height, width
@@ -11,7 +13,7 @@ PEAK = 3  # cells of the highest values, whose mean place is a joint's
 
 
 def encode_mask(mask: Tensor, cells: Size) -> Tensor:
-    """One-hot labels of cells, each the object in its middle (as PIL's NEAREST does it).
+    """One-hot labels of cells, each the object in its middle (Pillow's NEAREST).
 
     Unlike DIFT, void pixels are background; there they are one more object, which is then predicted.
 
@@ -34,10 +36,10 @@ def decode_mask(soft: Tensor, frame_size: Size, size: Size) -> Tensor:
     Args:
         soft: with shape (K, h, w), not negative.
         frame_size: of the frame as the model sees it.
-        size: of the mask, which is resized to it (as PIL's NEAREST does it).
+        size: of the mask, which is resized to it (Pillow's NEAREST).
 
     Returns:
-        Shape (H, W), uint8.
+        Shape (H, W), uint8, on the CPU.
     """
     upsampled = F.interpolate(soft[None], frame_size, mode='bilinear', align_corners=False)[0]  # (K, H', W')
     return _nearest(stretch(upsampled).argmax(0).to(torch.uint8), size)
@@ -98,5 +100,6 @@ def decode_joints(soft: Tensor, size: Size) -> Tensor:
     return points.where(values[:, :1] > 0, -1).float()
 
 
-def _nearest(labels: Tensor, size: Size) -> Tensor:
-    return F.interpolate(labels[None, None], size, mode='nearest-exact')[0, 0]
+def _nearest(mask: Tensor, size: Size) -> Tensor:
+    """Resize (H, W), uint8; on the CPU."""
+    return torch.from_numpy(np.array(Image.fromarray(mask.cpu().numpy()).resize(size[::-1], Image.Resampling.NEAREST)))

@@ -129,7 +129,7 @@ class LabelPropagator(DescriptorEncoder):
     def propagate_mask(self, frames: VideoFrames, sample: VideoSample) -> Tensor:
         """Masks of one video, see `predict`."""
         soft = self.propagate(frames, lambda cells: encode_mask(sample.first_mask, cells))
-        masks = (decode_mask(labels, sample.img_shape, sample.ori_shape).cpu() for labels in soft)
+        masks = (decode_mask(labels, sample.img_shape, sample.ori_shape) for labels in soft)
         return torch.stack([sample.first_mask.cpu(), *masks])
 
     def propagate_joints(self, frames: VideoFrames, sample: VideoSample) -> Tensor:

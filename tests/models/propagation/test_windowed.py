@@ -7,6 +7,8 @@ from torch.autograd.profiler import profile
 
 from diffseg.models.propagation.windowed import propagate_labels
 
+CHANNELS = 16
+
 
 def masked_matrix(target, context, labels, topk, radius, temperature):
     """Every cell of the context with every cell of the target, in double precision, zeroed outside of windows."""
@@ -90,7 +92,7 @@ def test_small_temperatures_do_not_overflow():
 
 def peak_bytes(n: int, h: int, w: int, chunk: int) -> int:
     """What is allocated at most at any time, on top of what was there."""
-    target, context = random_frames(n, 64, h, w)
+    target, context = random_frames(n, CHANNELS, h, w)
     labels = torch.rand(n, 2, h, w)
     with profile(use_cpu=True, profile_memory=True) as recorded:
         propagate_labels(target, context, labels, 5, 2, 0.2, chunk)
@@ -103,14 +105,12 @@ def peak_bytes(n: int, h: int, w: int, chunk: int) -> int:
     return peak
 
 
-def test_memory_grows_neither_with_the_context_nor_with_the_resolution():
-    chunk = 5000
-    few, many = (peak_bytes(n, 8, 8, chunk) for n in (5, 80))
-    large = peak_bytes(5, 32, 16, chunk)
-    bound = 3 * 4 * chunk  # the similarities, which of them to drop, the weights
-    assert few < bound
-    assert many < bound + 4 * 80 * 8 * 8  # norms, 1/64 of the context
-    assert large < bound + 4 * (2 * 64 + 5 + 2) * 32 * 16  # the target twice, norms, the result
+@pytest.mark.parametrize(('n', 'h', 'w'), [(5, 6, 6), (40, 6, 6), (5, 24, 12)])
+def test_memory_is_bounded_for_any_number_of_frames_and_any_resolution(n, h, w):
+    chunk = 1250
+    similarities = 3 * chunk  # these, which of them to drop, the weights
+    maps = (2 * CHANNELS + n + 2) * h * w  # the target twice, norms, the result
+    assert peak_bytes(n, h, w, chunk) < 4 * (similarities + maps) < 4 * n * (h * w) ** 2
 
 
 @pytest.mark.parametrize(
