@@ -50,9 +50,7 @@ def segmentation_model(
     outputs = [sum(level) for level in widths]
     if neck is not None and neck['type'] == 'AggregationNeck':
         outputs = [neck['out_channels']] * len(levels)
-        names = [list(map(str, level)) for level in levels]
-        options = {key: neck[key] for key in NECK_OPTIONS if key in neck}
-        model['neck'] = {**options, 'levels': widths, 'timesteps': 1, 'layer_names': names, 'timestep_names': ['own']}
+        model['neck'] = _aggregation(neck, levels, widths)
     elif neck is not None:
         model['neck'] = {'type': 'ConcatNeck', 'levels': widths}
     model['backbone'] = _backbone(model['backbone'], ordered, channels)
@@ -68,13 +66,15 @@ def correspondence_model(
     sites: Mapping[str, Site],
     output_size: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The config of a model that matches with these activations, zero-shot.
+    """The config of a model that matches with these activations.
 
-    Each is resized, brought to unit length in every cell and concatenated, so that the cosine of two cells is the mean
-    of the candidates' cosines.
+    An `AggregationNeck` stays one, with a bottleneck for each candidate. Otherwise the model is zero-shot: each
+    activation is resized, brought to unit length in every cell and concatenated, so that the cosine of two cells is the
+    mean of the candidates' cosines.
 
     Args:
-        model: config of a `CorrespondenceModel` with a `DiffusionBackbone`; its neck and head are left out.
+        model: config of a `CorrespondenceModel` with a `DiffusionBackbone`; other necks are left out, and heads with
+            them.
         candidates: what was selected.
         sites: of the backbone's UNet.
         output_size: side or (height, width) in cells; by default the finest one's.
@@ -85,11 +85,24 @@ def correspondence_model(
     model = copy.deepcopy(dict(model))
     channels = _channels(candidates, sites)
     model['backbone'] = _backbone(model['backbone'], candidates, channels)
-    model['neck'] = {'type': 'ConcatNeck', 'levels': [list(channels.values())], 'normalize': True}
+    widths = [list(channels.values())]
+    if (neck := model.get('neck')) is not None and neck['type'] == 'AggregationNeck':
+        model['neck'] = _aggregation(neck, [candidates], widths)
+    else:
+        model['neck'] = {'type': 'ConcatNeck', 'levels': widths, 'normalize': True}
+        model.pop('head', None)
     if output_size is not None:
         model['neck']['output_sizes'] = [output_size]
-    model.pop('head', None)
     return model
+
+
+def _aggregation(
+    neck: Mapping[str, Any], levels: Sequence[Sequence[Candidate]], widths: list[list[int]]
+) -> dict[str, Any]:
+    """The config of an `AggregationNeck` for other levels."""
+    options = {key: neck[key] for key in NECK_OPTIONS if key in neck}
+    names = [list(map(str, level)) for level in levels]
+    return {**options, 'levels': widths, 'timesteps': 1, 'layer_names': names, 'timestep_names': ['own']}
 
 
 def _channels(candidates: Sequence[Candidate], sites: Mapping[str, Site]) -> dict[Candidate, int]:

@@ -67,7 +67,12 @@ class Measure(Protocol):
         """
 
     def nbytes(self, channels: int, cells: int) -> int:
-        """About how many bytes are kept of one sample and a candidate with so many channels and cells."""
+        """About how many bytes are kept of one sample and a candidate.
+
+        Args:
+            channels: of its map.
+            cells: of the finest map of all.
+        """
 
 
 class Projection:
