@@ -220,6 +220,8 @@ class Search:
             return ranked
         ranking = rank(*ranked)
         candidates = self._short([c for c, _ in ranking if self.sites[c.layer].channels])
+        if not candidates:
+            raise ValueError('nothing can be selected: self-attention alone was searched; add other --layers')
         joined = ranked
         if self.pairs:
             joined = self._stage('select', candidates, samples, places, out, micro_batch, shard)
@@ -228,7 +230,7 @@ class Search:
         store, measure = joined
         usable = [reduction for reduction in store if reduction]
         steps = forward_selection(candidates, lambda chosen: measure.score(usable, chosen), self.options.k)
-        own = (self.own, measure.score(usable, self.own)) if set(self.own) <= set(candidates) else None
+        own = (self.own, measure.score(usable, self.own)) if self.own and set(self.own) <= set(candidates) else None
         grids = {tuple(reduction[candidates[0]].shape[1:]) for reduction in usable} if self.pairs else set()
         grid = grids.pop() if len(grids) == 1 else None
         settings = {key: x for key, x in ranked[0].settings.items() if key not in ('candidates', 'layers')}
@@ -309,7 +311,9 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
 
 
 def own_candidates(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> tuple[Candidate, ...]:
-    """The activations of a config at its timesteps."""
+    """The activations of a config at its timesteps; none if aggregated attention, no candidate, is among them."""
+    if backbone.get('attention_maps'):
+        return ()
     readings, _ = split_timesteps(backbone['layers'], backbone.get('timesteps'))
     return tuple(Candidate(*resolve([layer], available), t) for layer, timesteps in readings for t in timesteps)
 

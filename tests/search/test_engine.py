@@ -1,0 +1,91 @@
+"""Tests for diffseg.search.engine."""
+
+import random
+
+import pytest
+import torch
+
+from diffseg.search import Candidate
+from diffseg.search.engine import Place, Store, most_at_once, order, part, rank, walk
+
+A, B, C = (Candidate(name, 50) for name in 'abc')
+
+
+def chain(length: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Pairs of neighbours in a row of pictures, shuffled."""
+    pairs = [(i, i + 1) for i in range(length)]
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+@pytest.mark.parametrize('budget', [0, 2, 5, 1000])
+def test_walk_gives_the_same_whatever_is_kept(budget):
+    samples = [random.Random(seed).choices(range(12), k=2) for seed in range(40)]
+    made = []
+
+    def make(position, view):
+        made.append(samples[position][view])
+        return f'maps of {made[-1]}'
+
+    found = list(walk(samples, make, lambda x: 1, budget))
+    assert found == [[f'maps of {image}' for image in images] for images in samples]
+    if budget >= most_at_once(samples):
+        assert len(made) == len(set(made))
+
+
+def test_pairs_that_share_images_come_together():
+    pairs = chain(50)
+    found = order(pairs)
+    assert sorted(found) == list(range(50))
+    assert most_at_once([pairs[i] for i in found]) <= 3 < most_at_once(pairs)
+
+
+def test_order_of_samples_that_share_nothing_is_kept():
+    assert order([(i,) for i in range(5)]) == list(range(5))
+    assert order([(), (1, 1), ()]) == [0, 1, 2]
+
+
+def test_parts_make_a_whole():
+    places = [Place(i, 0) for i in range(11)]
+    assert [place for i in range(3) for place in part(places, (i, 3))] == places
+
+
+def test_what_is_stored_comes_back(tmp_path):
+    places = [Place(7, 0), Place(3, 1)]
+    store = Store(tmp_path, places, [A, B, C], {'seeds': 2})
+    reduction = {
+        A: torch.rand(3, 2),
+        'labels': torch.arange(4),
+        C: torch.rand(3, 2),
+        B: torch.rand(5).half(),
+        'number': torch.tensor(3),
+    }
+    assert store.missing() == places
+    store.write(places[1], reduction)
+    assert store.missing() == places[:1]
+    store.write(places[0], {A: torch.zeros(0, dtype=torch.bool)})
+    again = Store(tmp_path, places, [A, B, C], {'seeds': 2})
+    assert set(again[1]) == set(reduction) and len(again[1]) == 5
+    for key, x in reduction.items():
+        assert torch.equal(again[1][key], x) and again[1][key].dtype == x.dtype
+    assert B not in again[0] and again[0][A].shape == (0,)
+    assert len(list(again)) == 2
+    with pytest.raises(ValueError, match=r'another search, which differs in seeds, candidates'):
+        Store(tmp_path, places, [A, B], {'seeds': 1})
+
+
+def test_what_could_not_be_read_or_measured_is_left_out(tmp_path):
+    class Mean:
+        def score(self, reductions, candidates):
+            return float(torch.stack([reduction[candidates[0]] for reduction in reductions]).mean())
+
+    places = [Place(i, 0) for i in range(3)]
+    store = Store(tmp_path, places, [A, B, C], {})
+    store.write(places[0], {A: torch.tensor(1.0), B: torch.tensor(4.0), C: torch.tensor(9.0)})
+    store.write(places[1], {})  # damaged
+    store.write(places[2], {A: torch.tensor(2.0), B: torch.tensor(0.0)})
+    assert rank(store, Mean()) == [(B, 2.0), (A, 1.5)]
+    empty = Store(tmp_path / 'empty', places[:1], [A], {})
+    empty.write(places[0], {})
+    with pytest.raises(ValueError, match='none of the samples could be read'):
+        rank(empty, Mean())
