@@ -60,3 +60,9 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sdxl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete diffusers folder of SDXL's kind. Read only."""
     return tiny.save_sdxl(tmp_path_factory.mktemp('models') / 'tiny-sdxl')
+
+
+@pytest.fixture(scope='session')
+def tiny_pixel_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a model of pixel space: UNet and scheduler. Read only."""
+    return tiny.save_pixel(tmp_path_factory.mktemp('models') / 'tiny-adm')

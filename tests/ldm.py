@@ -33,13 +33,12 @@ def _unet_name(name: str, without_attention: set[int], per_level: int) -> str:
     ):
         side, level, kind, repeat, rest = match.groups()
         i = int(repeat) + (per_level + (side == 'up')) * int(level or 0)
-        if kind == 'resnets':
-            module, leaf = rest.rsplit('.', 1)
-            rest = f'{_UNET_RESNET[module]}.{leaf}'
+        module, leaf = rest.rsplit('.', 1)
+        rest = f'{_UNET_RESNET.get(module, module)}.{leaf}'
         if side == 'mid':
             return f'middle_block.{2 * int(repeat) if kind == "resnets" else 1}.{rest}'
         if kind == 'downsamplers':
-            return f'input_blocks.{(per_level + 1) * (int(level) + 1)}.0.{rest.replace("conv", "op")}'
+            return f'input_blocks.{(per_level + 1) * (int(level) + 1)}.0.{re.sub("^conv", "op", rest)}'
         if kind == 'upsamplers':
             slot = 1 if int(level) in without_attention else 2
             return f'output_blocks.{(per_level + 1) * (int(level) + 1) - 1}.{slot}.{rest}'

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -139,4 +141,10 @@ def save_sdxl(folder: Path) -> Path:
         unet=sdxl_unet(),
         scheduler=EulerDiscreteScheduler(timestep_spacing='leading', **BETAS),
     ).save_pretrained(folder)
+    return folder
+
+
+def save_pixel(folder: Path, seed: int = 0, **config) -> Path:
+    """Write a folder of a model of pixel space, such as `tools/convert_adm.py` makes."""
+    DDPMPipeline(pixel_unet(seed, **config), DDPMScheduler(variance_type='learned_range')).save_pretrained(folder)
     return folder

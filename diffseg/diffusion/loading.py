@@ -3,6 +3,8 @@
 Weights are read from safetensors, or with `weights_only=True` where there is nothing else; no code that comes with a
 model is run. Only what is asked for is kept: the UNet and the encoder half of the VAE. Text encoders are
 `conditioning`'s.
+
+A model whose UNet is a `UNet2DModel` works on pixels and has nothing but a UNet and a scheduler.
 """
 
 import hashlib
@@ -14,28 +16,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     infer_diffusers_model_type,
     load_single_file_checkpoint,
 )
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
+from diffseg.diffusion.activations import UNet
+from diffseg.diffusion.adm import convert_adm_unet, is_adm_checkpoint
 from diffseg.diffusion.presets import PRESETS, Preset, get_preset, preset_of_repo
 
 CHECKPOINT_SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
-FOLDER_LAYOUT = 'a folder in the diffusers layout (unet/, vae/, scheduler/, text_encoder/, tokenizer/)'
+FOLDER_LAYOUT = (
+    'a folder in the diffusers layout (unet/, vae/, scheduler/, text_encoder/, tokenizer/; or, of pixel space, unet/ '
+    'and scheduler/)'
+)
 # What diffusers calls the architecture of a single-file checkpoint -> presets that describe it. SD 2.x files do not say
 # whether their UNet predicts noise or velocity.
 SINGLE_FILE_PRESETS = {'v1': ('sd15',), 'v2': ('sd21', 'sd21-base'), 'xl_base': ('sdxl',)}
 FINGERPRINT_SAMPLES = 64
 
-_CLASSES: dict[str, type] = {'unet': UNet2DConditionModel, 'vae': AutoencoderKL, 'scheduler': DDIMScheduler}
+# The first one unless a configuration names another.
+_CLASSES: dict[str, tuple[type, ...]] = {
+    'unet': (UNet2DConditionModel, UNet2DModel),
+    'vae': (AutoencoderKL,),
+    'scheduler': (DDIMScheduler,),
+}
 _CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     'unet': lambda state, config: convert_ldm_unet_checkpoint(state, config, extract_ema=True),
     'vae': convert_ldm_vae_checkpoint,
@@ -71,6 +83,11 @@ class ModelConfig(NamedTuple):
     vae: dict[str, Any] | None
     scheduler: dict[str, Any] | None
 
+    @property
+    def pixel_space(self) -> bool:
+        """Whether the UNet works on images themselves."""
+        return _class_of('unet', self.unet) is UNet2DModel
+
 
 @dataclass
 class DiffusionParts:
@@ -78,24 +95,24 @@ class DiffusionParts:
 
     Attributes:
         unet: In evaluation mode.
-        vae: The encoder half only, in evaluation mode; None if it was not asked for.
-        vae_config: The VAE's configuration, there even without the VAE.
+        vae: The encoder half only, in evaluation mode; None if it was not asked for, or in pixel space.
+        vae_config: The VAE's configuration, there even without the VAE; None in pixel space.
         scheduler_config: Betas and prediction type.
         source: Where the parts come from.
         fingerprint: Identifies the weights, see `fingerprint`.
     """
 
-    unet: UNet2DConditionModel
+    unet: UNet
     vae: AutoencoderKL | None
-    vae_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any] | None
     scheduler_config: Mapping[str, Any]
     source: ModelSource
     fingerprint: str
 
     @property
     def vae_scale_factor(self) -> int:
-        """Image pixels per latent cell."""
-        return 2 ** (len(self.vae_config['block_out_channels']) - 1)
+        """Image pixels per latent cell; 1 in pixel space."""
+        return 1 if self.vae_config is None else 2 ** (len(self.vae_config['block_out_channels']) - 1)
 
     @property
     def scaling_factor(self) -> float:
@@ -146,7 +163,7 @@ def find_source(
     if isinstance(model, str) and model in PRESETS:
         preset = PRESETS[model]
         revision, variant = revision or preset.revision, variant or preset.variant
-        return ModelSource('hub', preset.repo_id, revision, variant, preset, config)
+        return ModelSource('hub', preset.repo_id or preset.name, revision, variant, preset, config)
     if path.is_dir():
         return ModelSource('folder', str(path), variant=variant, config=config)
     if path.is_file():
@@ -170,14 +187,13 @@ def load_config(model: str | Path, *, revision: str | None = None, config: str |
 
     Raises:
         OSError: No such model, or a folder or repository without a UNet.
-        ValueError: A UNet or VAE of another class, or a single file whose architecture is not clear.
+        ValueError: A UNet or VAE of another class, a UNet of pixels beside a VAE, or a single file whose architecture
+            is not clear.
     """
     return _load_config(find_source(model, revision=revision, config=config))
 
 
-def meta_unet(
-    model: str | Path, *, revision: str | None = None, config: str | Path | None = None
-) -> UNet2DConditionModel:
+def meta_unet(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> UNet:
     """The UNet on the meta device: all modules, no weights. Raises what `load_config` does."""
     return _on_meta('unet', load_config(model, revision=revision, config=config).unet)
 
@@ -195,7 +211,7 @@ def load_parts(
     random: Sequence[str] = (),
     seed: int = 0,
 ) -> DiffusionParts:
-    """Load a model's UNet, VAE encoder and noise schedule, on the CPU.
+    """Load a model's UNet, VAE encoder (if it has one) and noise schedule, on the CPU.
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
@@ -208,7 +224,7 @@ def load_parts(
             (`force_upcast`).
         attention: 'sdpa' (torch's fused attention), 'eager' (plain matrix products), 'xformers' (needs a GPU), or
             'auto', which is 'sdpa'.
-        vae: Whether the VAE is loaded.
+        vae: Whether the VAE is loaded, if there is one.
         random: Parts ('unet', 'vae') that get random weights instead of the model's; these are then not read.
         seed: Of the random weights.
 
@@ -224,7 +240,7 @@ def load_parts(
     source = find_source(model, revision=revision, variant=variant, config=config)
     checkpoint = read_checkpoint(source.location) if source.kind == 'file' else None
     configs = _load_config(source, checkpoint)
-    for part in ('vae', 'scheduler'):
+    for part in ('scheduler',) if configs.pixel_space else ('vae', 'scheduler'):
         if getattr(configs, part) is None:
             raise FileNotFoundError(f'{source.location} has no {part}/ with a configuration; expected {FOLDER_LAYOUT}')
     if unet_weights is None and source.preset is not None and source.preset.unet_weights is not None:
@@ -240,7 +256,7 @@ def load_parts(
 
     unet = load('unet', dtype)
     encoder = None
-    if vae:
+    if vae and not configs.pixel_space:
         overflows = dtype == torch.float16 and configs.vae['force_upcast']
         encoder = load('vae', torch.float32 if overflows else dtype)
         del encoder.decoder, encoder.post_quant_conv
@@ -340,15 +356,34 @@ def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = 
         return _load_config(describe_file(source, checkpoint))
     if source.preset is not None:
         preset = source.preset
-        return ModelConfig(
-            _complete('unet', preset.unet_config), _complete('vae', preset.vae_config), dict(preset.scheduler_config)
-        )
-    unet = _read_config(source, 'unet')
+        vae = None if preset.vae_config is None else _complete('vae', preset.vae_config)
+        return ModelConfig(_complete('unet', preset.unet_config), vae, dict(preset.scheduler_config))
+    configs = ModelConfig(_read_config(source, 'unet'), None, None)
     if source.kind == 'hub':
-        return ModelConfig(unet, _read_config(source, 'vae'), _read_config(source, 'scheduler'))
-    names = {'vae': 'config.json', 'scheduler': 'scheduler_config.json'}
-    there = {part: Path(source.location, part, name).is_file() for part, name in names.items()}
-    return ModelConfig(unet, *(_read_config(source, part) if there[part] else None for part in names))
+        there = {'vae': not configs.pixel_space, 'scheduler': True}
+    else:
+        names = {'vae': 'config.json', 'scheduler': 'scheduler_config.json'}
+        there = {part: Path(source.location, part, name).is_file() for part, name in names.items()}
+    configs = configs._replace(**{part: _read_config(source, part) for part, found in there.items() if found})
+    if configs.pixel_space:
+        _check_pixel_space(configs, source.location)
+    return configs
+
+
+def _check_pixel_space(configs: ModelConfig, location: str) -> None:
+    """Raise a ValueError unless the UNet works on images, and on nothing else."""
+    unet, found = configs.unet, []
+    if configs.vae is not None:
+        found.append('a VAE beside it')
+    if unet['in_channels'] != 3:
+        found.append(f'{unet["in_channels"]} input channels')
+    if unet['class_embed_type'] is not None or unet['num_class_embeds'] is not None:
+        found.append('classes to be conditioned on')
+    if found:
+        raise ValueError(
+            f'the UNet2DModel of {location} has {" and ".join(found)}; supported are those of RGB pixels alone, '
+            'without classes and VAE'
+        )
 
 
 def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = None) -> ModelSource:
@@ -363,7 +398,13 @@ def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None =
     """
     if source.config is not None:
         return find_source(source.config)
-    kind = infer_diffusers_model_type(read_checkpoint(source.location) if checkpoint is None else checkpoint)
+    checkpoint = read_checkpoint(source.location) if checkpoint is None else checkpoint
+    if is_adm_checkpoint(checkpoint):
+        raise ValueError(
+            f'{source.location} is a checkpoint of guided-diffusion; convert it with tools/convert_adm.py '
+            f'{source.location} FOLDER and give the folder, or say what it is with config=PRESET'
+        )
+    kind = infer_diffusers_model_type(checkpoint)
     presets = SINGLE_FILE_PRESETS.get(kind, ())
     if len(presets) != 1:
         known = f'fits {" and ".join(presets)}' if presets else f'is of an unsupported kind ({kind})'
@@ -374,15 +415,18 @@ def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None =
 
 
 def _read_config(source: ModelSource, part: str) -> dict[str, Any]:
-    cls = _CLASSES[part]
     try:
-        found = cls.load_config(source.location, subfolder=part, revision=source.revision)
+        found = _CLASSES[part][0].load_config(source.location, subfolder=part, revision=source.revision)
     except (OSError, ValueError, HFValidationError) as error:
         raise explain(source, part, error) from error
-    name = found.get('_class_name', cls.__name__)
-    if part != 'scheduler' and name != cls.__name__:
-        raise ValueError(f'the {part} of {source.location} is a {name}; only {cls.__name__} is supported')
+    known = [cls.__name__ for cls in _CLASSES[part]]
+    if part != 'scheduler' and (name := found.get('_class_name', known[0])) not in known:
+        raise ValueError(f'the {part} of {source.location} is a {name}; supported: {", ".join(known)}')
     return found if part == 'scheduler' else _complete(part, found)
+
+
+def _class_of(part: str, config: Mapping[str, Any]) -> type:
+    return next((cls for cls in _CLASSES[part] if cls.__name__ == config.get('_class_name')), _CLASSES[part][0])
 
 
 def _complete(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -391,21 +435,21 @@ def _complete(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     An absent `force_upcast` stays False, though `AutoencoderKL`'s default is True: files that do not have the key are
     those of SD 1.x and 2.x, whose VAEs do not overflow in float16.
     """
-    parameters = inspect.signature(_CLASSES[part].__init__).parameters.values()
+    parameters = inspect.signature(_class_of(part, config).__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return {**defaults, **({'force_upcast': False} if part == 'vae' else {}), **config}
 
 
 def _on_meta(part: str, config: Mapping[str, Any]) -> ModelMixin:
     with torch.device('meta'):
-        return _CLASSES[part].from_config(dict(config)).eval()
+        return _class_of(part, config).from_config(dict(config)).eval()
 
 
 def _initialise(part: str, config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> ModelMixin:
     """Random weights that depend on the seed alone, and leave torch's own random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = _CLASSES[part].from_config(dict(config)).eval()
+        model = _class_of(part, config).from_config(dict(config)).eval()
     return nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules to be kept in float32; there are none
 
 
@@ -419,12 +463,17 @@ def _load(
     """A part with the model's own weights; `checkpoint` are the tensors of a single file."""
     if checkpoint is not None:
         return _fill(part, config, _convert(part, config, checkpoint, source), source.location, dtype)
-    return _from_pretrained(part, source, dtype)
+    if source.preset is not None and source.preset.checkpoint is not None:
+        raise FileNotFoundError(
+            f'{source.preset.name} is on no hub in the diffusers layout. Get {source.preset.checkpoint}, convert it '
+            'with tools/convert_adm.py CHECKPOINT FOLDER, and give the folder as the model'
+        )
+    return _from_pretrained(_class_of(part, config), part, source, dtype)
 
 
-def _from_pretrained(part: str, source: ModelSource, dtype: torch.dtype) -> ModelMixin:
+def _from_pretrained(cls: type, part: str, source: ModelSource, dtype: torch.dtype) -> ModelMixin:
     try:
-        model, info = _CLASSES[part].from_pretrained(
+        model, info = cls.from_pretrained(
             source.location,
             subfolder=part,
             revision=source.revision,
@@ -477,6 +526,8 @@ def _convert(
     part: str, config: Mapping[str, Any], checkpoint: Mapping[str, Tensor], source: ModelSource
 ) -> Mapping[str, Tensor]:
     """One part of a single file: in the original names, or a UNet alone in diffusers' names."""
+    if part == 'unet' and _class_of(part, config) is UNet2DModel and is_adm_checkpoint(checkpoint):
+        return convert_adm_unet(checkpoint, config)
     if any(key.startswith(_PREFIXES[part]) for key in checkpoint):
         try:
             return _CONVERTERS[part](checkpoint, config)
@@ -517,10 +568,10 @@ def _download(repo_id: str, filename: str) -> str:
 
 def set_attention(model: ModelMixin, attention: str) -> None:
     """Choose the implementation of a model's attention, see `load_parts`."""
-    if attention in ('auto', 'sdpa'):
-        model.set_attn_processor(AttnProcessor2_0())
-    elif attention == 'eager':
-        model.set_attn_processor(AttnProcessor())
+    if attention in ('auto', 'sdpa', 'eager'):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor() if attention == 'eager' else AttnProcessor2_0())
     elif attention == 'xformers':
         if find_spec('xformers') is None:
             raise ImportError("attention='xformers' needs xformers: pip install 'diffseg[xformers]', or use 'sdpa'")

@@ -42,12 +42,38 @@ SDXL_UNET = {
     'use_linear_projection': True,
 }
 
+# guided-diffusion's networks of 256 x 256 pixels without classes (DIFT's and DDPM-seg's ADM)
+ADM_UNET = {
+    '_class_name': 'UNet2DModel',
+    'sample_size': 256,
+    'in_channels': 3,
+    'out_channels': 6,  # the noise and a learned variance
+    'block_out_channels': (256, 256, 512, 512, 1024, 1024),
+    'layers_per_block': 2,
+    'down_block_types': (*('ResnetDownsampleBlock2D',) * 3, *('AttnDownBlock2D',) * 3),
+    'up_block_types': (*('AttnUpBlock2D',) * 3, *('ResnetUpsampleBlock2D',) * 3),
+    'downsample_type': 'resnet',
+    'upsample_type': 'resnet',
+    'resnet_time_scale_shift': 'scale_shift',
+    'attention_head_dim': 64,
+    'norm_num_groups': 32,
+    'attn_norm_num_groups': 32,
+}
+
 SCHEDULER = {
     'beta_schedule': 'scaled_linear',
     'beta_start': 0.00085,
     'beta_end': 0.012,
     'num_train_timesteps': 1000,
     'prediction_type': 'epsilon',
+}
+ADM_SCHEDULER = {
+    'beta_schedule': 'linear',
+    'beta_start': 0.0001,
+    'beta_end': 0.02,
+    'num_train_timesteps': 1000,
+    'prediction_type': 'epsilon',
+    'variance_type': 'learned_range',
 }
 
 
@@ -57,11 +83,11 @@ class Preset:
 
     Attributes:
         name: What users call it.
-        repo_id: Repository on the Hugging Face hub, in diffusers' layout.
+        repo_id: Repository on the Hugging Face hub, in diffusers' layout; None if there is none.
         license: Licence of the weights.
         image_size: Side of the square images, in pixels, that it was trained on.
-        unet_config: What differs from `UNet2DConditionModel`'s defaults.
-        vae_config: What differs from `AutoencoderKL`'s defaults.
+        unet_config: What differs from the defaults of `UNet2DConditionModel`, or of the class that it names.
+        vae_config: What differs from `AutoencoderKL`'s defaults; None for models of pixel space.
         scheduler_config: Betas and prediction type.
         mirrors: Other ids of the same weights. Ids that are gone from the hub are among them, so that they are known.
         gone: Those ids that have been removed from the hub.
@@ -69,21 +95,23 @@ class Preset:
         variant: Variant of the weight files (`fp16`) that is read unless another is asked for.
         unet_weights: (repository, file) of a UNet state dict in diffusers' names, which is read instead of the UNet in
             `repo_id`.
+        checkpoint: Where there is no repository: the file that it is published as, and by whom.
         clean_timestep: For UNets that were trained to read a latent without noise: the timestep at which they read it.
     """
 
     name: str
-    repo_id: str
+    repo_id: str | None
     license: str
     image_size: int
     unet_config: Mapping[str, Any]
-    vae_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any] | None
     scheduler_config: Mapping[str, Any]
     mirrors: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
     revision: str | None = None
     variant: str | None = None
     unet_weights: tuple[str, str] | None = None
+    checkpoint: str | None = None
     clean_timestep: int | None = None
 
 
@@ -134,6 +162,17 @@ _SDXL = Preset(
     vae_config=SDXL_VAE,
     scheduler_config=SCHEDULER,
 )
+_ADM = Preset(
+    name='adm-imagenet-256',
+    repo_id=None,
+    checkpoint='256x256_diffusion_uncond.pt of openai/guided-diffusion',
+    license='MIT',
+    image_size=256,
+    unet_config=ADM_UNET,
+    vae_config=None,
+    scheduler_config=ADM_SCHEDULER,
+)
+_DDPM = replace(_ADM, unet_config={**ADM_UNET, 'dropout': 0.1})  # what DDPM-seg reads
 _PRESETS = (
     _SD15,
     _SD21,
@@ -180,6 +219,17 @@ _PRESETS = (
         license='MIT; the base model: CreativeML Open RAIL++-M',
         unet_weights=('CompVis/cleandift', 'cleandift_sd21_unet.safetensors'),
         clean_timestep=261,
+    ),
+    _ADM,
+    *(
+        replace(_DDPM, name=f'ddpm-lsun-{name}', checkpoint=f'lsun_{name}.pt of openai/guided-diffusion')
+        for name in ('bedroom', 'cat', 'horse')
+    ),
+    replace(
+        _DDPM,
+        name='ddpm-ffhq',
+        checkpoint='ffhq.pt of yandex-research/ddpm-segmentation',
+        license='MIT; its training images: CC BY-NC-SA 4.0',
     ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import adm
 import huggingface_hub
 import ldm
 import pytest
@@ -239,8 +240,8 @@ def test_broken_folders(folder):
     save_file({**tiny.unet().state_dict(), 'extra': torch.zeros(1)}, weights)
     with pytest.raises(ValueError, match=r'1 tensors are not expected, such as extra'):
         load_parts(folder)
-    edit(folder / 'unet' / 'config.json', _class_name='UNet2DModel')
-    with pytest.raises(ValueError, match=r'UNet2DModel.*UNet2DConditionModel'):
+    edit(folder / 'unet' / 'config.json', _class_name='UNet1DModel')
+    with pytest.raises(ValueError, match=r'UNet1DModel; supported: UNet2DConditionModel, UNet2DModel'):
         load_parts(folder)
     shutil.rmtree(folder / 'unet')
     with pytest.raises(OSError, match=rf'(?s){folder}/unet.*diffusers layout'):
@@ -385,3 +386,56 @@ def test_random_weights_of_a_preset_need_no_download(tiny_pipeline, offline, mon
     monkeypatch.setitem(PRESETS, 'cleandift-sd21', preset)
     parts = load_parts('cleandift-sd21', random=('unet', 'vae'))
     assert parts.prediction_type == 'v_prediction' and parts.source.location == preset.repo_id
+
+
+@pytest.fixture
+def pixel_folder(tmp_path: Path) -> Path:
+    return tiny.save_pixel(tmp_path / 'pixel')
+
+
+def test_a_model_of_pixel_space_has_no_vae(pixel_folder):
+    parts = load_parts(pixel_folder)
+    assert parts.vae is None and parts.vae_config is None and parts.vae_scale_factor == 1
+    assert same(parts.unet, tiny.pixel_unet()) and not parts.unet.training
+    assert parts.fingerprint.count('+') == 0
+    assert not same(load_parts(pixel_folder, random=('unet', 'vae'), seed=1).unet, parts.unet)
+    eager, x = load_parts(pixel_folder, attention='eager').unet, torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x, 50).sample, parts.unet(x, 50).sample)
+    with pytest.raises(FileNotFoundError, match='has no vae/'):
+        load_vae(pixel_folder)
+
+
+def test_models_of_pixel_space_that_cannot_be_read(pixel_folder, tiny_pipeline):
+    config = pixel_folder / 'unet' / 'config.json'
+    for changes, message in (({'in_channels': 6}, '6 input channels'), ({'num_class_embeds': 10}, 'classes to be')):
+        edit(config, **changes)
+        with pytest.raises(ValueError, match=message):
+            load_parts(pixel_folder)
+        edit(config, in_channels=3, num_class_embeds=None)
+    shutil.copytree(tiny_pipeline / 'vae', pixel_folder / 'vae')
+    with pytest.raises(ValueError, match='a VAE beside it'):
+        load_config(pixel_folder)
+    shutil.rmtree(pixel_folder / 'vae')
+    shutil.rmtree(pixel_folder / 'scheduler')
+    with pytest.raises(FileNotFoundError, match='has no scheduler/'):
+        load_parts(pixel_folder)
+
+
+def test_checkpoints_of_guided_diffusion(tmp_path):
+    wide = {'block_out_channels': (32, 32, 64), 'norm_num_groups': 32, 'attn_norm_num_groups': 32}
+    unet, path = tiny.pixel_unet(**wide), tmp_path / 'horse.pt'
+    torch.save(adm.unet_state(unet), path)
+    with pytest.raises(ValueError, match=r'guided-diffusion; convert it with tools/convert_adm.py .*horse.pt FOLDER'):
+        load_parts(path)
+    folder = tiny.save_pixel(tmp_path / 'folder', seed=1, **wide)
+    assert same(load_parts(path, config=folder).unet, unet)
+    with pytest.raises(ValueError, match=r'UNet2DModel can express'):
+        load_parts(path, config='ddpm-lsun-horse')
+
+
+def test_presets_of_pixel_space_name_the_original_checkpoint(offline):
+    with pytest.raises(FileNotFoundError, match=r'lsun_horse.pt of openai/guided-diffusion.*tools/convert_adm.py'):
+        load_parts('ddpm-lsun-horse')
+    with torch.device('meta'):
+        assert load_parts('ddpm-ffhq', random=('unet',)).unet.config.dropout == 0.1

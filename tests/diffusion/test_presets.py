@@ -13,9 +13,16 @@ NAMES = [
     'sdxl-turbo',
     'cleandift-sd15',
     'cleandift-sd21',
+    'adm-imagenet-256',
+    'ddpm-lsun-bedroom',
+    'ddpm-lsun-cat',
+    'ddpm-lsun-horse',
+    'ddpm-ffhq',
 ]
+PIXELS = {name for name in NAMES if name.startswith(('adm-', 'ddpm-'))}
 # millions of parameters, as published
 SIZES = {'sd15': 859.5, 'cleandift-sd15': 859.5, 'sdxl': 2567.5, 'playground-v2': 2567.5, 'sdxl-turbo': 2567.5}
+SIZES |= dict.fromkeys(PIXELS, 552.8)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -23,15 +30,20 @@ def test_architecture_is_known_without_weights(name):
     unet = meta_unet(name)
     assert all(parameter.is_meta for parameter in unet.parameters())
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(SIZES.get(name, 865.9), abs=0.05)
-    assert unet.config.cross_attention_dim == {859.5: 768, 865.9: 1024, 2567.5: 2048}[SIZES.get(name, 865.9)]
+    dims = {859.5: 768, 865.9: 1024, 2567.5: 2048, 552.8: None}
+    assert unet.config.get('cross_attention_dim') == dims[SIZES.get(name, 865.9)]
 
 
 @pytest.mark.parametrize('preset', PRESETS.values(), ids=PRESETS)
 def test_a_preset_agrees_with_itself(preset):
-    unet, vae, scheduler = load_config(preset.name)
-    assert unet['sample_size'] * 8 == preset.image_size
-    assert len(vae['block_out_channels']) == 4
-    assert vae['force_upcast'] == (vae['scaling_factor'] == 0.13025) == (unet['addition_embed_type'] == 'text_time')
+    configs = load_config(preset.name)
+    unet, vae, scheduler = configs
+    assert configs.pixel_space == (vae is None) == (preset.name in PIXELS) == (preset.repo_id is None)
+    assert unet['sample_size'] * (1 if vae is None else 8) == preset.image_size
+    assert (preset.checkpoint is None) == (preset.repo_id is not None)
+    if vae is not None:
+        assert len(vae['block_out_channels']) == 4
+        assert vae['force_upcast'] == (vae['scaling_factor'] == 0.13025) == (unet['addition_embed_type'] == 'text_time')
     assert scheduler['prediction_type'] == ('v_prediction' if preset.image_size == 768 else 'epsilon')
     assert preset.repo_id not in preset.gone and set(preset.gone) <= set(preset.mirrors)
     assert (preset.unet_weights is None) == (preset.clean_timestep is None)

@@ -1,0 +1,239 @@
+"""Checkpoints of guided-diffusion, pixel-space networks known as ADM, as diffusers' `UNet2DModel`.
+
+Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2105.05233). DIFT and DDPM-seg read the outputs of
+`output_blocks.i`, which `activations.resolve` knows as `adm-{i}`.
+
+The keys and shapes of such a checkpoint tell its configuration, except for how wide a head of attention is.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+NORM_GROUPS = 32
+HEAD_CHANNELS = 64  # of all published networks without classes
+COARSEST = 8  # cells along a side of the coarsest map of all published networks
+
+# diffusers' modules -> guided-diffusion's
+_ENDS = {
+    'time_embedding.linear_1': 'time_embed.0',
+    'time_embedding.linear_2': 'time_embed.2',
+    'conv_in': 'input_blocks.0.0',
+    'conv_norm_out': 'out.0',
+    'conv_out': 'out.2',
+}
+_PARTS = {
+    'norm1': 'in_layers.0',
+    'conv1': 'in_layers.2',
+    'time_emb_proj': 'emb_layers.1',
+    'norm2': 'out_layers.0',
+    'conv2': 'out_layers.3',
+    'conv_shortcut': 'skip_connection',
+    'group_norm': 'norm',
+    'to_q': 'qkv',
+    'to_k': 'qkv',
+    'to_v': 'qkv',
+    'to_out.0': 'proj_out',
+}
+
+
+def is_adm_checkpoint(keys: Collection[str]) -> bool:
+    """Whether these are the names of guided-diffusion's tensors; those of latent models have a prefix."""
+    ends = ('time_embed.0.weight', 'input_blocks.0.0.weight', 'output_blocks.0.0.in_layers.0.weight', 'out.2.weight')
+    return all(end in keys for end in ends) and not any('.transformer_blocks.' in key for key in keys)
+
+
+def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of the `UNet2DModel` that a checkpoint holds.
+
+    Args:
+        state: guided-diffusion's state dict.
+        settings: Its flags, as far as they are known, by name. Of what the weights do not tell, `num_head_channels`
+            (64), `image_size` (that which has 8 x 8 cells on the coarsest level) and `dropout` (0) are taken from
+            them. Flags of what the weights tell must agree with these, and flags of no influence are passed over.
+
+    Raises:
+        ValueError: Another kind of checkpoint, a network that depends on classes or on a second image, or settings that
+            do not fit.
+    """
+    settings = settings or {}
+    if not is_adm_checkpoint(state):
+        found = ', '.join(sorted({key.split('.')[0] for key in state})[:8]) or 'nothing'
+        raise ValueError(
+            'this is no denoising network of guided-diffusion, whose tensors are named time_embed.*, input_blocks.*, '
+            f'middle_block.*, output_blocks.* and out.*, without transformer_blocks; found are: {found}'
+        )
+    if 'label_emb.weight' in state:
+        raise ValueError(
+            f'the checkpoint is conditioned on {len(state["label_emb.weight"])} classes (label_emb), which images to '
+            'be read have not; take one without, such as 256x256_diffusion_uncond.pt'
+        )
+    out_channels, in_channels = len(state['out.2.weight']), state['input_blocks.0.0.weight'].shape[1]
+    if in_channels != 3 or out_channels not in (3, 6):
+        raise ValueError(
+            f'the checkpoint has {in_channels} channels going in and {out_channels} coming out; expected are 3 (RGB) '
+            'and 3 or, with a learned variance, 6. An upsampler, which reads a second image, cannot be converted'
+        )
+    blocks = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('output_blocks.'))
+    samplers = {i: sampler for i in range(blocks) if (sampler := _upsampler(state, i)) is not None}
+    repeats = min(samplers, default=blocks - 1) + 1  # residual blocks of a level, one more than in the encoder
+    firsts = [f'output_blocks.{i}' for i in range(0, blocks, repeats)][::-1]  # of each level, fine -> coarse
+    channels = [len(state[f'{first}.0.out_layers.3.weight']) for first in firsts]
+    attention = [f'{first}.1.qkv.weight' in state for first in firsts]
+    updown = 'conv' not in samplers.values()
+    shifted = len(state['output_blocks.0.0.emb_layers.1.weight']) == 2 * channels[-1]
+    image_size = settings.get('image_size', COARSEST * 2 ** (len(channels) - 1))
+
+    _check_settings(
+        settings,
+        {
+            'num_channels': channels[0],
+            'channel_mult': [count / channels[0] for count in channels],
+            'num_res_blocks': repeats - 1,
+            'attention_ds': {2**level for level, there in enumerate(attention) if there},
+            'attention_resolutions': {image_size / 2**level for level, there in enumerate(attention) if there},
+            'learn_sigma': out_channels == 6,
+            'use_scale_shift_norm': shifted,
+            'resblock_updown': updown,
+            'class_cond': False,
+            'use_new_attention_order': False,
+            'noise_schedule': 'linear',
+            'diffusion_steps': 1000,
+            'predict_xstart': False,
+        },
+    )
+    head_channels = settings.get('num_head_channels', HEAD_CHANNELS if 'num_heads' not in settings else -1)
+    if head_channels < 1:
+        raise ValueError(
+            "guided-diffusion's num_heads gives heads of other widths on each level, which UNet2DModel cannot express; "
+            'it has num_head_channels, one width for all'
+        )
+    widths = {count for count, there in zip(channels, [*attention[:-1], True], strict=True) if there}
+    if wrong := sorted(count for count in widths if count % head_channels):
+        raise ValueError(
+            f'attention over {wrong} channels cannot have heads of {head_channels}; say how wide they are '
+            '(num_head_channels)'
+        )
+    plain, sampler = ('Resnet{}sampleBlock2D', 'resnet') if updown else ('{}Block2D', 'conv')
+    kinds = ['Attn{}Block2D' if there else plain for there in attention]
+    return {
+        '_class_name': UNet2DModel.__name__,
+        'sample_size': image_size,
+        'in_channels': in_channels,
+        'out_channels': out_channels,
+        'block_out_channels': channels,
+        'layers_per_block': repeats - 1,
+        'down_block_types': [kind.format('Down') for kind in kinds],
+        'up_block_types': [kind.format('Up') for kind in kinds[::-1]],
+        'downsample_type': sampler,
+        'upsample_type': sampler,
+        'resnet_time_scale_shift': 'scale_shift' if shifted else 'default',
+        'attention_head_dim': head_channels,
+        'norm_num_groups': NORM_GROUPS,
+        'attn_norm_num_groups': NORM_GROUPS,  # else the middle's attention has no norm
+        'dropout': settings.get('dropout', 0.0),
+    }
+
+
+def convert_adm_unet(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a `UNet2DModel`, in float32.
+
+    Args:
+        state: guided-diffusion's, in any dtype.
+        config: What `adm_config` gives.
+
+    Raises:
+        ValueError: The tensors are not those of such a network.
+    """
+    with torch.device('meta'):
+        expected = UNet2DModel.from_config(dict(config)).state_dict()
+    modules = dict(_modules(config))
+    names = {name: f'{modules[module]}.{kind}' for name in expected for module, _, kind in [name.rpartition('.')]}
+    missing, strange = set(names.values()) - state.keys(), state.keys() - set(names.values())
+    problems = [
+        f'{len(keys)} tensors {what}, such as {min(keys)}'
+        for keys, what in ((missing, 'are missing'), (strange, 'have no place in it'))
+        if keys
+    ]
+    converted = {}
+    for name, original in names.items():
+        if original in state:
+            converted[name] = _tensor(name, state[original], config['attention_head_dim'])
+            if converted[name].shape != expected[name].shape:
+                shapes = f'{tuple(converted[name].shape)} instead of {tuple(expected[name].shape)}'
+                problems.append(f'{original} has shape {shapes}')
+                break
+    if problems:
+        told = ('block_out_channels', 'layers_per_block', 'up_block_types')
+        layout = ', '.join(f'{key} {config[key]}' for key in told)
+        raise ValueError(
+            f'the checkpoint is no network that UNet2DModel can express: with {layout}, {"; ".join(problems)}'
+        )
+    return converted
+
+
+def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of modules in diffusers and in guided-diffusion; among them some that a network has not."""
+    yield from _ENDS.items()
+    for ours, theirs in _blocks(config):
+        yield ours, theirs
+        for part, original in _PARTS.items():
+            yield f'{ours}.{part}', f'{theirs}.{original}'
+
+
+def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of residual blocks, attention and samplers; of samplers that are convolutions, the convolution's."""
+    levels, repeats = len(config['block_out_channels']), config['layers_per_block']
+    down, up = ('', '') if config['downsample_type'] == 'resnet' else ('.op', '.conv')
+    ours = '.conv' if down else ''
+    for level in range(levels):
+        first = 1 + level * (repeats + 1)  # input_blocks.0 is the first convolution
+        for repeat in range(repeats):
+            yield f'down_blocks.{level}.resnets.{repeat}', f'input_blocks.{first + repeat}.0'
+            yield f'down_blocks.{level}.attentions.{repeat}', f'input_blocks.{first + repeat}.1'
+        yield f'down_blocks.{level}.downsamplers.0{ours}', f'input_blocks.{first + repeats}.0{down}'
+    yield 'mid_block.resnets.0', 'middle_block.0'
+    yield 'mid_block.attentions.0', 'middle_block.1'
+    yield 'mid_block.resnets.1', 'middle_block.2'
+    for level, kind in enumerate(config['up_block_types']):
+        first = level * (repeats + 1)
+        for repeat in range(repeats + 1):
+            yield f'up_blocks.{level}.resnets.{repeat}', f'output_blocks.{first + repeat}.0'
+            yield f'up_blocks.{level}.attentions.{repeat}', f'output_blocks.{first + repeat}.1'
+        place = 2 if kind.startswith('Attn') else 1
+        yield f'up_blocks.{level}.upsamplers.0{ours}', f'output_blocks.{first + repeats}.{place}{up}'
+
+
+def _tensor(name: str, tensor: Tensor, head_channels: int) -> Tensor:
+    """One of diffusers' tensors, from guided-diffusion's."""
+    if part := re.search(r'\.to_([qkv])\.', name):  # (heads * 3 * d, ...): a head's queries, keys and values in turn
+        tensor = tensor.unflatten(0, (-1, 3, head_channels))[:, 'qkv'.index(part[1])].flatten(0, 1)
+    if '.attentions.' in name and tensor.ndim == 3:
+        tensor = tensor.squeeze(-1)  # a convolution over cells: (out, in, 1)
+    return tensor.to(torch.float32)
+
+
+def _upsampler(state: Mapping[str, Tensor], i: int) -> str | None:
+    """What enlarges the map at the end of an output block: a residual block ('resnet'), a convolution, or nothing."""
+    for place in (1, 2):
+        for kind, key in (('resnet', 'in_layers.0.weight'), ('conv', 'conv.weight')):
+            if f'output_blocks.{i}.{place}.{key}' in state:
+                return kind
+    return None
+
+
+def _check_settings(settings: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a setting that is not as the checkpoint tells or the conversion needs it."""
+    for name, expected in told.items():
+        value = settings.get(name, expected)
+        found = value
+        if isinstance(expected, list | set):
+            if value == '':
+                continue  # guided-diffusion's way to leave channel_mult to the image size
+            found = type(expected)(map(float, value.split(',') if isinstance(value, str) else value))
+        if found != expected:
+            raise ValueError(f'{name} is {value!r}, but the checkpoint has, or its conversion needs, {expected}')
