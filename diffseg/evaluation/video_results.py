@@ -103,7 +103,7 @@ class VideoResultHook(Hook):
             rows = [[_draw(frames, sample, t, truth) for t in shown] for truth in (True, False)]
             names = [f'frame {sample.frame_names[t]}' for t in shown]
             strip = grid(rows, ('annotated', 'propagated'), names, cell=min(max(sample.ori_shape), CELL))
-            strip = strip.quantize(dither=Image.Dither.NONE)  # a preview, in half the bytes
+            strip = strip.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # a quarter of the bytes
             strip.save(_made(folder / 'strips' / f'{sample.video_id}.png'), optimize=True)
 
     def _write_masks(self, folder: Path, sample: VideoSample) -> None:
