@@ -225,6 +225,21 @@ def match_lines(
     return sheet
 
 
+def outline(picture: Tensor, polygon: Tensor, colour: tuple[int, int, int], width: int = 2) -> Tensor:
+    """Draw the outline of a polygon on a picture.
+
+    Args:
+        picture: with shape (3, H, W).
+        polygon: its corners (x, y) in pixels, with shape (N, 2); those outside the picture are cut off.
+        colour: red, green and blue, 0 to 255.
+        width: of the line, pixels.
+    """
+    image = to_pil(picture)
+    corners = [tuple(corner) for corner in polygon.tolist()]
+    ImageDraw.Draw(image).line([*corners, *corners[:2]], colour, width, joint='curve')
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
 def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Sequence[str], title: str = '') -> Figure:
     """Draw a table of mixing weights with shape (T, L), a row for each layer and a column for each timestep.
 

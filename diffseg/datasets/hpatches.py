@@ -42,7 +42,7 @@ class HPatchesDataset(BaseDataset):
     Args:
         data_root: the folder above.
         keypoints: folder with a file of points for each image, `SEQUENCE-NUMBER.kp` (or .txt, .csv, .npy), see
-            `read_keypoints`; each point counts once. None leaves them to a transform, `DetectKeypoints`.
+            `read_keypoints`; each point counts once. None leaves them to `DetectKeypoints`.
         exclude: sequences that are left out.
         **kwargs: what `BaseDataset` takes; `test_mode` is on by default.
 
@@ -104,7 +104,7 @@ class HPatchesDataset(BaseDataset):
         if path is None:
             raise ValueError(
                 f'{paths[0]} is missing (also as {", ".join(SUFFIXES[1:])}); give a file of points for every image, or '
-                f'leave out keypoints and put DetectKeypoints into the pipeline'
+                f'keypoints=None and DetectKeypoints in the pipeline to find some'
             )
         return np.unique(read_keypoints(path), axis=0)
 
@@ -130,6 +130,8 @@ def read_homography(path: str | Path) -> np.ndarray:
 class DetectKeypoints(BaseTransform):
     """Find points of interest in each image of a pair, at its own size; behind `LoadPair`, before `ResizePair`.
 
+    Pairs whose points come from files keep these.
+
     Args:
         num_points: how many to keep of each image, the strongest.
         superpoint: folder or hub id of SuperPoint, see `load_superpoint`; OpenCV's SIFT finds them without.
@@ -144,7 +146,9 @@ class DetectKeypoints(BaseTransform):
         return load_superpoint(self.superpoint)
 
     def transform(self, results: dict) -> dict:
-        """Add `keypoints{0,1}`, and whence they are."""
+        """Add `keypoints{0,1}`, unless they are there, and whence they are."""
+        if 'keypoints0' in results:
+            return results
         results['keypoint_source'] = f'{self.num_points} of {self.superpoint or "SIFT"}'
         for view in VIEWS:
             image = results[f'image{view}']
@@ -170,16 +174,17 @@ class PackHomographyPair(BaseTransform):
     )  # fmt: skip
 
     def transform(self, results: dict) -> dict:
-        """Pack images (3, H, W), uint8, points and the homography."""
+        """Pack images (3, H, W), uint8, points and the homography, where it is known."""
         sample = HomographySample(metainfo={key: results[key] for key in self.METAINFO})
-        sample.homography = torch.from_numpy(results['homography'])
+        if 'homography' in results:
+            sample.homography = torch.from_numpy(results['homography'])
         images = {}
         for view in VIEWS:
             path, points = results[f'img_path{view}'], results.get(f'keypoints{view}')
             if points is None:
                 raise ValueError(
-                    f'{path}: has no points; give the data set a folder of keypoints, or put DetectKeypoints into the '
-                    f'pipeline, behind LoadPair'
+                    f'{path}: has no points; give the data set a folder of keypoints, or put DetectKeypoints behind '
+                    f'LoadPair into the pipeline'
                 )
             height, width = results[f'ori_shape{view}']
             if ((points < -0.5) | (points > (width - 0.5, height - 0.5))).any():

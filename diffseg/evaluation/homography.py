@@ -136,7 +136,7 @@ def score(records: Iterable[Mapping[str, Any]], thresholds: Sequence[float] = TH
             continue
         errors = np.array([math.inf if record['error'] is None else record['error'] for record in chosen])
         for threshold in thresholds:
-            figures[figure_name(threshold, group)] = 100 * float((errors <= threshold).mean())
+            figures[figure_name(threshold, group)] = 100 * int((errors <= threshold).sum()) / len(errors)
         figures[f'matches/{group}'] = float(np.mean([record['matches'] for record in chosen]))
         figures[f'failures/{group}'] = int(np.isinf(errors).sum())
     return figures

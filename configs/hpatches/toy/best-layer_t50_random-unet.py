@@ -1,0 +1,3 @@
+_base_ = './best-layer_t50.py'
+
+model = dict(backbone=dict(random=['unet']))

@@ -1,0 +1,3 @@
+_base_ = './dift-2_t0.py'
+
+model = dict(backbone=dict(random=['unet']))
