@@ -175,9 +175,8 @@ class Search:
             size = (resized, resized) if isinstance(resized, int) else resized
         shapes = {layer: (_channels(site, size), *site.size(*size)) for layer, site in self.sites.items()}
         steps = len(self.candidates) // len(self.sites)
-        raw = 4 * sum(map(math.prod, shapes.values()))
-        kept = steps * sum(min(c, self.dim) * h * w for c, h, w in shapes.values())
-        kept *= getattr(torch, options.dtype).itemsize
+        raw = _itemsize(self.cfg.model.backbone.get('dtype', 'float32')) * sum(map(math.prod, shapes.values()))
+        kept = _itemsize(options.dtype) * steps * sum(min(c, self.dim) * h * w for c, h, w in shapes.values())
         micro_batch = options.micro_batch or max(1, min(steps, int(RAW_BYTES // raw)))
         encoded: list[int] = []
         for _ in walk(images, lambda *where: encoded.append(kept) or kept, int, options.store_gb * 1e9):
@@ -292,6 +291,10 @@ class Search:
             measure = {'rank': PairPCK, 'select': JointPCK}[name](model, self.dim, device)
             return measure, Reader(model.backbone, dtype)
         return LinearProbe(dim=self.dim), Reader(MODELS.build(backbone).to(device), dtype)
+
+
+def _itemsize(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
 
 
 def _channels(site: Site, size: tuple[int, int]) -> int:

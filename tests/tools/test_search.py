@@ -177,4 +177,4 @@ def test_estimate_needs_neither_weights_nor_data(search, capsys):
     text = capsys.readouterr().out
     assert '197 activations x 10 timesteps = 1970 candidates' in text
     assert '500 pairs (seeds: 1) of 512 x 512 pixels: 1000 encodings' in text
-    assert '1.9 GB of activations in a call' in text
+    assert '1.9 GB of activations in a call, 1.48 GB of maps of an image' in text
