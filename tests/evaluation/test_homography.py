@@ -22,8 +22,8 @@ def shift(x: float, y: float) -> np.ndarray:
 def make_sample(sequence: str, truth: np.ndarray, found: np.ndarray, count: int = 12) -> dict:
     """A pair whose matches agree with `found`, as an evaluator gets it; keypoints of image 1 are in reverse order."""
     points = np.random.default_rng(0).uniform((0, 0), SIZE[::-1], (count, 2))
-    meta = {'pair_id': f'{sequence}-1-2', 'sequence': sequence, 'keypoint_source': 'a folder', 'protocol': {'layers': []}}
-    meta |= {f'{kind}_shape{view}': SIZE for kind in ('ori', 'img') for view in (0, 1)}
+    meta = {'pair_id': f'{sequence}-1-2', 'sequence': sequence, 'keypoint_source': 'a folder'}
+    meta |= {f'{kind}_shape{view}': SIZE for kind in ('ori', 'img') for view in (0, 1)} | {'protocol': {'layers': []}}
     sample = HomographySample(metainfo=meta)
     sample.homography = torch.from_numpy(truth)
     sample.keypoints0 = torch.from_numpy(points.astype(np.float32))
