@@ -37,13 +37,15 @@ from diffseg.visualization import to_picture, to_pil
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='preset, hub id, diffusers folder or checkpoint file')
-    parser.add_argument('--prompt', nargs='+', required=True)
+    parser.add_argument('--prompt', nargs='+', default=[''])
     parser.add_argument('--seed', nargs='+', type=int, default=[0], help='an image of each prompt for each')
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
     parser.add_argument('--timesteps', nargs='+', type=int, required=True)
     parser.add_argument('--out', type=Path, required=True, help='folder')
     parser.add_argument('--size', nargs='+', type=int, help="S x S or H x W pixels (default: the model's own)")
-    parser.add_argument('--guidance', type=float, default=7.5, help='scale of classifier-free guidance; 1 is none')
+    parser.add_argument(
+        '--guidance', type=float, help='scale of classifier-free guidance; 1 is none (default: 7.5, without prompts 1)'
+    )
     parser.add_argument('--negative-prompt', default='')
     parser.add_argument('--steps', type=int, default=50, help='DDIM steps')
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
@@ -58,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def file_name(prompt: str, seed: int) -> str:
     """The prompt's letters and digits, and the seed."""
-    return f'{re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:100]}-{seed}.png'
+    return f'{re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:100] or "image"}-{seed}.png'
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if len(images) < len(args.prompt) * len(args.seed):
         raise ValueError(f'prompts or seeds would give files of the same name: {args.prompt}, {args.seed}')
     unet = meta_unet(args.model)
+    guidance = {} if args.guidance is None else {'guidance': args.guidance}
     extractor = DiffusionExtractor(
         args.model,
         expand(args.layers, sites(unet)),
@@ -73,13 +76,13 @@ def run(args: argparse.Namespace) -> None:
         trajectory={
             'type': 'generation',
             'steps': args.steps,
-            'guidance': args.guidance,
             'negative_prompt': args.negative_prompt,
+            **guidance,
         },
         prompt=args.prompt,
         dtype=args.dtype,
     ).to(args.device)
-    vae = load_vae(args.model, dtype=extractor.vae.dtype).to(args.device)
+    vae = None if extractor.vae is None else load_vae(args.model, dtype=extractor.vae.dtype).to(args.device)
     size = args.size or (unet.config.sample_size * extractor.parts.vae_scale_factor,) * 2
     own = ('prompt', 'seed')  # each image has its own
     configuration = {key: value for key, value in extractor.fingerprint.items() if key not in own}

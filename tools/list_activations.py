@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffseg.diffusion.activations import Site, aggregates, resolve, sites
+from diffseg.diffusion.activations import Site, aggregates, default_scale_factor, resolve, sites
 from diffseg.diffusion.layer_sets import Reading, expand, split_timesteps
 from diffseg.diffusion.loading import load_config, meta_unet
 
@@ -29,9 +29,10 @@ def parse_size(text: str) -> tuple[int, int]:
 def available_sites(model: str, revision: str | None = None) -> tuple[dict[str, Site], tuple[int, int]]:
     """All sites of a model, and the image size that it was trained on."""
     config = load_config(model, revision=revision)
-    factor = 2 ** (len(config.vae['block_out_channels']) - 1) if config.vae else 8
+    unet = meta_unet(model, revision=revision)
+    factor = 2 ** (len(config.vae['block_out_channels']) - 1) if config.vae else default_scale_factor(unet)
     side = config.unet['sample_size'] * factor
-    return sites(meta_unet(model, revision=revision), factor), (side, side)
+    return sites(unet, factor), (side, side)
 
 
 def backbones(config: Any) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,7 @@ class Conditioning:
     """Encoded prompts.
 
     Attributes:
-        embeds: One row for each prompt, with shape (P, N, D).
+        embeds: One row for each prompt, with shape (P, N, D); without tokens, N = 0, for networks that read none.
         pooled: SDXL's pooled embeddings, with shape (P, D2); None for models without.
         times: What replaces the UNet's embeddings of timesteps 0 to K - 1 (after its MLP), with shape (K, E); None if
             nothing does.
@@ -95,7 +95,10 @@ class Conditioning:
             `encoder_hidden_states` (B, N, D) and `added_cond_kwargs`: None, or `text_embeds` (B, D2) and `time_ids`
             (B, 6), which are original height and width, top and left of the crop, target height and width; in float32
             always, for half precision has no 2049. With `times` also, for `Denoiser`, `time_embeddings` (B, K, E).
+            Nothing if there are no tokens.
         """
+        if not self.embeds.shape[1]:
+            return {}
         index = torch.as_tensor(index, device=self.embeds.device)
         embeds = self.embeds[index].to(device, dtype)
         added = None
@@ -301,6 +304,30 @@ class PromptEncoder:
         for weights in self.lora_weights:
             fuse_text_lora(encoder, part, weights)
         return tokenizer, encoder.to(self.device)
+
+
+class NoPromptEncoder:
+    """In the place of a `PromptEncoder` for models without text encoders: its only prompt is the empty one.
+
+    Args:
+        model: What errors call the model.
+    """
+
+    inversions = ()
+    truncate = False
+
+    def __init__(self, model: str | Path):
+        self.model = model
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings without tokens, (P, 0, 0). Raises a ValueError for prompts that are not empty."""
+        self.prepare(prompts)
+        return Conditioning(torch.empty(len(prompts), 0, 0, device='cpu'))
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Raise a ValueError for prompts that are not empty."""
+        if told := next(filter(None, prompts), None):
+            raise ValueError(f'{self.model} has no text encoder and reads no prompt; leave out {told!r}')
 
 
 def encode_prompts(

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from diffseg.diffusion.activations import AttentionMode, Site, aggregates, resolve, sites
-from diffseg.diffusion.conditioning import Conditioning, PromptEncoder
+from diffseg.diffusion.conditioning import Conditioning, NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.controlnet import load_control
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
@@ -45,10 +45,12 @@ class DiffusionExtractor(nn.Module):
     A map of stride s has ceil(H/s) x ceil(W/s) cells, whatever the size of the image: the image is continued to the
     right and below, mirrored, up to a multiple of the UNet's own stride, and the maps are cropped.
 
+    A model of pixel space (its UNet is a `UNet2DModel`) has no VAE and no prompt: its latents are the images.
+
     With `noise='seeded'` the draws (the posterior's and the trajectory's) depend on nothing but the seed, the ensemble
     member and the latent's size; images and timesteps share them, so that results do not depend on the batch.
 
-    Built under `torch.device('meta')` with both parts `random`, it takes no memory and gives the shapes of a full-size
+    Built under `torch.device('meta')` with all parts `random`, it takes no memory and gives the shapes of a full-size
     model, and its operations can be counted.
 
     Args:
@@ -56,7 +58,8 @@ class DiffusionExtractor(nn.Module):
         layers: Names of the activations to read, or aliases of them, see `activations.sites`.
         timesteps: Where on the trajectory to read, as the UNet's own timesteps.
         trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
-            trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance.
+            trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance; there is none
+            by default in pixel space.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
             embedding; or None, if each call brings its own.
         ensemble: Number of draws over which activations are averaged.
@@ -92,8 +95,12 @@ class DiffusionExtractor(nn.Module):
         transform: Applied to each activation (N, C, h, w), with its name, as soon as it is read, so that what it leaves
             out takes no memory; where there is an ensemble, before the mean. `repr` tells it in the fingerprint.
 
+    Attributes:
+        multiple: What sides of images are a multiple of that the UNet halves evenly.
+
     Raises:
-        ValueError: Unknown layer, or a timestep that is not on the trajectory, or an option outside its values.
+        ValueError: Unknown layer, or a timestep that is not on the trajectory, or an option outside its values or for
+            parts that the model does not have.
     """
 
     def __init__(
@@ -145,7 +152,23 @@ class DiffusionExtractor(nn.Module):
             model, **source, unet_weights=unet_weights, dtype=_dtype(dtype), attention=attention, random=random
         )
         self.unet = self.parts.unet.requires_grad_(False).eval()
-        self.vae = self.parts.vae.requires_grad_(False).eval()
+        self.vae = None if self.parts.vae is None else self.parts.vae.requires_grad_(False).eval()
+        if self.vae is None:
+            _refuse(
+                model,
+                negative_prompt=negative_prompt,
+                lora_weights=lora_weights,
+                controlnet=controlnet,
+                textual_inversion=textual_inversion,
+                truncate_prompts=truncate_prompts,
+                vae_sample=vae_sample != 'sample',
+                scale_latent=not scale_latent,
+                vae_slicing=vae_slicing,
+                vae_tiling=vae_tiling,
+            )
+            prompt = '' if prompt is None else prompt
+            if options.get('type') == 'generation':
+                options.setdefault('guidance', 1.0)
         self._lora = [read_lora(source, self.unet.config, scale) for source, scale in map(_scaled, lora_weights)]
         for weights in self._lora:
             fuse_lora(self.unet, weights)
@@ -156,7 +179,9 @@ class DiffusionExtractor(nn.Module):
         self._order = list(dict.fromkeys([*resolve(layers, [*available, *attention_names]), *attention_names]))
         schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
         self.trajectory = build_trajectory(options, timesteps, schedule)
-        self._multiple = self.parts.vae_scale_factor * 2**self.unet.num_upsamplers  # sizes that the UNet halves evenly
+        if self.vae is None and self.trajectory.needs_negative:
+            raise ValueError(f'{model} reads no prompt, so there is nothing to guide it from; set guidance=1')
+        self.multiple = max(site.stride for site in available.values())
         self.attention_maps = tuple(attention_maps)
         self.attention_mode = attention_mode
         self.ensemble = ensemble
@@ -169,8 +194,8 @@ class DiffusionExtractor(nn.Module):
         self.check_finite = check_finite
 
         if channels_last:
-            self.unet.to(memory_format=torch.channels_last)
-            self.vae.to(memory_format=torch.channels_last)
+            for part in filter(None, (self.unet, self.vae)):
+                part.to(memory_format=torch.channels_last)
         if vae_slicing:
             self.vae.enable_slicing()
         if vae_tiling:
@@ -190,14 +215,17 @@ class DiffusionExtractor(nn.Module):
         if compile:
             _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
 
-        self.prompt_encoder = PromptEncoder(
-            model,
-            **source,
-            cache_dir=cache_dir,
-            textual_inversion=textual_inversion,
-            lora_weights=self._lora,
-            truncate=truncate_prompts,
-        )
+        if self.vae is None:
+            self.prompt_encoder = NoPromptEncoder(model)
+        else:
+            self.prompt_encoder = PromptEncoder(
+                model,
+                **source,
+                cache_dir=cache_dir,
+                textual_inversion=textual_inversion,
+                lora_weights=self._lora,
+                truncate=truncate_prompts,
+            )
         self._prompt = prompt
         self.conditioning = None if prompt is None else self._encode(prompt)
         self.sites = self.describe(None if self.conditioning is None else self.conditioning.embeds.shape[1])
@@ -270,15 +298,14 @@ class DiffusionExtractor(nn.Module):
             FloatingPointError: NaN or infinity, if `check_finite`.
         """
         check_images(images, self.parts.vae_scale_factor)
-        canvas, members = extend_images(images, self._multiple), range(self.ensemble)
+        canvas = extend_images(images, self.multiple)
         if self.trajectory.from_image:
-            posterior = self._posterior(canvas)
-            latents = torch.stack([self._sample(posterior, member) for member in members], dim=1)  # (B, E, 4, h, w)
-            self._check({'the latent': latents}, self.vae.dtype)
+            latents = self._encode_images(canvas, self.ensemble)
         else:
             size = (side // self.parts.vae_scale_factor for side in canvas.shape[-2:])
             shape = (len(images), self.unet.config.in_channels, *size)
-            latents = torch.stack([self._draw('noise', member, shape, images.device) for member in members], dim=1)
+            draws = [self._draw('noise', member, shape, images.device) for member in range(self.ensemble)]
+            latents = torch.stack(draws, dim=1)  # (B, E, 4, h, w)
         activations = self.extract_latents(latents, prompts, canvas)  # {name: (B, T, C, h', w')}
         return {name: self._crop(name, x, *images.shape[-2:]) for name, x in activations.items()}
 
@@ -288,9 +315,7 @@ class DiffusionExtractor(nn.Module):
         They are those of the continued images. Raises what `forward` does.
         """
         check_images(images, self.parts.vae_scale_factor)
-        latent = self._sample(self._posterior(extend_images(images, self._multiple)), member=0)
-        self._check({'the latent': latent}, self.vae.dtype)
-        return latent
+        return self._encode_images(extend_images(images, self.multiple), 1)[:, 0]
 
     def extract_latents(
         self, latents: Tensor, prompts: Prompts | None = None, images: Tensor | None = None
@@ -341,7 +366,8 @@ class DiffusionExtractor(nn.Module):
             prompt: None takes the constructor's.
 
         Returns:
-            {name: (1, T, C, h', w')}, and the clean latent (1, 4, h, w), see `images.decode`.
+            {name: (1, T, C, h', w')}, and the clean latent (1, 4, h, w), see `images.decode`. In pixel space it is the
+            image (1, 3, H, W), which may exceed [-1, 1] a little.
 
         Raises:
             ValueError: The trajectory is another one than 'generation', there are several draws or ControlNets, or the
@@ -352,8 +378,8 @@ class DiffusionExtractor(nn.Module):
             raise ValueError(f"images are generated with trajectory='generation', not {self.trajectory.name!r}")
         if self.ensemble > 1 or self.controls:
             raise ValueError('an image is generated from one draw, without ControlNets; set ensemble=1, controlnet=()')
-        if any(side < 1 or side % self._multiple for side in size):
-            raise ValueError(f'size is {tuple(size)}; height and width must be multiples of {self._multiple}')
+        if any(side < 1 or side % self.multiple for side in size):
+            raise ValueError(f'size is {tuple(size)}; height and width must be multiples of {self.multiple}')
         device = next(chain(self.unet.parameters(), self.unet.buffers())).device
         shape = (1, self.unet.config.in_channels, *(side // self.parts.vae_scale_factor for side in size))
         noise = self._draw('noise', 0, shape, device)
@@ -388,6 +414,15 @@ class DiffusionExtractor(nn.Module):
         )
         return {name: x.unflatten(0, (m, b)) for name, x in found.items()}
 
+    def _encode_images(self, images: Tensor, members: int) -> Tensor:
+        """Latents (B, E, 4, h, w) of the first E ensemble members, float32; in pixel space the images themselves."""
+        if self.vae is None:
+            return images.float().unsqueeze(1).expand(-1, members, -1, -1, -1)
+        posterior = self._posterior(images)
+        latents = torch.stack([self._sample(posterior, member) for member in range(members)], dim=1)
+        self._check({'the latent': latents}, self.vae.dtype)
+        return latents
+
     def _posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The VAE's posterior, computed in its own dtype even under autocast, in which it might overflow."""
         images = images.to(self.vae.dtype)
@@ -411,11 +446,13 @@ class DiffusionExtractor(nn.Module):
         return seeded_noise(shape[1:], self.seed, purpose, member).to(device).expand(shape)
 
     def _encode(self, prompts: Prompts) -> Conditioning:
-        if isinstance(prompts, Conditioning):
-            return prompts
         if isinstance(prompts, Tensor):
-            return Conditioning(prompts)
-        return self.prompt_encoder(_texts(prompts))
+            prompts = Conditioning(prompts)
+        if not isinstance(prompts, Conditioning):
+            return self.prompt_encoder(_texts(prompts))
+        if self.vae is None and prompts.embeds.shape[1]:
+            raise ValueError(f'{self.parts.source.location} reads no prompt; leave out the embedding')
+        return prompts
 
     def _choose(self, prompts: Prompts | None, batch: int) -> tuple[Conditioning, Tensor]:
         """Embeddings, and which row of them each of `batch` images takes, with shape (batch,)."""
@@ -465,6 +502,12 @@ def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
 
 def _autocast_device(x: Tensor) -> str:
     return 'cpu' if x.is_meta else x.device.type  # the meta device has no autocast of its own
+
+
+def _refuse(model: str | Path, **options: Any) -> None:
+    """Raise a ValueError for options that have no effect, or none that could be meant, in pixel space."""
+    if given := [name for name, value in options.items() if value]:
+        raise ValueError(f'{model} works on pixels, without VAE and text encoder; leave out {", ".join(given)}')
 
 
 def _scaled(source: LoraSource) -> tuple[str | Path, float]:

@@ -108,15 +108,17 @@ def extend_images(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, right, 0, below), mode=mode)
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
     """Images of latents.
 
     Args:
-        vae: A whole one, see `loading.load_vae`.
+        vae: A whole one, see `loading.load_vae`; None in pixel space, where latents are images.
         latents: Scaled as the UNet has them, with shape (B, 4, h, w).
 
     Returns:
         RGB in [-1, 1], with shape (B, 3, H, W), float32.
     """
+    if vae is None:
+        return latents.float().clamp(-1, 1)
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)

@@ -60,6 +60,8 @@ def add_lora(
     require_peft()
     from peft import LoraConfig
 
+    if not hasattr(unet, 'add_adapter'):
+        raise ValueError(f'diffusers has no LoRA for a {type(unet).__name__}; train parts of it with `trainable`')
     if r < 1:
         raise ValueError(f'the rank r of LoRA is {r}; it is 1 or more')
     candidates = [name for name in modules if isinstance(unet.get_submodule(name), nn.Linear | nn.Conv2d)]

@@ -22,10 +22,9 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from diffseg.diffusion.activations import ActivationRecorder, AttentionMode
+from diffseg.diffusion.activations import ActivationRecorder, AttentionMode, UNet
 from diffseg.diffusion.controlnet import Control, residual_kwargs
 
 CLEAN = -1  # the timestep of a latent without noise
@@ -112,7 +111,7 @@ def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) ->
     return {name: apply(value) for name, value in condition.items()}
 
 
-def unet_dtype(unet: UNet2DConditionModel) -> torch.dtype:
+def unet_dtype(unet: UNet) -> torch.dtype:
     """In what the UNet computes, whatever the dtype of layers that are trained beside its own."""
     return unet.conv_in.weight.dtype
 
@@ -126,7 +125,7 @@ class Denoiser:
         attention: Categories of aggregated attention to read, see `ActivationRecorder`.
         micro_batch: The largest number of latents in one UNet call; larger batches are cut and joined again.
         attention_mode: How attention is aggregated.
-        vae_scale_factor: Image pixels per latent cell.
+        vae_scale_factor: Image pixels per latent cell; None as in `sites`.
         controls: ControlNets.
         transform: Applied to activations (N, C, h, w), with their names, as soon as a call of the UNet is over, so that
             what it leaves out takes no memory. The prediction stays as it is.
@@ -134,12 +133,12 @@ class Denoiser:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: UNet,
         layers: Sequence[str],
         attention: Sequence[str] = (),
         micro_batch: int | None = None,
         attention_mode: AttentionMode = 'concat',
-        vae_scale_factor: int = 8,
+        vae_scale_factor: int | None = None,
         controls: Sequence[Control] = (),
         transform: Transform | None = None,
     ):
@@ -170,14 +169,19 @@ class Denoiser:
         return self._call(self._read, x_t, timestep, condition)
 
     def predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
-        """The UNet's prediction (N, 4, h, w) in the dtype of `x_t`."""
-        return self._call(self._predict, x_t, timestep, condition)[PREDICTION].to(x_t.dtype)
+        """The UNet's prediction (N, 4, h, w) in the dtype of `x_t`; without the variance that some learn beside it."""
+        return self._prediction(self._call(self._predict, x_t, timestep, condition), x_t)
 
     def read_and_predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> tuple[Activations, Tensor]:
         """What `read` and `predict` return, from one call of the UNet."""
         found = self._call(self._read_and_predict, x_t, timestep, condition)
-        prediction = found[PREDICTION] if PREDICTION in self._layers else found.pop(PREDICTION)
-        return found, prediction.to(x_t.dtype)
+        prediction = self._prediction(found, x_t)
+        if PREDICTION not in self._layers:
+            del found[PREDICTION]
+        return found, prediction
+
+    def _prediction(self, found: Activations, x_t: Tensor) -> Tensor:
+        return found[PREDICTION][:, : x_t.shape[1]].to(x_t.dtype)
 
     def _call(
         self, recorder: ActivationRecorder, x_t: Tensor, timestep: int | Tensor, condition: Condition
@@ -208,7 +212,7 @@ class Denoiser:
 
 
 @contextmanager
-def _embedded(unet: UNet2DConditionModel, timesteps: Tensor, embeddings: Tensor | None) -> Iterator[None]:
+def _embedded(unet: UNet, timesteps: Tensor, embeddings: Tensor | None) -> Iterator[None]:
     """Have the UNet embed timesteps (N,) by looking them up in (N, K, E), if that is given."""
     if embeddings is None:
         yield

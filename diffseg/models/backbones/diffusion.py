@@ -145,6 +145,8 @@ class DiffusionBackbone(FrozenBackbone):
         """
         if prompt != '':
             raise ValueError(f'a conditioner is in place of a prompt; leave out prompt={prompt!r}, or the conditioner')
+        if self.extractor.vae is None:
+            raise ValueError('a model of pixel space reads no prompt; leave out the conditioner')
         self.conditioner = MODELS.build(config)
         given, unet = self.conditioner(), self.extractor.unet.config
         wanted = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}
@@ -169,9 +171,9 @@ class DiffusionBackbone(FrozenBackbone):
     def _leaves(self) -> set[Tensor]:
         """What requires a gradient and influences the maps."""
         unet = self.extractor.unet
-        latent = torch.zeros(1, unet.config.in_channels, 8, 8, device=unet.device)
-        size = (side * self.extractor.parts.vae_scale_factor for side in latent.shape[2:])
-        image = torch.zeros(1, 3, *size, device=unet.device)
+        side, factor = self.extractor.multiple, self.extractor.parts.vae_scale_factor
+        latent = torch.zeros(1, unet.config.in_channels, side // factor, side // factor, device=unet.device)
+        image = torch.zeros(1, 3, side, side, device=unet.device)
         with torch.enable_grad(), torch.device('cpu'):  # where noise is drawn, also for networks on the meta device
             return reached(self.extractor.extract_latents(latent, self._example(), image).values())
 
@@ -278,8 +280,8 @@ class DiffusionBackbone(FrozenBackbone):
             **self.fingerprint,
             **self.extractor.fingerprint,
             'layers': self.layers,
-            'configs': [{key: value for key, value in config.items() if key[0] != '_'} for config in configs],
-            'vae_dtype': str(self.extractor.vae.dtype),
+            'configs': [{key: value for key, value in (config or {}).items() if key[0] != '_'} for config in configs],
+            'vae_dtype': None if self.extractor.vae is None else str(self.extractor.vae.dtype),
             'input_size': self.input_size,
         }
 
