@@ -13,7 +13,7 @@ from .grid import Candidate, Maps, Reduction
 
 IGNORED = 255
 DIM = 128
-PIXELS = 16  # of a class in a picture
+PIXELS = 32  # of a class in a picture
 CLASSES = 8  # of a picture, in estimates
 
 
@@ -40,7 +40,7 @@ class LinearProbe:
     name = 'mIoU'
     dim = DIM
 
-    def __init__(self, *, pixels: int = PIXELS, dim: int = DIM, folds: int = 3, ridge: float = 0.1) -> None:
+    def __init__(self, *, pixels: int = PIXELS, dim: int = DIM, folds: int = 5, ridge: float = 0.1) -> None:
         self.pixels = pixels
         self.dim = dim
         self.folds = folds
