@@ -1,7 +1,8 @@
 """Homographies from matches: pure functions, and the metric of HPatches as DIFT (arXiv 2306.03881) is scored on it.
 
-A homography is correct within a number of pixels if the corners of image 1 are taken, on the mean, at most so far from
-where the true one takes them. It is estimated from at least four matches; where that fails it is not correct.
+A homography from a source to a target image is correct within a number of pixels if it takes the source's corners, on
+the mean, at most so far from where the true one takes them. It is estimated from at least four matches; where that
+fails it counts as wrong.
 """
 
 import math
@@ -59,12 +60,12 @@ def estimate_homography(
 
 
 def corner_error(estimated: np.ndarray, truth: np.ndarray, size: tuple[int, int]) -> float:
-    """Mean distance, in pixels of image 1, between where two homographies take the corners of image 0.
+    """Mean distance, in pixels of the target, between where two homographies take the corners of the source.
 
     Args:
         estimated: with shape (3, 3).
         truth: with shape (3, 3).
-        size: height and width of image 0; the corners are the middles of its corner pixels.
+        size: height and width of the source; the corners are the middles of its corner pixels.
     """
     corners = image_corners(size)
     return float(np.linalg.norm(transform(estimated, corners) - transform(truth, corners), axis=1).mean())

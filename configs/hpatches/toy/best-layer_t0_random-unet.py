@@ -1,3 +1,3 @@
-_base_ = './best-layer_t50.py'
+_base_ = './best-layer_t0.py'
 
 model = dict(backbone=dict(random=['unet']))
