@@ -246,13 +246,17 @@ def collect(
 def rank(store: Store, measure: Measure) -> list[tuple[Candidate, float]]:
     """All candidates that can be measured, the best first; of equal ones the first of the grid.
 
+    Those are left out that not all samples have, or not with the same number of channels: attention whose keys are the
+    cells of images of several sizes.
+
     Raises:
         ValueError: there is no sample that can be used.
     """
     usable = [reduction for reduction in store if reduction]
     if not usable:
         raise ValueError('none of the samples could be read')
-    measurable = [c for c in store.candidates if all(c in reduction for reduction in usable)]
+    shapes = {c: {reduction[c].shape[1:] if c in reduction else None for reduction in usable} for c in store.candidates}
+    measurable = [c for c, found in shapes.items() if len(found) == 1 and None not in found]
     scores = {c: measure.score(usable, [c]) for c in measurable}
     return sorted(scores.items(), key=lambda pair: -pair[1])
 

@@ -77,7 +77,7 @@ def test_what_is_stored_comes_back(tmp_path):
 def test_what_could_not_be_read_or_measured_is_left_out(tmp_path):
     class Mean:
         def score(self, reductions, candidates):
-            return float(torch.stack([reduction[candidates[0]] for reduction in reductions]).mean())
+            return float(torch.cat([reduction[candidates[0]].flatten() for reduction in reductions]).mean())
 
     places = [Place(i, 0) for i in range(3)]
     store = Store(tmp_path, places, [A, B, C], {})
@@ -85,6 +85,10 @@ def test_what_could_not_be_read_or_measured_is_left_out(tmp_path):
     store.write(places[1], {})  # damaged
     store.write(places[2], {A: torch.tensor(2.0), B: torch.tensor(0.0)})
     assert rank(store, Mean()) == [(B, 2.0), (A, 1.5)]
+    store = Store(tmp_path / 'sizes', places[:2], [A, B], {})
+    for place, channels in zip(places, (3, 4), strict=False):
+        store.write(place, {A: torch.ones(5 - channels, 2), B: torch.ones(5, channels)})
+    assert rank(store, Mean()) == [(A, 1.0)]
     empty = Store(tmp_path / 'empty', places[:1], [A], {})
     empty.write(places[0], {})
     with pytest.raises(ValueError, match='none of the samples could be read'):
