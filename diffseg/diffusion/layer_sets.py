@@ -52,8 +52,11 @@ LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ('up-level0-repeat0-vit-block3-out',),
     ),
-    # Tang et al., "Emergent Correspondence from Image Diffusion" (2306.03881): semantic matching, up_ft_index 1
-    'dift': (('dift-1',),),
+    # Tang et al., "Emergent Correspondence from Image Diffusion" (2306.03881): semantic matching, up_ft_index 4 of ADM
+    # and 1 of Stable Diffusion
+    'dift': (('adm-4',), ('dift-1',)),
+    # Baranchuk et al., "Label-Efficient Semantic Segmentation with Diffusion Models" (2112.03126): output blocks of ADM
+    'ddpm-seg': (('adm-5', 'adm-6', 'adm-7', 'adm-8', 'adm-12'),),
     # Luo et al., "Diffusion Hyperfeatures" (2305.14334): every residual increment of the decoder
     'dhf': (tuple(f'dhf-{level}-{repeat}' for level in range(4) for repeat in range(3)),),
 }

@@ -4,6 +4,7 @@ import pytest
 
 from diffseg.diffusion.activations import sites
 from diffseg.diffusion.layer_sets import LAYER_SETS, expand, split_timesteps
+from diffseg.diffusion.loading import meta_unet
 
 
 @pytest.fixture
@@ -49,7 +50,17 @@ def test_sdxl_sets(tiny_sdxl_unet, name, channels, strides):
     assert [narrow[layer].stride for layer in layers] == strides
 
 
-def test_no_variant(sdxl):
+@pytest.mark.parametrize(('name', 'channels', 'strides'), [('dift', 1024, [16]), ('ddpm-seg', 2816, [8, 8, 8, 4, 2])])
+def test_adm_sets(name, channels, strides):
+    available = sites(meta_unet('ddpm-lsun-horse'))
+    layers = expand([name], available)
+    assert sum(available[layer].channels for layer in layers) == channels
+    assert [available[layer].stride for layer in layers] == strides
+
+
+def test_no_variant(sd, sdxl):
+    with pytest.raises(ValueError, match="'ddpm-seg' is published for a UNet of this"):
+        expand(['ddpm-seg'], sd)
     with pytest.raises(ValueError, match="'dhf' is published for a UNet of this"):
         expand(['dhf'], sdxl)
 

@@ -178,3 +178,12 @@ def test_user_errors(run, photos, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
     assert run(source=tmp_path / 'empty') == 2
     assert 'no images' in capsys.readouterr().err
+
+
+def test_models_of_pixel_space(tool, photos, tiny_pixel_pipeline, tmp_path, capsys):
+    options = f'--model {tiny_pixel_pipeline} --layers adm-4 --timesteps 50 --out {tmp_path}/out --device cpu'.split()
+    assert tool.main([str(photos), *options]) == 0
+    assert '1 layers' in capsys.readouterr().out
+    assert load_file(tmp_path / 'out/a/y.png.safetensors')['up-level1-repeat1-vit-out'].shape == (1, 16, 32, 32)
+    assert tool.main([str(photos), *options, '--prompt', 'a horse']) == 2
+    assert "leave out 'a horse'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from diffseg.diffusion.activations import sites
@@ -27,7 +28,10 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-@pytest.mark.parametrize('pipeline', ['tiny_pipeline', 'tiny_sdxl_pipeline'])
+PIPELINES = {'tiny_pipeline': tiny.unet, 'tiny_sdxl_pipeline': tiny.sdxl_unet, 'tiny_pixel_pipeline': tiny.pixel_unet}
+
+
+@pytest.mark.parametrize('pipeline', PIPELINES)
 def test_lists_every_site_without_weights(main, request, tmp_path, capsys, pipeline):
     """The folder given holds configurations only."""
     folder = request.getfixturevalue(pipeline)
@@ -37,8 +41,7 @@ def test_lists_every_site_without_weights(main, request, tmp_path, capsys, pipel
     assert main([str(tmp_path), '--size', '128x192']) == 0
     header, *table = rows(capsys.readouterr().out)
     assert header == ['name', 'channels', 'stride', 'size', 'at', '128x192']
-    make = request.getfixturevalue({'tiny_pipeline': 'tiny_unet', 'tiny_sdxl_pipeline': 'tiny_sdxl_unet'}[pipeline])
-    expected = sites(make()).values()
+    expected = sites(PIPELINES[pipeline]()).values()
     assert [row[0] for row in table] == [site.name for site in expected]
     assert [row[1] for row in table] == [str(site.channels or 'keys') for site in expected]
     assert [row[3] for row in table] == ['x'.join(map(str, site.size(128, 192))) for site in expected]
@@ -51,6 +54,12 @@ def test_preset_at_its_own_size(main, capsys):
     assert len(table) == 8
     assert ['mid-vit-block0-ffn-inner', '5120', '64', '8x8'] in table
     assert ['mid-vit-block0-cross-map', 'keys', '64', '8x8'] in table
+
+
+def test_aliases_of_a_preset_of_pixel_space(main, capsys):
+    assert main(['ddpm-lsun-horse', '--filter', 'adm-12']) == 0
+    header, row = rows(capsys.readouterr().out)
+    assert header[-1] == '256x256' and row == ['up-level4-repeat0-res-out', '256', '2', '128x128']
 
 
 def test_config_gives_what_the_extractor_gives(main, tiny_pipeline, tmp_path, capsys):

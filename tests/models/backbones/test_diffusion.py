@@ -373,3 +373,49 @@ def test_trained_parts_are_in_the_checkpoint(make: Callable):
 def test_options_that_cannot_be(make: Callable, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+# ---- pixel space
+
+
+@pytest.fixture
+def make_pixels(tiny_pixel_pipeline: Path) -> Callable[..., DiffusionBackbone]:
+    """Build a backbone on a model of pixel space."""
+
+    def build(**options) -> DiffusionBackbone:
+        return MODELS.build(backbone_config(tiny_pixel_pipeline, **{'layers': ['adm-4', 'adm-1'], **options}))
+
+    return build
+
+
+def test_maps_of_pixel_space_and_their_cache(make_pixels: Callable, tmp_path: Path):
+    x = make_images()[..., :30, :50]
+    backbone = make_pixels(cache=str(tmp_path), channels=[16, 32])
+    maps, again = backbone(x), backbone(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 3 * 16, 15, 25), (2, 3 * 32, 8, 13)]
+    assert all(torch.equal(a, b) for a, b in zip(maps, again, strict=True))
+    assert backbone.cache.counts.hits == 2
+    backbone.load_state_dict(make_pixels().state_dict(), strict=True)
+    with pytest.raises(ValueError, match='another backbone: layers was'):
+        backbone.load_state_dict(make_pixels(layers=['adm-4', 'adm-0']).state_dict())
+
+
+def test_all_of_a_network_of_pixels_that_the_maps_depend_on_trains(make_pixels: Callable):
+    backbone = make_pixels(frozen=False)
+    sum(m.square().mean() for m in backbone(make_images())).backward()
+    trained = {name for name, p in backbone.extractor.unet.named_parameters() if p.grad.abs().sum() > 0}
+    assert 'conv_in.weight' in trained and 'up_blocks.1.attentions.1.to_q.weight' in trained
+    assert not any(name.startswith('up_blocks.2') for name in trained)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'prompt': 'a horse'}, "leave out 'a horse'"),
+        ({'conditioner': {'type': 'LearnedPrompts', 'num_prompts': 3, 'dim': 32}}, 'leave out the conditioner'),
+        ({'lora': {'r': 2}}, 'no LoRA for a UNet2DModel'),
+    ],
+)
+def test_what_models_of_pixel_space_do_not_take(make_pixels: Callable, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make_pixels(**options)
