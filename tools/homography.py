@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--keypoints', nargs=2, metavar='FILE', help="of both images (default: the config's detector)")
     parser.add_argument('--truth', metavar='FILE', help='the true homography, three lines of three numbers')
     parser.add_argument('--method', choices=METHODS, help="of the estimate (default: the config's)")
-    parser.add_argument('--lines', type=int, default=60, help='how many matches to draw at most (default: 60)')
+    parser.add_argument('--lines', type=int, default=40, help='how many matches to draw at most (default: 40)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser.parse_args(argv)
 
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> None:
     source, target = (to_picture(read_image(path)) for path in (args.source, args.target))
     corners = image_corners(sample.ori_shape0)
     source = outline(source, torch.from_numpy(corners), ESTIMATED)
-    for matrix, colour in ((truth, TRUE), (homography, ESTIMATED)):
+    for matrix, colour, width in ((truth, TRUE, 5), (homography, ESTIMATED, 2)):
         if matrix is not None:
-            target = outline(target, torch.from_numpy(transform(matrix, corners)), colour)
+            target = outline(target, torch.from_numpy(transform(matrix, corners)), colour, width)
     shown = np.unique(np.linspace(0, len(rows) - 1, min(args.lines, len(rows))).round().astype(int))
     shown = shown[np.argsort(inliers[shown], kind='stable')]  # outliers below
     args.out.parent.mkdir(parents=True, exist_ok=True)
