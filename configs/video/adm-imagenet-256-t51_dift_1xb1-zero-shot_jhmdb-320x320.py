@@ -1,0 +1,9 @@
+# DIFT's code has no JHMDB. Layer, topk and radius are what we recall of the paper, not verified; the timestep, the
+# draws, the temperature and the number of previous frames are those of DAVIS.
+_base_ = [
+    '../_base_/models/propagation_dift_adm.py',
+    '../_base_/datasets/jhmdb.py',
+    '../_base_/video_runtime.py',
+]
+
+model = dict(backbone=dict(layers=['adm-5'], channels=[1024]), labels='joints', topk=15, radius=5)

@@ -1,0 +1,3 @@
+_base_ = './joints.py'
+
+model = dict(backbone=dict(random=['unet']))

@@ -1,0 +1,3 @@
+_base_ = './masks.py'
+
+model = dict(backbone=dict(random=['unet']))
