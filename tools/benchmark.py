@@ -1,9 +1,12 @@
-"""Measure time, peak memory and operations of feature extraction, or of matching, beside the published procedure.
+"""Measure time, peak memory and operations of feature extraction, of matching, or of label propagation.
+
+Each beside the published procedure.
 
     python tools/benchmark.py --model demo/tiny-sd --sizes 64 --layers practical dift --ensembles 1 8
     python tools/benchmark.py --model sd15 --random --sizes 512 --layers practical
     python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
     python tools/benchmark.py --matching 24 48
+    python tools/benchmark.py --propagation --repeat 1
 
 Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a process of its own, where both procedures use
 the same modules in turn, ours, published, ours, ... The ratio is the median over these pairs.
@@ -33,6 +36,17 @@ the image:
 
 Memory then is what a procedure takes on top of the maps. The last column says how many matches are the same; on random
 maps the outermost pixels, which are all alike, may be told apart by rounding errors.
+
+With `--propagation [H W FRAMES]` the labels of FRAMES frames and the first one, of H x W cells, are propagated to one
+more; by default 28 frames of 60 x 107 cells, which are DAVIS's 480 x 854 pixels, with DIFT's settings for it:
+
+* **ours**: `propagate_labels`;
+* **published**: what DIFT's evaluation does: multiply all cells of all frames with those of the target, zero what is
+  outside of windows, and find each column's highest values. Here in place and with one mask for all frames, so that it
+  takes less memory than the released code.
+
+Memory is what a procedure takes on top of the maps. The last columns are the largest difference of soft labels, and the
+share of cells with the same highest label.
 """
 
 import argparse
@@ -64,6 +78,7 @@ from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config, meta_unet
 from diffseg.models.correspondence import match_points
+from diffseg.models.propagation import propagate_labels
 
 TOKENS = 77
 
@@ -100,6 +115,22 @@ class MatchingCase:
     keypoints: int
     device: str = 'cpu'
     repeat: int = 3
+
+
+@dataclass(frozen=True)
+class PropagationCase:
+    """One line of the table of label propagation: height x width cells, `frames` besides the first one."""
+
+    height: int
+    width: int
+    frames: int
+    channels: int
+    device: str = 'cpu'
+    repeat: int = 3
+    labels: int = 4
+    topk: int = 15
+    radius: int = 15
+    temperature: float = 0.2
 
 
 class Operations(TorchDispatchMode):
@@ -304,27 +335,98 @@ def measure_matching(case: MatchingCase) -> dict[str, Any]:
     }
     small = source[:2], target[:2], points[:1] * 0
     match_points(*small, (8, 8), (8, 8)), published_matches(*small, (8, 8))  # loads what is loaded with the first call
-    result: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in procedures}
-    matches = []
-    with torch.inference_mode():
-        for name, run in procedures.items():
-            gc.collect()
-            reset_peak(case.device)
-            before = peak(case.device)
-            matches.append(run())
-            result[name] = {'memory': None if before is None else peak(case.device) - before}
-        for _ in range(case.repeat):
-            for name, run in procedures.items():
-                seconds[name].append(timed(run, case.device))
-    for name, values in seconds.items():
-        result[name]['ms'] = 1000 * statistics.median(values)
-    result['ratio'] = statistics.median(b / a for a, b in zip(seconds['ours'], seconds['published'], strict=True))
-    result['same'] = int((matches[0] == matches[1]).all(1).sum())
+    result, matches = in_turn(procedures, case.device, case.repeat)
+    result['same'] = int((matches['ours'] == matches['published']).all(1).sum())
     return result
 
 
-MEASURES = {each.__name__: (each, measure) for each, measure in ((Case, measure), (MatchingCase, measure_matching))}
+def masked_matrix(
+    target: Tensor, context: Tensor, labels: Tensor, topk: int, radius: int, temperature: float
+) -> Tensor:
+    """Propagate labels as DIFT's evaluation on DAVIS does.
+
+    Args:
+        target: descriptors with shape (C, h, w).
+        context: the same of n frames, shape (n, C, h, w).
+        labels: theirs, with shape (n, K, h, w).
+        topk: how many cells to average.
+        radius: of the window, in cells.
+        temperature: of the weights.
+
+    Returns:
+        Shape (K, h, w).
+    """
+    cells = target.shape[1:]
+    queries, keys = F.normalize(target.flatten(1), dim=0), F.normalize(context.flatten(2), dim=1)
+    weights = torch.bmm(keys.transpose(1, 2), queries.expand(len(keys), -1, -1))  # (n, h*w, h*w)
+    weights.div_(temperature).exp_()
+    row, column = (
+        (each[:, None] - each).abs() <= radius  # (h*w, h*w)
+        for each in torch.cartesian_prod(*(torch.arange(side, device=target.device) for side in cells)).T
+    )
+    weights *= row & column
+    weights = weights.flatten(0, 1)  # (n*h*w, h*w)
+    weights[weights < weights.topk(topk, dim=0).values[-1]] = 0
+    weights /= weights.sum(0)
+    return (labels.transpose(0, 1).flatten(1) @ weights).unflatten(1, cells)
+
+
+def measure_propagation(case: PropagationCase) -> dict[str, Any]:
+    """Run both procedures in turn.
+
+    Returns:
+        As `measure_matching` does; the largest `difference` of soft labels, and the `same` highest labels, a fraction.
+    """
+    cells = case.height, case.width
+    target = torch.randn(case.channels, *cells, device=case.device)
+    context = target + torch.randn(case.frames + 1, *target.shape, device=case.device)
+    labels = torch.randn(case.frames + 1, case.labels, *cells, device=case.device).softmax(1)
+    settings = case.topk, case.radius, case.temperature
+    kept = list(context.to(memory_format=torch.channels_last))  # as the model keeps them
+    procedures = {
+        'ours': lambda: propagate_labels(target, kept, labels, *settings).cpu(),
+        'published': lambda: masked_matrix(target, context, labels, *settings).cpu(),
+    }
+    few = context[:2, :2, :4, :4]
+    propagate_labels(few[0], few, few, 2, 1, 1.0), masked_matrix(few[0], few, few, 2, 1, 1.0)  # loads what is loaded
+    result, found = in_turn(procedures, case.device, case.repeat)
+    result['difference'] = float((found['ours'] - found['published']).abs().max())
+    result['same'] = float((found['ours'].argmax(0) == found['published'].argmax(0)).float().mean())
+    return result
+
+
+def in_turn(
+    procedures: Mapping[str, Callable[[], Any]], device: str, repeat: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run `ours` and `published` once for their memory, then in turn for their times.
+
+    Returns:
+        Their `ms`, `memory` and `ratio`, see `measure_matching`; and what each of them returned.
+    """
+    result: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in procedures}
+    returned = {}
+    with torch.inference_mode():
+        for name, run in procedures.items():
+            gc.collect()
+            reset_peak(device)
+            before = peak(device)
+            returned[name] = run()
+            result[name] = {'memory': None if before is None else peak(device) - before}
+        for _ in range(repeat):
+            for name, run in procedures.items():
+                seconds[name].append(timed(run, device))
+    for name, values in seconds.items():
+        result[name]['ms'] = 1000 * statistics.median(values)
+    result['ratio'] = statistics.median(b / a for a, b in zip(seconds['ours'], seconds['published'], strict=True))
+    return result, returned
+
+
+MEASURES = {
+    'Case': (Case, measure),
+    'MatchingCase': (MatchingCase, measure_matching),
+    'PropagationCase': (PropagationCase, measure_propagation),
+}
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
@@ -352,7 +454,7 @@ def peak(device: str) -> int | None:
     return None
 
 
-def in_subprocess(case: Case | MatchingCase) -> dict[str, Any]:
+def in_subprocess(case: Case | MatchingCase | PropagationCase) -> dict[str, Any]:
     """Measure a case in a fresh process, so that no case sees the memory of another."""
     command = [sys.executable, __file__, '--case', type(case).__name__, json.dumps(asdict(case))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -400,6 +502,21 @@ def matching_line(case: MatchingCase, found: Mapping[str, Any]) -> str:
     return f'| {" | ".join(map(str, [*cells, found["same"]]))} |'
 
 
+PROPAGATION_TITLES = (
+    *('cells', 'frames', 'channels', 'ms', 'published ms', 'ratio', 'MB', 'published MB'),
+    *('difference', 'same labels'),
+)
+
+
+def propagation_line(case: PropagationCase, found: Mapping[str, Any]) -> str:
+    """A case's line of the Markdown table of label propagation."""
+    ours, theirs = found['ours'], found['published']
+    cells = [f'{case.height} x {case.width}', f'{case.frames} + 1', case.channels]
+    cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{found["ratio"]:.1f}']
+    cells += ['-' if each['memory'] is None else f'{each["memory"] / 1e6:.0f}' for each in (ours, theirs)]
+    return f'| {" | ".join(map(str, cells))} | {found["difference"]:.0e} | {found["same"]:.2%} |'
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--case', nargs=2, help=argparse.SUPPRESS)
@@ -417,11 +534,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--matching', nargs='+', type=int, metavar='CELLS', help='measure matching, maps of these sides'
     )
-    parser.add_argument('--channels', type=int, default=1280, help='of the maps that are matched')
+    parser.add_argument(
+        '--propagation', nargs='*', type=int, metavar='N', help='measure label propagation: H W FRAMES (60 107 28)'
+    )
+    parser.add_argument('--channels', type=int, help='of the maps (1280 to match, 640 to propagate)')
     parser.add_argument('--keypoints', type=int, default=10, help='that are matched')
     parser.add_argument('--image-size', nargs=2, type=int, default=(375, 500), metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--json', type=Path, help='write the results there as well')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.propagation == []:
+        args.propagation = [60, 107, 28]
+    if args.propagation and len(args.propagation) != 3:
+        parser.error(f'--propagation takes H W FRAMES or nothing, not {args.propagation}')
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -433,12 +558,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = args.device.startswith('cuda')
     machine = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
     how = 'counted' if args.count_only else f'{machine}, {torch.get_num_threads()} threads'
-    what = 'matching' if args.matching else f'{args.model}{", random weights" * args.random}'
+    what, head, lines = f'{args.model}{", random weights" * args.random}', titles(not args.count_only), extraction_rows
+    if args.matching:
+        what, head, lines = 'matching', table_head(MATCHING_TITLES), matching_rows
+    elif args.propagation:
+        what, head, lines = 'label propagation', table_head(PROPAGATION_TITLES), propagation_rows
     print(f'{what}; {how}; torch {torch.__version__}\n')
-    print(table_head(MATCHING_TITLES) if args.matching else titles(not args.count_only))
+    print(head)
     rows = []
     try:
-        for row, text in (matching_rows if args.matching else extraction_rows)(args):
+        for row, text in lines(args):
             rows.append(row)
             print(text, flush=True)
             if args.json:
@@ -466,9 +595,16 @@ def extraction_rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], 
 def matching_rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     """Each case's results, and its line."""
     for cells in args.matching:
-        case = MatchingCase(cells, args.channels, *args.image_size, args.keypoints, args.device, args.repeat)
+        case = MatchingCase(cells, args.channels or 1280, *args.image_size, args.keypoints, args.device, args.repeat)
         found = in_subprocess(case)
         yield {'case': asdict(case), 'measured': found}, matching_line(case, found)
+
+
+def propagation_rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """The case's results, and its line."""
+    case = PropagationCase(*args.propagation, args.channels or 640, args.device, args.repeat)
+    found = in_subprocess(case)
+    yield {'case': asdict(case), 'measured': found}, propagation_line(case, found)
 
 
 if __name__ == '__main__':

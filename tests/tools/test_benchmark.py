@@ -150,6 +150,26 @@ def test_matching(tool, tmp_path, capfd):
         assert row['measured']['ratio'] > 0 and row['measured']['same'] <= 10
 
 
+def test_published_propagation_finds_the_same(tool):
+    target, context, labels = torch.randn(8, 6, 9), torch.randn(3, 8, 6, 9), torch.rand(3, 2, 6, 9)
+    ours = tool.propagate_labels(target, context, labels, 5, 2, 0.2)
+    torch.testing.assert_close(tool.masked_matrix(target, context, labels, 5, 2, 0.2), ours)
+
+
+def test_propagation(tool, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(tool, 'in_subprocess', tool.measure_propagation)
+    options = f'--propagation 8 12 2 --channels 16 --repeat 1 --device cpu --json {tmp_path / "p.json"}'
+    assert tool.main(options.split()) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[2].startswith('| cells | frames | channels | ms | published ms | ratio |')
+    assert lines[4].split('|')[1:4] == [' 8 x 12 ', ' 2 + 1 ', ' 16 ']
+    (row,) = json.loads((tmp_path / 'p.json').read_text())
+    assert row['measured']['difference'] < 1e-5 and row['measured']['same'] == 1
+    with pytest.raises(SystemExit):
+        tool.main(['--propagation', '8', '12'])
+    assert 'H W FRAMES' in capfd.readouterr().err
+
+
 def test_count_only_and_errors(tool, capsys):
     assert tool.main(['--model', 'sd15', '--sizes', '512', '--layers', 'practical', 'dift', '--count-only']) == 0
     lines = capsys.readouterr().out.splitlines()
