@@ -139,6 +139,15 @@ def test_match_lines_join_the_points():
         vis.match_lines(pictures, (points[0], points[1][:1]))
 
 
+def test_outline_is_drawn_inside_the_picture_and_nowhere_else():
+    picture = torch.full((3, 20, 30), 0.5)
+    corners = torch.tensor([[5.0, 4.0], [24, 4], [24, 40], [5, 40]])  # the lower ones are outside
+    drawn = vis.outline(picture, corners, (255, 0, 0), width=1)
+    changed = (drawn - picture).abs().amax(0) > 0.1
+    assert changed.sum() == 20 + 2 * 15 and changed[4, 5:25].all() and changed[4:, 5].all() and changed[4:, 24].all()
+    assert torch.equal(drawn[:, 4, 10], torch.tensor([1.0, 0, 0]))
+
+
 def test_mixing_figure():
     weights = torch.tensor([[0.1, 0.2], [0.3, 0.1], [0.2, 0.1]])
     figure = vis.mixing_figure(weights, [0, 100, 261], ['dhf-0-0', 'dhf-1-2'])
