@@ -74,6 +74,18 @@ def make_probes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EnsembleBackbo
 # Joining
 
 
+def test_layers_of_members_may_have_timesteps_of_their_own(members: list[dict]):
+    layers = members[0]['layers']
+    members[0] |= {
+        'layers': [f'{layers[0]}@50', f'{layers[1]}@261+500', layers[2], f'{layers[0]}@500'],
+        'levels': [2, 2],
+    }
+    ensemble = EnsembleBackbone(members)
+    maps = ensemble(make_images(1))
+    steps = [1, 2, 1, 1, 3, 1, 1]  # of the maps, level by level
+    assert [x.shape[1] for x in maps] == [t * c for t, c in zip(steps, ensemble.channels, strict=True)]
+
+
 def test_maps_are_joined_level_by_level():
     assert join_levels(['abc', 'xyz', 'u'], [[2, 0, 1], [1, 2, 0], [0, 0, 1]]) == list('abxyzcu')
 
