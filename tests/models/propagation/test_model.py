@@ -127,6 +127,19 @@ def test_a_diffusion_model_propagates(tiny_pipeline, drawn_mask):
     assert (found[2] == found[0]).float().mean() > 0.7
 
 
+def test_weights_that_are_trained_on_pairs_fit():
+    parts = {
+        'backbone': {'type': 'PixelBackbone'},
+        'neck': {'type': 'AggregationNeck', 'levels': [[48]], 'timesteps': 1, 'out_channels': 32},
+        'head': {'type': 'ConvDescriptorHead', 'in_channels': 32},
+    }
+    model = build(**parts)
+    trained = MODELS.build({'type': 'CorrespondenceModel', **parts})
+    model.load_state_dict(trained.state_dict())
+    images = torch.rand(1, 3, *SIZE)
+    torch.testing.assert_close(model.encode(images), trained.encode(images, [None]))
+
+
 def test_bad_input_is_told(drawn_mask):
     frames = frames_of(0, 4)
     with pytest.raises(ValueError, match="labels is 'boxes'"):
