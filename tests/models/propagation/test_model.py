@@ -130,8 +130,8 @@ def test_a_diffusion_model_propagates(tiny_pipeline, drawn_mask):
 def test_weights_that_are_trained_on_pairs_fit():
     parts = {
         'backbone': {'type': 'PixelBackbone'},
-        'neck': {'type': 'AggregationNeck', 'levels': [[48]], 'timesteps': 1, 'out_channels': 32},
-        'head': {'type': 'ConvDescriptorHead', 'in_channels': 32},
+        'neck': {'type': 'AggregationNeck', 'levels': [[48]], 'timesteps': 1, 'out_channels': 128},
+        'head': {'type': 'ConvDescriptorHead', 'in_channels': 128},
     }
     model = build(**parts)
     trained = MODELS.build({'type': 'CorrespondenceModel', **parts})
