@@ -30,7 +30,7 @@ def search(load_tool):
 def config(load_tool, tmp_path_factory):
     """`config(base)`: a config that inherits one of the shipped ones, with data of its own."""
     folder = tmp_path_factory.mktemp('search')
-    load_tool('make_toy_data').main([str(folder), '--train', '4', '--test', '1', '--pairs', '1'])
+    load_tool('make_toy_data').main([str(folder), '--train', '6', '--test', '1', '--pairs', '1'])
 
     def write(base: str) -> str:
         data = {'data_root': str(folder / 'toy')}
