@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from benchmark import conditioning
+from diffusers import UNet2DConditionModel
 from list_activations import available_sites, backbones, maps, parse_size
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
@@ -154,7 +155,9 @@ def build_backbone(config: Config, random: bool) -> DiffusionBackbone:
     if options['type'] != 'DiffusionBackbone':
         raise ValueError(f'the backbone is a {options["type"]}; the benchmark takes a DiffusionBackbone')
     if random:
-        options |= {'random': ('unet', 'vae'), 'prompt': conditioning(meta_unet(options['model']))}
+        options['random'] = ('unet', 'vae')
+        if isinstance(unet := meta_unet(options['model']), UNet2DConditionModel):  # of pixels: without prompt
+            options['prompt'] = conditioning(unet)
     return MODELS.build(options).eval()
 
 

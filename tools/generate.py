@@ -94,7 +94,10 @@ def run(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             activations, latent = extractor.generate(size, prompt)
             image = decode(vae, latent)[0]
-        stored = {layer: x[0].to('cpu', DTYPES[args.save_dtype]) for layer, x in activations.items()}  # (T, C, h, w)
+        stored = {
+            layer: x[0].to('cpu', DTYPES[args.save_dtype]).contiguous()  # (T, C, h, w)
+            for layer, x in activations.items()
+        }
         if not all(x.isfinite().all() for x in stored.values()):
             raise ValueError(f'activations do not fit {args.save_dtype}; store them with --save-dtype float32')
         to_pil(to_picture(image)).save(args.out / name)

@@ -82,7 +82,7 @@ def test_errors(run: Callable, capsys):
 
 def test_models_of_pixel_space_need_no_prompt(load_tool: Callable, tiny_pixel_pipeline: Path, tmp_path: Path):
     load_tool('extract_features')
-    options = f'--layers adm-4 --timesteps 0 --steps 2 --out {tmp_path} --device cpu'.split()
+    options = f'--layers adm-1 --timesteps 0 --steps 2 --out {tmp_path} --device cpu'.split()
     assert load_tool('generate').main([str(tiny_pixel_pipeline), *options]) == 0
     assert Image.open(tmp_path / 'image-0.png').size == (16, 16)
-    assert load_file(tmp_path / 'image-0.png.safetensors')['up-level1-repeat1-vit-out'].shape == (1, 16, 8, 8)
+    assert load_file(tmp_path / 'image-0.png.safetensors')['up-level0-repeat1-vit-out'].shape == (1, 32, 4, 4)
