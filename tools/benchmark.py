@@ -203,6 +203,8 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
         One VAE encoding (`encode`), and one UNet pass: a whole one (`unet`), one that ends with the last of the layers
         (`stopped`), and what of it the layers depend on (`needed`).
     """
+    if load_config(model).pixel_space:
+        raise ValueError(f'{model} works on pixels; what is compared are runs of latent models, encoding and UNet')
     unet = meta_unet(model)
     with torch.device('meta'):
         vae = AutoencoderKL.from_config(load_config(model).vae)

@@ -174,6 +174,8 @@ def test_count_only_and_errors(tool, capsys):
     assert tool.main(['--model', 'sd15', '--sizes', '512', '--layers', 'practical', 'dift', '--count-only']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('|')[-2].strip() for line in lines[4:]] == ['80%', '55%']  # of a UNet pass
+    assert tool.main(['--model', 'adm-imagenet-256', '--layers', 'dift', '--count-only']) == 2
+    assert 'works on pixels' in capsys.readouterr().err
     assert tool.main(['--model', 'sd15', '--layers', 'no-such-layer', '--count-only']) == 2
     assert 'no-such-layer' in capsys.readouterr().err
 
