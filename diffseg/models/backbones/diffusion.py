@@ -122,6 +122,9 @@ class DiffusionBackbone(FrozenBackbone):
         elif not frozen:
             self.trained['trainable'] = ['*'] if trainable is None else list(trainable)
             freeze(self.extractor, trainable=self._choose(self.trained['trainable']))
+            for module in self.extractor.unet.modules():
+                if isinstance(module, nn.GroupNorm):
+                    module.register_forward_pre_hook(_contiguous)
         else:
             freeze(self.extractor)
         self.cache = build_cache(cache)
@@ -302,3 +305,11 @@ class DiffusionBackbone(FrozenBackbone):
             told['conditioner'] = self.conditioner.fingerprint
         fingerprint = json.loads(json.dumps(told))
         return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}
+
+
+def _contiguous(norm: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """PyTorch's CPU kernel crashes where a norm is trained whose input is channels-last and has no gradient.
+
+    Such is the output of attention in a network of pixels.
+    """
+    return tuple(x.contiguous() for x in inputs)
