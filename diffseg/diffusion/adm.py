@@ -82,11 +82,18 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
     samplers = {i: sampler for i in range(blocks) if (sampler := _upsampler(state, i)) is not None}
     repeats = min(samplers, default=blocks - 1) + 1  # residual blocks of a level, one more than in the encoder
     firsts = [f'output_blocks.{i}' for i in range(0, blocks, repeats)][::-1]  # of each level, fine -> coarse
-    channels = [len(state[f'{first}.0.out_layers.3.weight']) for first in firsts]
+    ends = [f'{first}.0.out_layers.3.weight' for first in firsts]
+    if missing := [end for end in ends if end not in state]:
+        raise ValueError(f'the checkpoint has no {missing[0]}, where a level of {repeats} blocks is expected to begin')
+    channels = [len(state[end]) for end in ends]
     attention = [f'{first}.1.qkv.weight' in state for first in firsts]
     updown = 'conv' not in samplers.values()
     shifted = len(state['output_blocks.0.0.emb_layers.1.weight']) == 2 * channels[-1]
     image_size = settings.get('image_size', COARSEST * 2 ** (len(channels) - 1))
+    head_channels = settings.get('num_head_channels', HEAD_CHANNELS if 'num_heads' not in settings else -1)
+    for name, value in (('image_size', image_size), ('num_head_channels', head_channels)):
+        if not isinstance(value, int):
+            raise ValueError(f'{name} is {value!r}; it is a whole number')
 
     _check_settings(
         settings,
@@ -106,7 +113,6 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
             'predict_xstart': False,
         },
     )
-    head_channels = settings.get('num_head_channels', HEAD_CHANNELS if 'num_heads' not in settings else -1)
     if head_channels < 1:
         raise ValueError(
             "guided-diffusion's num_heads gives heads of other widths on each level, which UNet2DModel cannot express; "
@@ -234,6 +240,9 @@ def _check_settings(settings: Mapping[str, Any], told: Mapping[str, Any]) -> Non
         if isinstance(expected, list | set):
             if value == '':
                 continue  # guided-diffusion's way to leave channel_mult to the image size
-            found = type(expected)(map(float, value.split(',') if isinstance(value, str) else value))
+            try:
+                found = type(expected)(map(float, value.split(',') if isinstance(value, str) else value))
+            except (TypeError, ValueError):
+                pass  # no numbers, so it differs
         if found != expected:
             raise ValueError(f'{name} is {value!r}, but the checkpoint has, or its conversion needs, {expected}')

@@ -108,6 +108,8 @@ def test_settings_are_taken_or_must_agree(state):
         {'num_res_blocks': 3},
         {'channel_mult': [1, 2, 2]},
         {'attention_ds': [2]},
+        {'attention_ds': 'all'},
+        {'channel_mult': 3},
         {'learn_sigma': False},
         {'noise_schedule': 'cosine'},
         {'use_new_attention_order': True},
@@ -117,6 +119,8 @@ def test_settings_are_taken_or_must_agree(state):
             adm_config(state, flags | wrong)
     with pytest.raises(ValueError, match=r'\[32\] channels cannot have heads of 64'):
         adm_config(state)
+    with pytest.raises(ValueError, match="num_head_channels is '64'; it is a whole number"):
+        adm_config(state, {'num_head_channels': '64'})
     with pytest.raises(ValueError, match='num_head_channels, one width'):
         adm_config(state, {'num_heads': 4})
 
@@ -130,6 +134,7 @@ def test_other_checkpoints_are_refused(state):
     refused(r'no denoising network.*found are: .*, time_embed', {}, without='output_blocks')
     refused('transformer_blocks', {'input_blocks.1.1.transformer_blocks.0.norm1.weight': torch.zeros(32)})
     refused('1000 classes', {'label_emb.weight': torch.zeros(1000, 128)})
+    refused('no output_blocks.3.0.out_layers.3.weight, where a level of 3', {}, without='output_blocks.3')
     refused('6 channels going in.*upsampler', {'input_blocks.0.0.weight': torch.zeros(32, 6, 3, 3)})
     one = r'UNet2DModel can express: .*\[32, 32, 64\].*; 6 tensors are missing, such as output_blocks.1.1.norm'
     refused(one.replace('; ', ''), {}, without='output_blocks.1.1')  # attention behind some blocks of a level only
