@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2**24  # similarities that are held at once
-TILE = 8  # cells on a side, at most; larger tiles compare more cells that are outside of each other's window
+TILE = 10  # cells on a side, at most; larger tiles compare more cells that are outside of each other's window
 
 
 def propagate_labels(
