@@ -46,8 +46,8 @@ more; by default 28 frames of 60 x 107 cells, which are DAVIS's 480 x 854 pixels
   takes less memory than the released code.
 
 Memory is what a procedure takes on top of the maps. The last columns are the largest difference of soft labels, and the
-share of cells with the same highest label. Where the similarities of two cells differ by a rounding error, either may be
-the last one that counts, which shows as a difference of some hundredths.
+share of cells with the same highest label. Where the similarities of two cells differ by a rounding error, either may
+be the last one that counts, which shows as a difference of some hundredths.
 """
 
 import argparse
