@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.datasets.toy import SPECIES, ToySample, draw_sample
+from diffseg.datasets.toy import SPECIES, ToySample, draw_harness, draw_sample
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
 PART_SPLITS = {'train': 0, 'test': 1_000_000}
@@ -35,9 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('--size', type=int, default=64, help='height and width in pixels (default: 64)')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes (default: 0)')
+    parser.add_argument(
+        '--stickers', action='store_true', help='write a harness for each labelled picture, RGBA, into `toy/stickers`'
+    )
     args = parser.parse_args(argv)
     for split in PART_SPLITS:
         write_parts(args.out / 'toy/real' / split, getattr(args, split), split, args.seed, args.size)
+        if args.stickers:
+            write_stickers(args.out / 'toy/stickers' / split, getattr(args, split), split, args.seed, args.size)
     for split in PAIR_SPLITS:
         if args.pairs:
             write_pairs(args.out / 'SPair-toy', args.pairs, split, args.seed, args.size)
@@ -52,6 +57,14 @@ def write_parts(folder: Path, count: int, split: str, seed: int, size: int) -> N
         sample = draw_sample(seed, PART_SPLITS[split] + number, size)
         Image.fromarray(sample.image).save(folder / f'{sample.species}_{number:05d}.png')
         np.save(folder / f'{sample.species}_{number:05d}.npy', sample.mask)
+
+
+def write_stickers(folder: Path, count: int, split: str, seed: int, size: int) -> None:
+    """NAME.png, RGBA: what `tools/propagate_edit.py` takes from the picture of this name to others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        sample = draw_sample(seed, PART_SPLITS[split] + number, size)
+        Image.fromarray(draw_harness(sample)).save(folder / f'{sample.species}_{number:05d}.png')
 
 
 def write_pairs(root: Path, pairs: int, split: str, seed: int, size: int) -> None:

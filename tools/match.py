@@ -57,6 +57,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('source', type=Path)
     parser.add_argument('target', type=Path)
     parser.add_argument('--points', nargs='+', required=True, metavar='X,Y', help='in the source, or a file of them')
+    add_model_arguments(parser)
+    parser.add_argument('--features', type=Path, metavar='FOLDER', help='activations to read instead of computing them')
+    parser.add_argument('--out', type=Path, required=True, metavar='PNG', help='the picture of both images and lines')
+    parser.add_argument('--heatmap', type=Path, metavar='PNG', help='the picture of similarities')
+    parser.add_argument('--format', choices=('csv', 'json'), default='csv', help='of what is printed')
+    args = parser.parse_args(argv)
+    check_model_arguments(parser, args)
+    return args
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says by which model images are compared, see `load`."""
     parser.add_argument('--config', help='of a CorrespondenceModel')
     parser.add_argument('--checkpoint', help='of that model (default: none, as for zero-shot configs)')
     parser.add_argument('--category', help="of the objects, where the config's prompt names it")
@@ -68,12 +80,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
     parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
     parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
-    parser.add_argument('--features', type=Path, metavar='FOLDER', help='activations to read instead of computing them')
-    parser.add_argument('--out', type=Path, required=True, metavar='PNG', help='the picture of both images and lines')
-    parser.add_argument('--heatmap', type=Path, metavar='PNG', help='the picture of similarities')
-    parser.add_argument('--format', choices=('csv', 'json'), default='csv', help='of what is printed')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    args = parser.parse_args(argv)
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message if they do not go together; `size` becomes a pair."""
     if (args.config is None) == (args.model is None):
         parser.error('give either --config or --model')
     if args.model is not None and (not args.layers or not args.timesteps):
@@ -81,7 +92,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
     args.size = tuple(args.size * 2)[:2] if args.size else None
-    return args
 
 
 def read_points(given: Sequence[str]) -> np.ndarray:
@@ -127,6 +137,7 @@ def zero_shot(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
     """The model, and the pipeline that prepares images for it."""
+    init_default_scope('mmseg')
     if args.config is None:
         resize = [] if args.size is None else [{'type': 'ResizePair', 'size': args.size}]
         return MODELS.build(zero_shot(args)), [{'type': 'LoadPair'}, *resize, {'type': 'PackPair'}]
@@ -209,7 +220,6 @@ def marked(picture: Tensor, point: Sequence[float]) -> Tensor:
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
-    init_default_scope('mmseg')
     paths = args.source, args.target
     points = read_points(args.points)
     pictures = [to_picture(read_image(path)) for path in paths]

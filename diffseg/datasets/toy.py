@@ -25,6 +25,18 @@ KEYPOINTS = (
 
 SUPERSAMPLING = 4
 
+# Parallelograms of a harness: the part they lie on; start and end along it, top and bottom across it, in units of the
+# frames of `draw_harness`; and colour.
+_HARNESS = (
+    ('torso', -0.85, 0.85, -0.05, 0.85, (200, 30, 40)),
+    *(('torso', x - 0.08, x + 0.08, -0.05, 0.72, (250, 210, 40)) for x in (-0.6, -0.2, 0.2)),
+    ('torso', -0.85, 0.85, 0.7, 0.85, (30, 60, 160)),
+    ('torso', 0.45, 0.85, -0.05, 0.3, (245, 245, 245)),
+    ('neck', 0.4, 0.7, -0.7, 0.5, (30, 60, 160)),
+    ('neck', 0.5, 0.6, -0.7, 0.5, (250, 210, 40)),
+    ('head', 0.35, 0.65, -0.3, 0.6, (200, 30, 40)),
+)
+
 # Proportions in units of the torso's length, as (low, high) of a uniform distribution; angles in degrees, anticlockwise
 # from "forwards" for neck and tail, clockwise from the neck's direction for the head.
 _PROPORTIONS = {
@@ -102,6 +114,32 @@ def draw_sample(seed: int, index: int, size: int = 64, species: str | None = Non
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     drawn = SPECIES[rng.integers(len(SPECIES))]
     return _render(rng, species or drawn, size)
+
+
+def draw_harness(sample: ToySample) -> np.ndarray:
+    """Draw an edit where it belongs on an animal: a saddle cloth, a collar around the neck and a band over the nose.
+
+    Returns:
+        RGBA with shape (H, W, 4), uint8, transparent around the harness.
+    """
+    points = SUPERSAMPLING * sample.keypoints
+    withers, back, belly, chest, poll, eye, muzzle = (
+        points[KEYPOINTS.index(name)] for name in ('withers', 'back', 'belly', 'chest', 'poll', 'eye', 'muzzle')
+    )
+    neck = (withers + chest) / 2
+    side = np.array([[0, -1], [1, 0]]) * np.sign(withers[0] - back[0])  # a quarter turn, down where the animal faces
+    frames = {  # origin, along, across
+        'torso': (back, withers - back, belly - back),
+        'neck': (neck, poll - neck, (chest - withers) / 2),
+        'head': (eye, muzzle - eye, (muzzle - eye) @ side.T / 2),
+    }
+    canvas = Image.new('RGBA', tuple(SUPERSAMPLING * length for length in sample.mask.shape[::-1]))
+    paint = ImageDraw.Draw(canvas)
+    for part, start, end, top, bottom, colour in _HARNESS:
+        origin, along, across = frames[part]
+        corners = [(start, top), (end, top), (end, bottom), (start, bottom)]
+        paint.polygon([tuple(origin + x * along + y * across) for x, y in corners], fill=colour)
+    return np.array(canvas.reduce(SUPERSAMPLING))
 
 
 @dataclass(frozen=True)

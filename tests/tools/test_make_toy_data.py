@@ -93,3 +93,14 @@ def test_base_config_of_pairs(folder):
             assert not dataset.damaged
             assert dataset[0]['inputs']['image0'].shape == (3, 64, 64)
             assert dataset.get_data_info(0)['swaps'] == ()
+
+
+def test_stickers_lie_on_the_animals(tmp_path, draw):
+    draw([str(tmp_path), '--train', '0', '--test', '6', '--size', '128', '--stickers'])
+    stickers = sorted((tmp_path / 'toy/stickers/test').iterdir())
+    assert [path.name for path in stickers] == sorted(path.name for path in (tmp_path / 'toy/real/test').glob('*.png'))
+    for path in stickers:
+        sticker, labels = np.asarray(Image.open(path)), np.load(tmp_path / 'toy/real/test' / f'{path.stem}.npy')
+        drawn = sticker[..., 3] > 127
+        assert sticker.shape == (128, 128, 4) and 100 < drawn.sum() < 128**2 / 4
+        assert (labels[drawn] > 0).mean() > 0.8
