@@ -4,6 +4,9 @@ Pure functions, after DIFT's edit propagation (arXiv 2306.03881). A *sticker* is
 (H, W, 4), uint8, on a canvas of the source's size. Some of its pixels are matched with each target (see
 `diffseg.models.correspondence.match_points`), and a homography or a thin-plate spline of the matches warps it. Points
 are (x, y) in pixels of their own image.
+
+Unlike DIFT, which resizes all images to 768 x 768 and aligns the corners of maps and images, edits are made in images of
+any size, and a map's cells lie where they are in its image.
 """
 
 import math
@@ -182,11 +185,10 @@ def fit_spline(
         raise ValueError(f'all matches lie on a line, which determines no spline; take {remedy}') from error
     hull = cv2.convexHull(matches[kept].round().astype(np.int32))
     inside = cv2.fillConvexPoly(np.zeros(size, np.uint8), hull, 1)
-    step = _step(size)
-    usual = np.sqrt(np.prod(source_size) / np.prod(size))
-    gradient = np.gradient(backward[::step, ::step] / (step * usual), axis=(1, 0))  # along x and y, (h, w, 2) each
-    jacobians = np.stack(gradient, axis=-1)[inside[::step, ::step] > 0]  # (P, 2, 2)
-    crushed = (np.abs(np.log(np.linalg.svd(jacobians, compute_uv=False))) > np.log(MAX_STRETCH)).any(1)
+    derivatives = [each[inside > 0] for each in np.gradient(backward, axis=(1, 0))]  # along x and y, (P, 2) each
+    jacobians = np.stack(derivatives, axis=2)  # (P, 2, 2)
+    stretch = np.linalg.svd(jacobians, compute_uv=False) / np.sqrt(np.prod(source_size) / np.prod(size))  # (P, 2)
+    crushed = ((stretch < 1 / MAX_STRETCH) | (stretch > MAX_STRETCH)).any(1)
     turned = np.linalg.det(jacobians) < 0
     torn = (crushed | (turned == (turned.mean() < 0.5))).mean()
     if torn > MAX_TORN:
@@ -242,18 +244,13 @@ def _evaluate_spline(points: np.ndarray, values: np.ndarray, size: Size, smoothi
     """The smoothing spline of values (N, 2) at points (N, 2), for each pixel: shape (height, width, 2), float32."""
     unit = _extent(points)
     spline = RBFInterpolator(points / unit, values, smoothing=smoothing * len(points), kernel='thin_plate_spline')
-    step = _step(size)
+    step = max(1, max(size) // STEPS)
     counts = [math.ceil((side - 1) / step) + 1 for side in size]
     y, x = (step * np.arange(count) for count in counts)
     places = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
     coarse = torch.from_numpy(spline(places / unit)).T.unflatten(1, counts)[None]  # (1, 2, h, w)
     fine = F.interpolate(coarse, [(n - 1) * step + 1 for n in counts], mode='bilinear', align_corners=True)[0]
     return fine[:, : size[0], : size[1]].permute(1, 2, 0).float().contiguous().numpy()
-
-
-def _step(size: Size) -> int:
-    """At every how many pixels of an image of (height, width) a spline is evaluated."""
-    return max(1, max(size) // STEPS)
 
 
 def _extent(points: np.ndarray) -> float:
