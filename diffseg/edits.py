@@ -5,8 +5,8 @@ Pure functions, after DIFT's edit propagation (arXiv 2306.03881). A *sticker* is
 `diffseg.models.correspondence.match_points`), and a homography or a thin-plate spline of the matches warps it. Points
 are (x, y) in pixels of their own image.
 
-Unlike DIFT, which resizes all images to 768 x 768 and aligns the corners of maps and images, edits are made in images of
-any size, and a map's cells lie where they are in its image.
+Unlike DIFT, which resizes all images to 768 x 768 and aligns the corners of maps and images, edits are made in images
+of any size, and a map's cells lie where they are in its image.
 """
 
 import math
