@@ -30,6 +30,7 @@ BEND = 0.2  # of a sticker's extent: how far a bent object may be from an affine
 NEIGHBOURS = 12
 MARGIN = 0.1  # of a sticker's extent: how far beyond the matches a spline is trusted
 STEPS = 128  # along the longer side of an image, at which a spline is evaluated; it is interpolated in between
+PROBES = 10_000  # pixels at most, at which it is verified that a spline does not fold
 OUTSIDE = -10.0  # a coordinate outside every source
 
 Size = tuple[int, int]
@@ -186,7 +187,7 @@ def fit_spline(
     hull = cv2.convexHull(matches[kept].round().astype(np.int32))
     inside = cv2.fillConvexPoly(np.zeros(size, np.uint8), hull, 1)
     derivatives = [each[inside > 0] for each in np.gradient(backward, axis=(1, 0))]  # along x and y, (P, 2) each
-    jacobians = np.stack(derivatives, axis=2)  # (P, 2, 2)
+    jacobians = np.stack(derivatives, axis=2)[:: len(derivatives[0]) // PROBES + 1]  # (P, 2, 2)
     stretch = np.linalg.svd(jacobians, compute_uv=False) / np.sqrt(np.prod(source_size) / np.prod(size))  # (P, 2)
     crushed = ((stretch < 1 / MAX_STRETCH) | (stretch > MAX_STRETCH)).any(1)
     turned = np.linalg.det(jacobians) < 0
