@@ -196,9 +196,8 @@ def fit_spline(
         raise ValueError(
             f'the spline folds or crushes {torn:.0%} of the sticker, allowed is {MAX_TORN:.0%}; take {remedy}'
         )
-    side = 2 * round(MARGIN * _extent(matches[kept])) + 1
-    inside = cv2.dilate(inside, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
-    backward[inside == 0] = OUTSIDE
+    beyond = cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    backward[beyond > MARGIN * _extent(matches[kept])] = OUTSIDE
     return backward, kept
 
 
