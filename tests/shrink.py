@@ -8,7 +8,7 @@ from typing import Any
 import tiny_vision
 from mmengine.config import Config
 
-from diffseg.diffusion.activations import sites
+from diffseg.diffusion.activations import resolve, sites
 from diffseg.diffusion.loading import load_config, meta_unet
 from diffseg.models.backbones.ensemble import join_levels
 
@@ -88,6 +88,7 @@ def shrink_backbone(backbone: dict, models: Mapping[str, Path]) -> list[int]:
             backbone.conditioner.dim = load_config(backbone.model).unet['cross_attention_dim']
     available = sites(meta_unet(backbone.model))
     names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
+    names = resolve(names, [*available, *names])
     backbone.channels = [
         available[name].channels if name in available else channels  # those of attention are tokens
         for name, channels in zip(names, backbone.channels, strict=True)

@@ -19,7 +19,7 @@ from mmseg.registry import DATASETS, MODELS
 from shrink import shrink
 from torch import Tensor, nn
 
-from diffseg.diffusion.activations import Site, sites
+from diffseg.diffusion.activations import Site, resolve, sites
 from diffseg.diffusion.loading import meta_unet
 from diffseg.models.backbones.ensemble import join_levels
 from diffseg.models.backbones.vision import load_vision_config
@@ -125,7 +125,7 @@ def described(backbone: dict, height: int, width: int) -> Iterator[Tensor]:
         return
     available = sites_of(backbone.model)
     names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
-    for name, channels in zip(names, backbone.channels, strict=True):
+    for name, channels in zip(resolve(names, [*available, *names]), backbone.channels, strict=True):
         if attention := re.fullmatch(r'attn(-(\d+))?', name):
             site = Site(name, '', None, int(attention[2] or 8), 'map')
         else:

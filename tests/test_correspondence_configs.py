@@ -39,6 +39,7 @@ DATASETS = {
 NECKS = {'agg': 'AggregationNeck', 'dhf': 'AggregationNeck', 'concat': 'ConcatNeck', 'conv': 'ConcatNeck'}
 DESCRIPTORS = {  # channels, by the beginning of the config's name, without the schedule and what is behind it
     'sd21-t261_dift': 1280,
+    'adm-imagenet-256-t101_dift': 1024,
     'cleandift-': 1280,
     'sd15-clean_layer-4': 1280,
     'sd15-clean_concat-all': 10560,
@@ -54,6 +55,7 @@ DESCRIPTORS = {  # channels, by the beginning of the config's name, without the 
 }
 ZERO_SHOT = {  # one config each is tested
     'DIFT': 'sd21-t261_dift_1xb1-zero-shot_spair-768x768',
+    'DIFT, pixel space': 'adm-imagenet-256-t101_dift_1xb1-zero-shot_spair-512x512',
     'CleanDIFT': 'cleandift-sd15-t261_dift_1xb1-zero-shot_spair-512x512',
     'concatenation': 'sd15-clean_concat-all_1xb1-zero-shot_spair-512x512',
     'SDXL': 'sdxl-t50_up-level1-repeat0-vit-block0-out_1xb1-zero-shot_spair-1024x1024',
@@ -84,7 +86,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (35, 7)
+    assert (len(CONFIGS), len(TOY)) == (39, 7)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -178,12 +180,13 @@ def test_channels_are_those_of_the_model_and_neck_and_head_take_them(path):
 
 
 @pytest.fixture(scope='module')
-def models(tiny_pipeline, tiny_sdxl_pipeline, tmp_path_factory) -> dict[str, Path]:
+def models(tiny_pipeline, tiny_sdxl_pipeline, tiny_pixel_pipeline, tmp_path_factory) -> dict[str, Path]:
     """A tiny model for each that the configs name."""
     folder = tmp_path_factory.mktemp('vision')
     return {
         **dict.fromkeys(('sd15', 'sd21', 'sd21-base', 'cleandift-sd15', 'cleandift-sd21'), tiny_pipeline),
         **dict.fromkeys(('sdxl', 'playground-v2'), tiny_sdxl_pipeline),
+        'adm-imagenet-256': tiny_pixel_pipeline,
         'dinov2-b': tiny_vision.save(folder / 'dinov2'),
         'dinov3-b': tiny_vision.save(folder / 'dinov3', 'dinov3_vit'),
     }
