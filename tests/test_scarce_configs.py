@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -13,7 +14,7 @@ from mmseg.registry import DATASETS
 from PIL import Image
 from shrink import shrink_backbone
 
-from diffseg.diffusion.activations import sites
+from diffseg.diffusion.activations import resolve, sites
 from diffseg.diffusion.layer_sets import LAYER_SETS
 from diffseg.diffusion.loading import meta_unet
 from diffseg.models.decode_heads import PixelClassifierHead
@@ -24,14 +25,15 @@ NAME = re.compile(
     r'(?P<model>.+?)(?P<legacy>-legacy)?(-t(?P<timesteps>[\d+]+))?_pixel-classifier_1xb(?P<pixels>\d+)-(?P<epochs>\d+)e_'
     r'(?P<dataset>.+)-(?P<size>\d+)x\d+'
 )
-PUBLISHED = {  # GDF: channels of a pixel
+PUBLISHED = {  # GDF and DDPM: channels of a pixel
+    'ddpm-lsun-horse-t50+150+250': 8448,
     'sd15-legacy-t51': 3520,
     'sdxl-legacy-t50': 2240,
     'sd15-t51': 3520,
     'sdxl-t50': 3840,
     'sdxl+sd15+playground-v2': 8154,
 }
-TRAINED = ['sd15-t51', 'sdxl+sd15+playground-v2']
+TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
 
 
 def members(cfg: Config) -> list[dict]:
@@ -39,7 +41,7 @@ def members(cfg: Config) -> list[dict]:
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 11
+    assert len(CONFIGS) == 17
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -58,7 +60,7 @@ def test_a_config_is_what_its_name_says(path):
 
     parts = members(cfg)
     if name['timesteps']:
-        assert [f'{part.timesteps[0]}' for part in parts] == [name['timesteps']]
+        assert ['+'.join(map(str, part.timesteps)) for part in parts] == [name['timesteps']]
     if category == 'toy':
         assert Path(parts[0].model).resolve() == ROOT / 'demo' / name['model']
     else:
@@ -74,9 +76,10 @@ def test_channels_are_those_of_the_model(path):
     cfg, found = Config.fromfile(path), []
     for part in members(cfg):
         available = sites(meta_unet(part.model))
-        channels = [available[layer].channels for layer in part.layers] + [154] * len(part.get('attention_maps', []))
+        channels = [available[layer].channels for layer in resolve(part.layers, available)]
+        channels += [154] * len(part.get('attention_maps', []))
         assert channels == part.channels
-        found += channels
+        found += [len(part.timesteps) * each for each in channels]
     assert cfg.model.decode_head.in_channels == found
     with torch.device('meta'):
         head = PixelClassifierHead(**{key: value for key, value in cfg.model.decode_head.items() if key != 'type'})
@@ -89,8 +92,9 @@ def test_channels_are_those_of_the_model(path):
 def test_layers_are_the_published_sets(path):
     cfg, name = Config.fromfile(path), NAME.fullmatch(path.stem)
     sets = [['practical', 'amalgamation', 'amalgamation'][i] for i in range(len(members(cfg)))]
-    for part, wanted in zip(members(cfg), ['legacy'] if name['legacy'] else sets, strict=True):
-        variant = LAYER_SETS[wanted][0 if part.model == 'sd15' else 1]
+    sets = ['legacy'] if name['legacy'] else ['ddpm-seg'] if name['model'].startswith('ddpm') else sets
+    for part, wanted in zip(members(cfg), sets, strict=True):
+        variant = LAYER_SETS[wanted][1 if part.model in ('sdxl', 'playground-v2') else 0]
         assert sorted(part.layers) == sorted(variant)
 
 
@@ -115,14 +119,28 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope='module')
+def adm_pipeline(tmp_path_factory) -> Path:
+    """A model of pixel space with as many levels as guided-diffusion's at 64 pixels: output block 12 is there."""
+    down, up = ['ResnetDownsampleBlock2D', *['AttnDownBlock2D'] * 4], [*['AttnUpBlock2D'] * 4, 'ResnetUpsampleBlock2D']
+    blocks = {'block_out_channels': (8, 8, 16, 16, 16), 'down_block_types': down, 'up_block_types': up}
+    return tiny.save_pixel(tmp_path_factory.mktemp('models') / 'adm', **blocks)
+
+
 @pytest.mark.parametrize('model', TRAINED)
-def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline, data, tmp_path):
+def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline, adm_pipeline, data, tmp_path):
     path = next(path for path in CONFIGS if path.stem.startswith(f'{model}_') and 'horse' in path.stem)
-    models = {'sd15': tiny_pipeline, 'sdxl': tiny_sdxl_pipeline, 'playground-v2': tiny_sdxl_pipeline}
+    models = {
+        'ddpm-lsun-horse': adm_pipeline,
+        'sd15': tiny_pipeline,
+        'sdxl': tiny_sdxl_pipeline,
+        'playground-v2': tiny_sdxl_pipeline,
+    }
 
     def runner(**options):
         cfg = Config.fromfile(path)
-        cfg.model.decode_head.in_channels = shrink_backbone(cfg.model.backbone, models)
+        channels = shrink_backbone(cfg.model.backbone, models)
+        cfg.model.decode_head.in_channels = [len(members(cfg)[0].timesteps) * each for each in channels]
         for part in members(cfg):
             part['dtype'] = 'float32'
         for loader in (cfg.train_dataloader, cfg.test_dataloader):
