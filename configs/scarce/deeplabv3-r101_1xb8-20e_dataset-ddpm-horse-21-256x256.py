@@ -1,0 +1,54 @@
+# the segmentor of DatasetDDPM (arXiv 2112.03126, section 4), trained on generated images that tools/dataset_ddpm.py
+# labelled; the checkpoint is chosen on the real training pictures. For weights from ImageNet:
+# --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=torchvision://resnet101
+_base_ = ['mmseg::_base_/models/deeplabv3_r50-d8.py', '../_base_/default_runtime.py']
+custom_imports = dict(imports=['diffseg'])
+
+norm_cfg = dict(type='BN')
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=(256, 256)),
+    backbone=dict(type='ResNet', depth=101, norm_cfg=norm_cfg),
+    decode_head=dict(num_classes=21, norm_cfg=norm_cfg),
+    auxiliary_head=None,
+)
+dataset = dict(
+    type='ScarceDataset',
+    category='horse_21',
+    data_root='data/horse_21',
+    pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(256, 256), keep_ratio=False),
+        dict(type='LoadLabelArray', size=256),
+        dict(type='PackSegInputs'),
+    ],
+)
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(split='generated/kept', **dataset),
+)
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=2,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(split='real/train', **dataset),
+)
+test_dataloader = dict(
+    batch_size=8,
+    num_workers=2,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(split='real/test', **dataset),
+)
+val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU'])]
+test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='ScarceIoUMetric')]
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=20, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=1e-3))
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=100, log_metric_by_epoch=True),
+    checkpoint=dict(type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2, save_best='mIoU'),
+)
