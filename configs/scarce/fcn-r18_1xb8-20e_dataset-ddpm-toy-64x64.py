@@ -3,11 +3,11 @@ _base_ = './deeplabv3-r101_1xb8-20e_dataset-ddpm-horse-21-256x256.py'
 
 model = dict(
     data_preprocessor=dict(size=(64, 64)),
-    backbone=dict(depth=18, strides=(1, 1, 1, 1), dilations=(1, 1, 2, 4)),  # stride 4
+    backbone=dict(depth=18, base_channels=16, strides=(1, 1, 1, 1), dilations=(1, 1, 2, 4)),  # stride 4
     decode_head=dict(
         _delete_=True,
         type='FCNHead',
-        in_channels=512,
+        in_channels=128,
         in_index=3,
         channels=64,
         num_convs=1,
