@@ -1,8 +1,11 @@
 """Fixtures that every test module may use: tiny random models and the published reference values."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
+import mmengine.config.utils
+import mmengine.model.utils
 import pytest
 import tiny
 import torch
@@ -23,6 +26,19 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('DIFFSEG_CACHE', str(tmp_path_factory.mktemp('cache')))
         patch.setenv('OMP_NUM_THREADS', '1')
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _what_takes_mmengine_longer_than_tiny_models() -> Iterator[None]:
+    """Of each run: the environment is listed, and mmcv is searched for compiled operators once for every module.
+
+    For every `mmseg::` in a config, the descriptions of all of mmseg's models are parsed.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        patch.setattr(mmengine.model.utils, 'mmcv_full_available', cache(mmengine.model.utils.mmcv_full_available))
+        patch.setattr(mmengine.config.utils, 'load', cache(mmengine.config.utils.load))
         yield
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import tiny_vision
 from mmengine.config import Config
+from parts import sites_of
 
-from diffseg.diffusion.activations import resolve, sites
-from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.activations import resolve
+from diffseg.diffusion.loading import load_config
 from diffseg.models.backbones.ensemble import join_levels
 
 FACTOR = 8
@@ -86,7 +87,7 @@ def shrink_backbone(backbone: dict, models: Mapping[str, Path]) -> list[int]:
             backbone.conditioner.update(model=backbone.model, templates=['a {}'])  # not 80
         else:
             backbone.conditioner.dim = load_config(backbone.model).unet['cross_attention_dim']
-    available = sites(meta_unet(backbone.model))
+    available = sites_of(backbone.model)
     names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
     names = resolve(names, [*available, *names])
     backbone.channels = [

@@ -1,12 +1,10 @@
 """Every shipped config: it parses, it is what its file name says, and its parts fit together."""
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import mmengine.config.utils
 import pytest
 import tiny_vision
 import torch
@@ -16,13 +14,13 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import DATASETS, MODELS
+from parts import described, members
 from shrink import shrink
-from torch import Tensor, nn
+from torch import nn
 
-from diffseg.diffusion.activations import Site, resolve, sites
+from diffseg.diffusion.activations import sites
 from diffseg.diffusion.loading import meta_unet
 from diffseg.models.backbones.ensemble import join_levels
-from diffseg.models.backbones.vision import load_vision_config
 
 ROOT = Path(__file__).parents[1] / 'configs'
 SEGMENTATION = sorted((ROOT / 'segmentation').glob('*.py'))
@@ -56,33 +54,14 @@ KINDS = {  # one config each is trained
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _metafiles_are_read_once() -> Iterator[None]:
-    """For every `mmseg::` in a config, mmengine parses the descriptions of all of mmseg's models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, 'load', cache(mmengine.config.utils.load))
-        yield
-
-
 def test_all_configs_are_seen():
     assert len(SEGMENTATION) == 40
-
-
-def members(backbone: dict) -> list[dict]:
-    """The backbones that an ensemble is made of, or the one that there is."""
-    return backbone.get('backbones') or [backbone]
 
 
 @cache
 def read(path: Path) -> Config:
     """The config, without importing what it needs beyond this package. Read only."""
     return Config.fromfile(path, import_custom_modules=False)
-
-
-@cache
-def sites_of(model: str) -> dict[str, Site]:
-    """A model's own description."""
-    return sites(meta_unet(model))
 
 
 @pytest.mark.parametrize('path', SEGMENTATION, ids=lambda path: path.stem)
@@ -107,31 +86,6 @@ def test_a_config_is_what_its_name_says(path):
     assert cfg.model.data_preprocessor.seg_pad_val == (1 if published else 255)
     assert all((part.get('noise') == 'random') == published for part in parts)
     assert not published or (cfg.model.neck.order == 'coarse-to-fine' and cfg.model.test_cfg.stride == (512, 512))
-
-
-def described(backbone: dict, height: int, width: int) -> Iterator[Tensor]:
-    """Maps of two images on the meta device, with the shapes that the model's own description gives."""
-    size = backbone.get('input_size')
-    height, width = (size, size) if size else (height, width)
-    if backbone.type == 'MetaPromptsBackbone':
-        for stride in (4, 8, 16, 32):
-            yield torch.empty(2, backbone.num_prompts, height // stride, width // stride, device='meta')
-        return
-    if backbone.type == 'VisionBackbone':
-        vit = load_vision_config(backbone.model)
-        assert backbone.channels == [vit.hidden_size] * len(backbone.layers)
-        for channels in backbone.channels:
-            yield torch.empty(2, channels, -(-height // vit.patch_size), -(-width // vit.patch_size), device='meta')
-        return
-    available = sites_of(backbone.model)
-    names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
-    for name, channels in zip(resolve(names, [*available, *names]), backbone.channels, strict=True):
-        if attention := re.fullmatch(r'attn(-(\d+))?', name):
-            site = Site(name, '', None, int(attention[2] or 8), 'map')
-        else:
-            site = available[name]
-        assert site.channels in (None, channels), f'{name} has {site.channels} channels'
-        yield torch.empty(2, len(backbone.timesteps) * channels, *site.size(height, width), device='meta')
 
 
 @pytest.mark.parametrize('path', SEGMENTATION, ids=lambda path: path.stem)

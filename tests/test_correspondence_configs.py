@@ -3,11 +3,9 @@
 import json
 import re
 import runpy
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import mmengine.config.utils
 import pytest
 import tiny_vision
 import torch
@@ -15,8 +13,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import MODELS
+from parts import described, members
 from shrink import divide, shrink_backbone, shrink_neck
-from test_configs import described, members
 from torch import nn
 
 from diffseg.models.backbones.ensemble import join_levels
@@ -69,15 +67,6 @@ TRAINED = {  # one config each is trained
     'GDF, published': 'sdxl-t50_conv-published_1xb1-10k_spair-1024x1024',
     'ensemble': 'sdxl+sd15+playground-v2_conv-published_1xb1-10k_spair-1024x1024',
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _metafiles_are_read_once() -> Iterator[None]:
-    """For every `mmseg::` in a config, mmengine parses the descriptions of all of mmseg's models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, '_get_cfg_metainfo', cache(mmengine.config.utils._get_cfg_metainfo))
-        patch.setattr('mmengine.runner.runner.collect_env', dict)  # takes longer than the training
-        yield
 
 
 @cache

@@ -3,22 +3,19 @@
 import json
 import re
 import runpy
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
-import mmengine.config.utils
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from parts import sites_of
 
 import diffseg  # noqa: F401
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_unet
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob('configs/hpatches/*.py'))
@@ -28,14 +25,6 @@ NAME = re.compile(
     r'(?P<height>\d+)x(?P<width>\d+)'
 )
 CHANNELS = {'dift-2_t0': 64, 'best-layer_t0': 48}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _metafiles_are_read_once() -> Iterator[None]:
-    """For every `mmseg::` in a config, mmengine parses the descriptions of all of mmseg's models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, '_get_cfg_metainfo', cache(mmengine.config.utils._get_cfg_metainfo))
-        yield
 
 
 def read(path: Path) -> Config:
@@ -53,7 +42,7 @@ def test_a_config_is_what_its_name_says(path):
     assert cfg.model.type == 'SparseMatcher'
     assert backbone.model == name['model'] and backbone.timesteps == [int(name['timestep'])]
     assert (backbone.get('noise') == 'random') == (cfg.model.get('convention') == 'published') == published
-    available = sites(meta_unet(backbone.model))
+    available = sites_of(backbone.model)
     (site,) = (available[layer] for layer in expand(backbone.layers, available))
     assert backbone.channels == [site.channels]
     loader = cfg.test_dataloader
@@ -113,9 +102,8 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def evaluate(data_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], dict]:
+def evaluate(data_root: str, tmp_path: Path) -> Callable[[Config], dict]:
     """Test a config on it, without points from files; the protocol of the result."""
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # takes longer than the test
 
     def run(cfg: Config) -> dict:
         loader = cfg.test_dataloader

@@ -26,14 +26,6 @@ ADAM = {'type': 'Adam', 'lr': 1e-3, 'eps': 1e-2}  # a small eps makes steps out 
 PATIENCE = 8
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _no_list_of_the_environment():
-    """Which takes longer than the training."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmengine.runner.runner.collect_env', dict)
-        yield
-
-
 @pytest.fixture(scope='module')
 def configure(tiny_pipeline, tmp_path_factory):
     """`configure(**options)` is a config on three pictures whose classes are their brightness, with noise."""

@@ -59,12 +59,6 @@ def train(model: torch.nn.Module, work_dir: Path, steps: int = 3, interval: int 
     ).train()
 
 
-@pytest.fixture(autouse=True)
-def _no_list_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes longer than the training."""
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
-
-
 def test_a_picture_of_each_level_at_the_interval_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn = []
     real = diffseg.visualization.mixing_figure

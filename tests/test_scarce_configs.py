@@ -1,7 +1,6 @@
 """Every shipped config of label-scarce segmentation that trains pixel classifiers; the channels are the model's own."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,12 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
+from parts import members, sites_of
 from PIL import Image
 from shrink import shrink_backbone
 
-from diffseg.diffusion.activations import resolve, sites
+from diffseg.diffusion.activations import resolve
 from diffseg.diffusion.layer_sets import LAYER_SETS
-from diffseg.diffusion.loading import meta_unet
 from diffseg.models.decode_heads import PixelClassifierHead
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +33,6 @@ PUBLISHED = {  # GDF and DDPM: channels of a pixel
     'sdxl+sd15+playground-v2': 8154,
 }
 TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
-
-
-def members(cfg: Config) -> list[dict]:
-    return cfg.model.backbone.get('backbones') or [cfg.model.backbone]
 
 
 def test_all_configs_are_seen():
@@ -58,7 +53,7 @@ def test_a_config_is_what_its_name_says(path):
     assert [each.type for each in cfg.test_evaluator] == ['IoUMetric', 'ScarceIoUMetric']
     assert (cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std) == ([127.5] * 3, [127.5] * 3)
 
-    parts = members(cfg)
+    parts = members(cfg.model.backbone)
     if name['timesteps']:
         assert ['+'.join(map(str, part.timesteps)) for part in parts] == [name['timesteps']]
     if category == 'toy':
@@ -74,8 +69,8 @@ def test_a_config_is_what_its_name_says(path):
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_channels_are_those_of_the_model(path):
     cfg, found = Config.fromfile(path), []
-    for part in members(cfg):
-        available = sites(meta_unet(part.model))
+    for part in members(cfg.model.backbone):
+        available = sites_of(part.model)
         channels = [available[layer].channels for layer in resolve(part.layers, available)]
         channels += [154] * len(part.get('attention_maps', []))
         assert channels == part.channels
@@ -91,19 +86,11 @@ def test_channels_are_those_of_the_model(path):
 @pytest.mark.parametrize('path', CONFIGS[:-1], ids=lambda path: path.stem)
 def test_layers_are_the_published_sets(path):
     cfg, name = Config.fromfile(path), NAME.fullmatch(path.stem)
-    sets = [['practical', 'amalgamation', 'amalgamation'][i] for i in range(len(members(cfg)))]
+    sets = [['practical', 'amalgamation', 'amalgamation'][i] for i in range(len(members(cfg.model.backbone)))]
     sets = ['legacy'] if name['legacy'] else ['ddpm-seg'] if name['model'].startswith('ddpm') else sets
-    for part, wanted in zip(members(cfg), sets, strict=True):
+    for part, wanted in zip(members(cfg.model.backbone), sets, strict=True):
         variant = LAYER_SETS[wanted][1 if part.model in ('sdxl', 'playground-v2') else 0]
         assert sorted(part.layers) == sorted(variant)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _no_list_of_the_environment() -> Iterator[None]:
-    """Which takes longer than the training."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmengine.runner.runner.collect_env', dict)
-        yield
 
 
 @pytest.fixture(scope='module')
@@ -140,8 +127,8 @@ def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline
     def runner(**options):
         cfg = Config.fromfile(path)
         channels = shrink_backbone(cfg.model.backbone, models)
-        cfg.model.decode_head.in_channels = [len(members(cfg)[0].timesteps) * each for each in channels]
-        for part in members(cfg):
+        cfg.model.decode_head.in_channels = [len(members(cfg.model.backbone)[0].timesteps) * each for each in channels]
+        for part in members(cfg.model.backbone):
             part['dtype'] = 'float32'
         for loader in (cfg.train_dataloader, cfg.test_dataloader):
             loader.num_workers = 0

@@ -2,22 +2,19 @@
 
 import re
 import runpy
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
-import mmengine.config.utils
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from parts import sites_of
 
 import diffseg  # noqa: F401
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_unet
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob('configs/video/*.py'))
@@ -35,14 +32,6 @@ SETTINGS = {  # layer, ensemble, temperature, topk, radius, previous frames
     ('adm-imagenet-256', 'davis'): ('adm-7', 4, 0.1, 10, 15, 28),
     ('adm-imagenet-256', 'jhmdb'): ('adm-5', 4, 0.1, 15, 5, 28),
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _metafiles_are_read_once() -> Iterator[None]:
-    """For every `mmseg::` in a config, mmengine parses the descriptions of all of mmseg's models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, '_get_cfg_metainfo', cache(mmengine.config.utils._get_cfg_metainfo))
-        yield
 
 
 def read(path: Path) -> Config:
@@ -70,7 +59,7 @@ def test_a_config_is_what_its_name_says(path):
     assert loader.batch_size == int(name['batch']) and size_of(cfg) == name['size']
     found = backbone.layers[0], backbone.ensemble, model.temperature, model.topk, model.radius, model.previous_frames
     assert found == SETTINGS[name['model'], name['data']]
-    available = sites(meta_unet(backbone.model))
+    available = sites_of(backbone.model)
     (site,) = (available[layer] for layer in expand(backbone.layers, available))
     assert backbone.channels == [site.channels] and site.stride == 8
     init_default_scope('mmseg')
@@ -104,11 +93,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def evaluate(
-    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Config], dict[str, float]]:
+def evaluate(data: dict[str, str], tmp_path: Path) -> Callable[[Config], dict[str, float]]:
     """Test a config on it."""
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # takes longer than the test
 
     def run(cfg: Config) -> dict[str, float]:
         dataset = cfg.test_dataloader.dataset

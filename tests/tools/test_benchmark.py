@@ -140,7 +140,8 @@ def test_published_matching_finds_the_same(tool):
         torch.testing.assert_close(similarity[:, a[1], a[0]], similarity[:, b[1], b[0]])
 
 
-def test_matching(tool, tmp_path, capfd):
+def test_matching(tool, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(tool, 'in_subprocess', tool.measure_matching)
     options = f'--matching 6 8 --channels 16 --image-size 30 40 --repeat 1 --device cpu --json {tmp_path / "m.json"}'
     assert tool.main(options.split()) == 0
     lines = capfd.readouterr().out.splitlines()

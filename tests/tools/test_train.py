@@ -108,8 +108,8 @@ def test_train_resume_and_test(config, tmp_path):
 @pytest.mark.skipif(
     MODULE2PACKAGE['mmseg'] != 'mmsegmentation', reason='onedl-mmengine finds mmseg:: only once diffseg is imported'
 )
-def test_mmseg_scripts_train_resume_and_test(config, tmp_path):
-    run_mmseg('train', config, '--work-dir', tmp_path)
+def test_mmseg_scripts_resume_and_test(config, tmp_path):
+    run_own('train', config, '--work-dir', tmp_path)
     run_mmseg('train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4')
     check_resumed(tmp_path)
 

@@ -45,7 +45,7 @@ class MetaPromptsBackbone(DiffusionBackbone):
         channels: N for each map.
 
     Raises:
-        ValueError: `refine_steps` is not positive, or what `DiffusionBackbone` raises.
+        ValueError: `refine_steps` is not positive, the model works on pixels, or what `DiffusionBackbone` raises.
     """
 
     def __init__(
@@ -60,7 +60,10 @@ class MetaPromptsBackbone(DiffusionBackbone):
     ) -> None:
         if refine_steps < 1:
             raise ValueError(f'refine_steps is {refine_steps}; it is a number of passes, 1 or more')
-        unet = load_config(model, revision=options.get('revision'), config=options.get('config')).unet
+        configs = load_config(model, revision=options.get('revision'), config=options.get('config'))
+        if configs.pixel_space:
+            raise ValueError(f'{model} works on pixels and reads no prompt; choose a Stable Diffusion model')
+        unet = configs.unet
         dim = unet['cross_attention_dim']
         conditioner = {
             'type': 'MetaPrompts',

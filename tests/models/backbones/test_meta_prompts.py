@@ -98,3 +98,8 @@ def test_it_works_with_two_text_encoders_model(tiny_sdxl_pipeline):
 def test_it_needs_a_pass(make):
     with pytest.raises(ValueError, match='refine_steps is 0'):
         make(refine_steps=0)
+
+
+def test_it_needs_a_model_that_reads_prompts(make, tiny_pixel_pipeline):
+    with pytest.raises(ValueError, match='works on pixels and reads no prompt'):
+        make(model=str(tiny_pixel_pipeline))
