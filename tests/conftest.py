@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmengine.config.utils
 import mmengine.model.utils
@@ -31,11 +32,13 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope='session', autouse=True)
 def _what_takes_mmengine_longer_than_tiny_models() -> Iterator[None]:
-    """Of each run: the environment is listed, and mmcv is searched for compiled operators once for every module.
+    """In each run, it lists the environment, and searches mmcv for compiled operators once for every module.
 
-    For every `mmseg::` in a config, the descriptions of all of mmseg's models are parsed.
+    For every data set, it collects garbage; for every `mmseg::` in a config, it parses the descriptions of all of
+    mmseg's models.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=int))
         patch.setattr('mmengine.runner.runner.collect_env', dict)
         patch.setattr(mmengine.model.utils, 'mmcv_full_available', cache(mmengine.model.utils.mmcv_full_available))
         patch.setattr(mmengine.config.utils, 'load', cache(mmengine.config.utils.load))

@@ -43,7 +43,6 @@ def shrink(
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.num_workers, loader.persistent_workers = 0, False
         loader.dataset.data_root = str(data_root)
-        loader.dataset.serialize_data = False  # which collects garbage, and that takes half a second
         for step in loader.dataset.pipeline:
             for key in ('scale', 'scales', 'max_size', 'crop_size'):
                 if key in step:

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -307,13 +308,20 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(state):
-        values = state[name].detach().reshape(-1)
-        n = min(len(values), FINGERPRINT_SAMPLES)
-        index = torch.arange(n, device=values.device) * (len(values) - 1) // max(n - 1, 1)
-        digest.update(f'{name} {tuple(state[name].shape)}'.encode())
-        if not values.is_meta:
-            digest.update(values[index].to('cpu', torch.float32).numpy().tobytes())
+        values = state[name].detach()
+        digest.update(f'{name} {tuple(values.shape)}'.encode())
+        if values.is_meta:
+            continue
+        if values.numel() > FINGERPRINT_SAMPLES:
+            values = values.take(_evenly_spaced(values.numel(), FINGERPRINT_SAMPLES).to(values.device))
+        digest.update(values.to('cpu', torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _evenly_spaced(length: int, n: int) -> Tensor:
+    """Indices of n of the values 0 to length - 1, with the first and the last."""
+    return torch.arange(n) * (length - 1) // (n - 1)
 
 
 def explain(source: ModelSource, part: str, error: Exception) -> OSError:
