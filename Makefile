@@ -18,7 +18,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@echo 'installed in $(VENV)'
 
 test: install
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 demo: install
 	$(BIN)/python demo/run.py

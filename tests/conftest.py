@@ -11,14 +11,17 @@ import pytest
 import tiny
 import torch
 from diffusers import UNet2DConditionModel
+from mmengine.registry import DefaultScope
 
 REFERENCE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'reference'
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed() -> None:
+def _one_thread_a_seed_and_no_scope() -> None:
+    """Nor do registries look where the configuration of another test told them to."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
 from safetensors.torch import load_file
@@ -47,6 +48,7 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> Path:
     pipeline = [{'type': 'LoadPair'}, {'type': 'ResizePair', 'size': 64}, {'type': 'PackPair'}]
     Config({'model': model, 'test_dataloader': {'dataset': {'pipeline': pipeline}}}).dump(tmp_path / 'config.py')
     torch.manual_seed(0)
+    init_default_scope('mmseg')
     torch.save({'state_dict': MODELS.build(model).state_dict()}, tmp_path / 'model.pth')
     return tmp_path / 'config.py'
 
