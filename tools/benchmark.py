@@ -4,6 +4,7 @@ Each beside the published procedure.
 
     python tools/benchmark.py --model demo/tiny-sd --sizes 64 --layers practical dift --ensembles 1 8
     python tools/benchmark.py --model sd15 --random --sizes 512 --layers practical
+    python tools/benchmark.py --model adm-imagenet-256 --random --sizes 256 --layers adm-4 --ensembles 8
     python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
     python tools/benchmark.py --matching 24 48
     python tools/benchmark.py --propagation --repeat 1
@@ -14,6 +15,8 @@ the same modules in turn, ours, published, ours, ... The ratio is the median ove
 * **ours**: `DiffusionExtractor`. One VAE encoding; T * E UNet passes, each ended by the last wanted activation.
 * **published**: what the released code of GDF and DIFT does for each timestep: encode every ensemble member, add noise
   and run the UNet, here always to its end (DIFT's own code ends after a block).
+
+Models of pixel space encode nothing.
 
 Operations are floating-point operations (2 for a multiply-add) of matrix products, convolutions and attention, as
 `torch.utils.flop_counter` counts them; text encoders do not run. Those of a case are compared with:
@@ -66,14 +69,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from diffseg.diffusion.activations import ActivationRecorder, sites
+from diffseg.diffusion.activations import ActivationRecorder, UNet, sites
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.layer_sets import expand
@@ -187,13 +190,21 @@ def executed(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def conditioning(unet: UNet2DConditionModel, tokens: int = TOKENS) -> Conditioning:
-    """An embedding of the right shape, since no text encoder is needed for a measurement."""
+def conditioning(unet: UNet, tokens: int = TOKENS) -> Conditioning:
+    """An embedding of the right shape, since no text encoder is needed for a measurement; without tokens for pixels."""
     config = unet.config
+    if 'cross_attention_dim' not in config:
+        return Conditioning(torch.empty(1, 0, 0))
     pooled = None
     if config.addition_embed_type == 'text_time':
         pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
     return Conditioning(torch.zeros(1, tokens, config.cross_attention_dim), pooled)
+
+
+def encode(vae_config: Mapping[str, Any], side: int) -> None:
+    """Encode an image on the meta device."""
+    with torch.device('meta'):
+        AutoencoderKL.from_config(vae_config).encode(torch.empty(1, 3, side, side))
 
 
 @functools.cache
@@ -204,21 +215,18 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
         One VAE encoding (`encode`), and one UNet pass: a whole one (`unet`), one that ends with the last of the layers
         (`stopped`), and what of it the layers depend on (`needed`).
     """
-    if load_config(model).pixel_space:
-        raise ValueError(f'{model} works on pixels; what is compared are runs of latent models, encoding and UNet')
-    unet = meta_unet(model)
-    with torch.device('meta'):
-        vae = AutoencoderKL.from_config(load_config(model).vae)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    configs, unet = load_config(model), meta_unet(model)
+    factor = 1 if configs.pixel_space else 2 ** (len(configs.vae['block_out_channels']) - 1)
     step = factor * 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
     side = -(-size // step) * step  # the extractor pads to a multiple of the UNet's stride
-    latent = torch.empty(1, vae.config.latent_channels, side // factor, side // factor, device='meta')
+    latent = torch.empty(1, unet.config.in_channels, side // factor, side // factor, device='meta')
     condition = conditioning(unet).unet_kwargs([0], (side, side), device='meta', dtype=torch.float32)
     names = expand(layers.split(','), sites(unet))
     timestep = torch.tensor(50, device='meta')
     with torch.no_grad():
         with Operations() as encoding:
-            vae.encode(torch.empty(1, 3, side, side, device='meta'))
+            if not configs.pixel_space:
+                encode(configs.vae, side)
         with Operations() as whole:
             wanted = ActivationRecorder(unet, names, stop_early=False)(latent, timestep, **condition)
         with Operations() as stopped:
@@ -252,11 +260,13 @@ def published(extractor: DiffusionExtractor, images: Tensor, condition: Conditio
     """
     parts, unet, vae = extractor.parts, extractor.unet, extractor.vae
     recorder = ActivationRecorder(unet, extractor.layers, stop_early=False)
-    repeated = images.repeat_interleave(extractor.ensemble, 0).to(vae.dtype)  # (B*E, 3, H, W)
+    repeated = images.repeat_interleave(extractor.ensemble, 0)  # (B*E, 3, H, W)
     kwargs = condition.unet_kwargs([0] * len(repeated), images.shape[2:], device=images.device, dtype=unet.dtype)
     steps = []
     for timestep in extractor.timesteps:
-        latent = vae.encode(repeated).latent_dist.sample() * parts.scaling_factor  # (B*E, 4, h, w)
+        latent = repeated
+        if vae is not None:
+            latent = vae.encode(repeated.to(vae.dtype)).latent_dist.sample() * parts.scaling_factor  # (B*E, 4, h, w)
         alpha = float(parts.alphas_cumprod[timestep])
         x_t = alpha**0.5 * latent + (1 - alpha) ** 0.5 * torch.randn_like(latent)
         steps.append(recorder(x_t.to(unet.dtype), torch.tensor(timestep, device=images.device), **kwargs))
@@ -273,6 +283,7 @@ def measure(case: Case) -> dict[str, Any]:
     """
     meta = meta_unet(case.model)
     condition = conditioning(meta)
+    parts = ('unet',) if load_config(case.model).pixel_space else ('unet', 'vae')
     extractor = DiffusionExtractor(
         case.model,
         expand(case.layers.split(','), sites(meta)),
@@ -280,7 +291,7 @@ def measure(case: Case) -> dict[str, Any]:
         prompt=condition,
         ensemble=case.ensemble,
         dtype=case.dtype,
-        random=('unet', 'vae') if case.random else (),
+        random=parts if case.random else (),
     ).to(case.device)
     images = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
     procedures = {'ours': lambda: extractor(images), 'published': lambda: published(extractor, images, condition)}

@@ -93,8 +93,13 @@ def test_the_last_activation_needs_all_but_the_dead_ends(tool, case):
 
 
 def test_the_extractor_executes_what_is_counted(tool, case, request):
-    sdxl = str(request.getfixturevalue('tiny_sdxl_pipeline'))
-    for each in (case(timesteps=2, ensemble=2), case(size=80), case(model=sdxl, layers='practical', random=True)):
+    sdxl, pixels = (str(request.getfixturevalue(f'tiny_{kind}_pipeline')) for kind in ('sdxl', 'pixel'))
+    for each in (
+        case(timesteps=2, ensemble=2),
+        case(size=80),
+        case(model=sdxl, layers='practical', random=True),
+        case(model=pixels, layers='adm-1', random=True, ensemble=2),
+    ):
         measured = tool.measure(each)
         counted = tool.count(each)
         assert measured['ours']['flop'] == counted['ours']
@@ -175,8 +180,6 @@ def test_count_only_and_errors(tool, capsys):
     assert tool.main(['--model', 'sd15', '--sizes', '512', '--layers', 'practical', 'dift', '--count-only']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('|')[-2].strip() for line in lines[4:]] == ['80%', '55%']  # of a UNet pass
-    assert tool.main(['--model', 'adm-imagenet-256', '--layers', 'dift', '--count-only']) == 2
-    assert 'works on pixels' in capsys.readouterr().err
     assert tool.main(['--model', 'sd15', '--layers', 'no-such-layer', '--count-only']) == 2
     assert 'no-such-layer' in capsys.readouterr().err
 
