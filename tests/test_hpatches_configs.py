@@ -24,7 +24,11 @@ NAME = re.compile(
     r'(?P<model>.+)-t(?P<timestep>\d+)_dift(?P<published>-published)?_1xb(?P<batch>\d+)-zero-shot_hpatches-'
     r'(?P<height>\d+)x(?P<width>\d+)'
 )
-CHANNELS = {'dift-2_t0': 64, 'best-layer_t0': 48}
+TOY_MAPS = {  # model, channels, cells of 48 x 64 pixels
+    'dift-2_t0': ('tiny-sd', 64, (12, 16)),
+    'best-layer_t0': ('tiny-sd', 48, (12, 16)),
+    'adm-5_t41': ('tiny-adm', 48, (24, 32)),
+}
 
 
 def read(path: Path) -> Config:
@@ -32,7 +36,7 @@ def read(path: Path) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (4, 4)
+    assert (len(CONFIGS), len(TOY)) == (4, 6)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -136,13 +140,14 @@ def test_each_kind_is_tested_without_a_checkpoint(path, evaluate, tiny_pipeline,
 @pytest.mark.parametrize('path', TOY, ids=lambda path: path.stem)
 def test_toy_config(path):
     cfg = read(path)
-    assert Path(cfg.model.backbone.model).resolve() == ROOT / 'demo/tiny-sd'
+    name, channels, cells = TOY_MAPS[path.stem.removesuffix('_random-unet')]
+    assert Path(cfg.model.backbone.model).resolve() == ROOT / 'demo' / name
     assert ('random-unet' in path.stem) == (cfg.model.backbone.get('random') == ['unet'])
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
     with torch.no_grad():
         descriptors = model.encode(torch.rand(1, 3, 48, 64) * 2 - 1, [None])
-    assert descriptors.shape == (1, CHANNELS[path.stem.removesuffix('_random-unet')], 12, 16)
+    assert descriptors.shape == (1, channels, *cells)
 
 
 def test_the_toy_study_runs(evaluate):

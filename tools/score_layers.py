@@ -11,6 +11,7 @@ The data are laid out as SPair-71k is; `tools/make_toy_data.py OUT --pairs N` dr
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from diffseg.evaluation import correct_keypoints, pck
 from diffseg.models.correspondence import match_points
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='preset, hub id, diffusers folder or checkpoint file')
     parser.add_argument('data', type=Path, help='folder with JPEGImages, PairAnnotation and so on')
@@ -40,7 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--random', action='store_true', help='a UNet of the same architecture with random weights')
     parser.add_argument('--best', type=int, default=10, help='how many of the best activations to print')
     args = parser.parse_args(argv)
+    try:
+        score(args)
+    except (OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
 
+
+def score(args: argparse.Namespace) -> None:
     available = sites(meta_unet(args.model))
     extractor = DiffusionExtractor(
         args.model,
@@ -52,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:
-        raise SystemExit(f'no pairs in {args.data / "PairAnnotation" / args.split}; tools/make_toy_data.py draws some')
+        raise FileNotFoundError(
+            f'no pairs in {args.data / "PairAnnotation" / args.split}; tools/make_toy_data.py draws some'
+        )
     pairs = [json.loads(path.read_text()) for path in paths]
     scores = {layer: [[] for _ in args.timestep] for layer in extractor.layers}  # (image, point) of every seed
     for seed in range(args.seeds):
@@ -124,4 +135,4 @@ def summary(values: Sequence[float]) -> str:
 
 
 if __name__ == '__main__':
-    main()
+    raise SystemExit(main())

@@ -204,7 +204,10 @@ def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
         ValueError: For an unknown name, with the nearest known ones, or for one site asked for twice.
     """
     available = list(available)
-    resolved = [_translate(name, available) for name in names]
+    known = aliases(available)
+    resolved = [
+        known.get(name) or re.sub(r'^dhf-(\d+)-(\d+)$', r'up-level\1-repeat\2-res-increment', name) for name in names
+    ]
     for asked, name in zip(names, resolved, strict=True):
         if name not in available:
             raise ValueError(f'unknown activation {asked!r}; {nearest(name, available)}')
@@ -222,12 +225,19 @@ def nearest(name: str, available: Sequence[str]) -> str:
     return f'the nearest of {len(available)} are: {", ".join(sorted(available, key=likeness, reverse=True)[:5])}'
 
 
-def _translate(name: str, available: Sequence[str]) -> str:
+def aliases(available: Iterable[str]) -> dict[str, str]:
+    """What each alias stands for in a network, see `resolve`; those of one kind in order of execution.
+
+    Args:
+        available: The network's names in order of execution.
+    """
+    available = list(available)
     pixels = not any('-vit-block' in site for site in available)  # no transformers, so no prompts either
-    if alias := re.fullmatch(r'(?:dift|adm)-(\d+)' if pixels else r'dift-(\d+)', name):
-        outputs = _outputs(available, r'up-level\d+-repeat\d+' if pixels else r'up-level\d+')
-        return outputs[int(alias[1])] if int(alias[1]) < len(outputs) else name
-    return re.sub(r'^dhf-(\d+)-(\d+)$', r'up-level\1-repeat\2-res-increment', name)
+    outputs = _outputs(available, r'up-level\d+-repeat\d+' if pixels else r'up-level\d+')
+    kinds = ('adm', 'dift') if pixels else ('dift',)
+    blocks = {f'{kind}-{i}': output for kind in kinds for i, output in enumerate(outputs)}
+    increments = (re.fullmatch(r'up-level(\d+)-repeat(\d+)-res-increment', name) for name in available)
+    return blocks | {f'dhf-{found[1]}-{found[2]}': found[0] for found in increments if found}
 
 
 def _outputs(available: Iterable[str], block: str) -> list[str]:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import NamedTuple
 
-from diffseg.diffusion.activations import nearest, resolve
+from diffseg.diffusion.activations import aliases, nearest, resolve
 
 # Variants of one set are for different UNet topologies; the first one whose layers all exist is meant.
 LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -66,7 +66,7 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
     """Turn set names, glob patterns, aliases and layer names into layer names.
 
     Args:
-        names: any mixture of keys of `LAYER_SETS`, patterns such as `'up-*-res-out'`, and what
+        names: any mixture of keys of `LAYER_SETS`, patterns such as `'up-*-res-out'` or `'adm-*'`, and what
             `activations.resolve` takes.
         available: the UNet's layer names, in order of execution (`activations.sites`).
 
@@ -83,6 +83,7 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
             layers += _variant(name, available)
         elif set(name) & set('*?['):
             found = [layer for layer in available if fnmatchcase(layer, name)]
+            found = found or [layer for alias, layer in aliases(available).items() if fnmatchcase(alias, name)]
             if not found:
                 raise ValueError(f'no layer matches {name!r}; {nearest(name, available)}')
             layers += found

@@ -58,6 +58,11 @@ def test_adm_sets(name, channels, strides):
     assert [available[layer].stride for layer in layers] == strides
 
 
+def test_patterns_of_adm_aliases():
+    available = sites(meta_unet('ddpm-lsun-horse'))
+    assert expand(['adm-*'], available) == expand([f'adm-{i}' for i in range(18)], available)
+
+
 def test_no_variant(sd, sdxl):
     with pytest.raises(ValueError, match="'ddpm-seg' is published for a UNet of this"):
         expand(['ddpm-seg'], sd)
@@ -73,6 +78,8 @@ def test_patterns_aliases_and_order(sd):
         'up-level1-upsampler-out',
     ]
     assert expand(['*'], sd) == list(sd)
+    assert expand(['dift-*'], sd) == expand([f'dift-{i}' for i in range(4)], sd)
+    assert expand(['dhf-1-?'], sd) == [f'up-level1-repeat{i}-res-increment' for i in range(3)]
     with pytest.raises(ValueError, match=r"'up-level9\*'"):
         expand(['up-level9*'], sd)
     with pytest.raises(ValueError, match='cross-q'):

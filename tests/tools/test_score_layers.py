@@ -53,6 +53,7 @@ def test_an_image_matches_itself(load_tool, pairs, tiny_pipeline):
     assert hits['unet-in'].all()
 
 
-def test_missing_pairs_are_named(load_tool, tmp_path, tiny_pipeline):
-    with pytest.raises(SystemExit, match=r'no pairs in .*PairAnnotation'):
-        load_tool('score_layers').main([str(tiny_pipeline), str(tmp_path), '--layers', 'dift-1'])
+@pytest.mark.parametrize(('layer', 'message'), [('dift-1', 'no pairs in'), ('adm-*', "no layer matches 'adm-*'")])
+def test_what_is_missing_is_named(load_tool, tmp_path, tiny_pipeline, capsys, layer, message):
+    assert load_tool('score_layers').main([str(tiny_pipeline), str(tmp_path), '--layers', layer]) == 2
+    assert f'error: {message}' in capsys.readouterr().err

@@ -1,0 +1,3 @@
+_base_ = './adm-5_t41.py'
+
+model = dict(backbone=dict(random=['unet']))
