@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -10,18 +11,25 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 import diffseg  # noqa: F401  lets checkpoints be read
+from diffseg.diffusion.loading import reason_of
 
 LAYER = re.compile(r'(?P<backbone>.*)extractor\.unet\.(?P<module>.+)\.(?P<matrix>lora_[AB])\.default\.weight')
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', help='of a model whose backbone was trained with lora')
     parser.add_argument('out', help='folder; give it to lora_weights, or to load_lora_weights of a pipeline')
     parser.add_argument('--backbone', help="where there are several: the beginning of its tensors' names")
     args = parser.parse_args(argv)
-    state = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')['state_dict']
-    StableDiffusionLoraLoaderMixin.save_lora_weights(args.out, unet_lora_layers=convert(state, args.backbone))
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
+        layers = convert(checkpoint.get('state_dict', checkpoint), args.backbone)
+    except Exception as error:  # damaged files let many types escape
+        print(f'error: {args.checkpoint}: {reason_of(error)}', file=sys.stderr)
+        return 2
+    StableDiffusionLoraLoaderMixin.save_lora_weights(args.out, unet_lora_layers=layers)
+    return 0
 
 
 def convert(state: Mapping[str, Tensor], backbone: str | None = None) -> dict[str, Tensor]:
@@ -44,4 +52,4 @@ def convert(state: Mapping[str, Tensor], backbone: str | None = None) -> dict[st
 
 
 if __name__ == '__main__':
-    main()
+    raise SystemExit(main())

@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--bases', nargs='+', choices=BASES, default=BASES)
     args = parser.parse_args(argv)
 
-    result = json.loads(args.result.read_text())
+    try:
+        result = json.loads(args.result.read_text())
+    except (OSError, ValueError) as error:
+        print(f'error: {args.result} cannot be read: {error}', file=sys.stderr)
+        return 2
+    if missing := {'protocol', 'predictions', 'figures'} - set(result):
+        print(f'error: {args.result} is not what PCKMetric writes; it has no {sorted(missing)}', file=sys.stderr)
+        return 2
     print(json.dumps(result['protocol'], indent=1))
     figures = score(result['predictions'], args.thresholds, args.bases)
     print(format_table(figures, args.thresholds, args.bases))

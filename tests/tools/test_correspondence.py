@@ -124,6 +124,9 @@ def test_train_resume_test_and_rescore(run, load_tool, tmp_path, capsys):
     (tmp_path / 'pck.json').write_text(json.dumps(result))
     assert rescore.main([str(tmp_path / 'pck.json')]) == 1
     assert 'all PCK@0.15-img/point is' in capsys.readouterr().out
+    (tmp_path / 'other.json').write_text('{"figures": {}}')
+    assert rescore.main([str(tmp_path / 'other.json')]) == rescore.main([str(tmp_path / 'none.json')]) == 2
+    assert "no ['predictions', 'protocol']" in (told := capsys.readouterr().err) and 'none.json cannot be read' in told
 
 
 def zero_shot(config: Path, tmp_path: Path, **changes) -> Runner:

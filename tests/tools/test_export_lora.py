@@ -36,7 +36,7 @@ def test_what_was_trained_can_be_loaded_again(tool: ModuleType, make: Callable, 
     backbone = trained(make(lora={'r': 4, 'lora_alpha': 6}))
     state = nn.ModuleDict({'backbone': backbone}).state_dict()
     torch.save({'state_dict': state}, tmp_path / 'iter_1.pth')
-    tool.main([str(tmp_path / 'iter_1.pth'), str(tmp_path / 'lora')])
+    assert tool.main([str(tmp_path / 'iter_1.pth'), str(tmp_path / 'lora')]) == 0
     images = torch.rand(1, 3, 64, 96) * 2 - 1
     with torch.no_grad():
         expected, plain = backbone(images), make()(images)
@@ -54,3 +54,12 @@ def test_several_backbones_and_none(tool: ModuleType, make: Callable):
     assert {x.shape[0] for name, x in tool.convert(two, 'b.').items() if 'lora_A' in name} == {3}
     with pytest.raises(ValueError, match='no LoRA layers'):
         tool.convert(make().state_dict())
+
+
+def test_errors_are_told(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture):
+    torch.save({'state_dict': {}}, tmp_path / 'no_lora.pth')
+    (tmp_path / 'text.pth').write_text('text')
+    for name, message in (('no_lora', 'has no LoRA layers'), ('text', ''), ('none', 'can not be found')):
+        assert tool.main([str(tmp_path / f'{name}.pth'), str(tmp_path / 'lora')]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f'error: {tmp_path / name}.pth: ') and message in line
