@@ -321,7 +321,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 @lru_cache
 def _evenly_spaced(length: int, n: int) -> Tensor:
     """Indices of n of the values 0 to length - 1, with the first and the last."""
-    return torch.arange(n) * (length - 1) // (n - 1)
+    return torch.arange(n, device='cpu') * (length - 1) // (n - 1)
 
 
 def explain(source: ModelSource, part: str, error: Exception) -> OSError:

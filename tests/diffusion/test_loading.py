@@ -118,6 +118,13 @@ def test_fingerprint_sees_names_shapes_and_values():
     assert fingerprint(half) == fingerprint({key: value.float() for key, value in half.items()}) != expected
 
 
+def test_fingerprint_does_not_depend_on_the_default_device():
+    state = {'a': torch.randn(41, 43)}
+    with torch.device('meta'):
+        expected = fingerprint(state)
+    assert fingerprint(state) == expected != fingerprint({'a': state['a'].to('meta')})
+
+
 def test_random_weights_depend_on_the_seed_alone_and_read_nothing(folder):
     (folder / 'unet' / WEIGHTS).unlink()
     pretrained = load_file(folder / 'vae' / WEIGHTS)
