@@ -5,23 +5,25 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import isolation
 import mmengine.config.utils
 import mmengine.model.utils
 import pytest
 import tiny
-import torch
 from diffusers import UNet2DConditionModel
-from mmengine.registry import DefaultScope
 
 REFERENCE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'reference'
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_a_seed_and_no_scope() -> None:
-    """Nor do registries look where the configuration of another test told them to."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    DefaultScope._instance_dict.clear()
+def _isolated() -> Iterator[None]:
+    with isolation.isolated():
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _registered() -> None:
+    isolation.import_registered()
 
 
 @pytest.fixture(scope='session', autouse=True)
