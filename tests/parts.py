@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffseg.diffusion.activations import Site, resolve, sites
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import Site, resolve, sites
 from diffseg.models.backbones.vision import load_vision_config
 
 

@@ -9,8 +9,8 @@ import tiny_vision
 from mmengine.config import Config
 from parts import sites_of
 
-from diffseg.diffusion.activations import resolve
 from diffseg.diffusion.loading import load_config
+from diffseg.diffusion.sites import resolve
 from diffseg.models.backbones.ensemble import join_levels
 
 FACTOR = 8

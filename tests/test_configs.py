@@ -18,8 +18,8 @@ from parts import described, members
 from shrink import shrink
 from torch import nn
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.models.backbones.ensemble import join_levels
 
 ROOT = Path(__file__).parents[1] / 'configs'

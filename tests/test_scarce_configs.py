@@ -14,8 +14,8 @@ from parts import members, sites_of
 from PIL import Image
 from shrink import shrink_backbone
 
-from diffseg.diffusion.activations import resolve
 from diffseg.diffusion.layer_sets import LAYER_SETS
+from diffseg.diffusion.sites import resolve
 from diffseg.models.decode_heads import PixelClassifierHead
 
 ROOT = Path(__file__).parents[1]

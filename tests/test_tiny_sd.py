@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from diffseg.datasets.toy import SPECIES, draw_sample
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.models.correspondence import match_points
 

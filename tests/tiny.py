@@ -20,6 +20,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 BETAS = {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012, 'steps_offset': 1}
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'
 MERGES = [('p', 'h'), ('o', 'f</w>'), ('h', 'o'), ('ph', 'o')]
+PIXEL_TOPOLOGIES = {
+    'adm': {},
+    'strided-convolutions': {
+        'down_block_types': ('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D'),
+        'up_block_types': ('UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+        'downsample_type': 'conv',
+        'upsample_type': 'conv',
+        'resnet_time_scale_shift': 'default',
+    },
+    'middle-without-attention': {'add_attention': False},
+}
 
 
 def unet(seed: int = 0, **config) -> UNet2DConditionModel:
@@ -148,3 +159,15 @@ def save_pixel(folder: Path, seed: int = 0, **config) -> Path:
     """Write a folder of a model of pixel space, such as `tools/convert_adm.py` makes."""
     DDPMPipeline(pixel_unet(seed, **config), DDPMScheduler(variance_type='learned_range')).save_pretrained(folder)
     return folder
+
+
+def inputs(unet: UNet2DConditionModel | UNet2DModel, batch: int = 1, height: int = 16, width: int = 24) -> dict:
+    """Random arguments of an `ActivationRecorder` for any of these networks."""
+    config = unet.config
+    values = {'x_t': torch.randn(batch, config.in_channels, height, width), 'timestep': 50}
+    if isinstance(unet, UNet2DModel):
+        return values
+    values['encoder_hidden_states'] = torch.randn(batch, 5, config.cross_attention_dim)
+    if config.addition_embed_type == 'text_time':
+        values['added_cond_kwargs'] = {'text_embeds': torch.randn(batch, 32), 'time_ids': torch.rand(batch, 6)}
+    return values

@@ -76,11 +76,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from diffseg.diffusion.activations import ActivationRecorder, UNet, sites
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.recorder import ActivationRecorder
+from diffseg.diffusion.sites import Network, sites
 from diffseg.models.correspondence import match_points
 from diffseg.models.propagation import propagate_labels
 
@@ -190,7 +191,7 @@ def executed(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def conditioning(unet: UNet, tokens: int = TOKENS) -> Conditioning:
+def conditioning(unet: Network, tokens: int = TOKENS) -> Conditioning:
     """An embedding of the right shape, since no text encoder is needed for a measurement; without tokens for pixels."""
     config = unet.config
     if 'cross_attention_dim' not in config:

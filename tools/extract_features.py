@@ -30,11 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.diffusion.activations import Site, sites
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import SUFFIXES, image_size, read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import Site, sites
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
 TOKENS = 77  # keys of a cross-attention map, for the estimate

@@ -26,11 +26,11 @@ from extract_features import DTYPES, check_configuration, write
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_vae, meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.visualization import to_picture, to_pil
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffseg.diffusion.activations import Site, aggregates, default_scale_factor, resolve, sites
 from diffseg.diffusion.layer_sets import Reading, expand, split_timesteps
 from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.sites import Site, aggregates, default_scale_factor, resolve, sites
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -38,10 +38,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.images import image_size, read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.keypoints import read_keypoints
 from diffseg.models import CorrespondenceModel
 from diffseg.models.correspondence import UpsampledSimilarity, descriptors_at

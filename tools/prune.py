@@ -32,8 +32,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.diffusion.activations import resolve
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import resolve
 from diffseg.models.necks import AggregationNeck
 
 Pair = tuple[int, int]  # indices of a timestep and of a layer of its level

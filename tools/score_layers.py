@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.models.correspondence import match_points
 

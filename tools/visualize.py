@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import SUFFIXES, read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.visualization import grid, pca_rgb, to_picture
 
 

@@ -1,5 +1,6 @@
 """Activations of pretrained diffusion models; needs torch, diffusers and transformers, and none of the mm packages."""
 
-from diffseg.diffusion.activations import ActivationRecorder, Site, resolve, sites
+from diffseg.diffusion.recorder import ActivationRecorder
+from diffseg.diffusion.sites import Site
 
-__all__ = ['ActivationRecorder', 'Site', 'resolve', 'sites']
+__all__ = ['ActivationRecorder', 'Site']

@@ -1,7 +1,7 @@
 """Checkpoints of guided-diffusion, pixel-space networks known as ADM, as diffusers' `UNet2DModel`.
 
 Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2105.05233). DIFT and DDPM-seg read the outputs of
-`output_blocks.i`, which `activations.resolve` knows as `adm-{i}`.
+`output_blocks.i`, which `sites.resolve` knows as `adm-{i}`.
 
 The keys and shapes of such a checkpoint tell its configuration, except for how wide a head of attention is.
 """

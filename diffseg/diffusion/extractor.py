@@ -12,12 +12,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from diffseg.diffusion.activations import AttentionMode, Site, aggregates, resolve, sites
 from diffseg.diffusion.conditioning import Conditioning, NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.controlnet import load_control
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.lora import fuse_lora, read_lora
+from diffseg.diffusion.sites import AttentionMode, Site, aggregates, resolve, sites
 from diffseg.diffusion.trajectories import (
     Activations,
     Condition,
@@ -55,7 +55,7 @@ class DiffusionExtractor(nn.Module):
 
     Args:
         model: Preset, hub id, diffusers folder or single checkpoint file, see `load_parts`.
-        layers: Names of the activations to read, or aliases of them, see `activations.sites`.
+        layers: Names of the activations to read, or aliases of them, see `sites`.
         timesteps: Where on the trajectory to read, as the UNet's own timesteps.
         trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
             trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance; there is none
@@ -67,7 +67,7 @@ class DiffusionExtractor(nn.Module):
         seed: Of the seeded draws.
         attention_maps: Categories of aggregated attention ('up_cross', ...) to return too: after the layers, or where
             `layers` says ('attn', or 'attn-16' and so on).
-        attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `activations.aggregates`.
+        attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `aggregates`.
         dtype: Of the UNet, and of the VAE unless it would overflow.
         attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
         random: Parts ('unet', 'vae') that are initialised at random instead of loaded.

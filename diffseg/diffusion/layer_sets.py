@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import NamedTuple
 
-from diffseg.diffusion.activations import aliases, nearest, resolve
+from diffseg.diffusion.sites import aliases, nearest, resolve
 
 # Variants of one set are for different UNet topologies; the first one whose layers all exist is meant.
 LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -67,8 +67,8 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
 
     Args:
         names: any mixture of keys of `LAYER_SETS`, patterns such as `'up-*-res-out'` or `'adm-*'`, and what
-            `activations.resolve` takes.
-        available: the UNet's layer names, in order of execution (`activations.sites`).
+            `sites.resolve` takes.
+        available: the UNet's layer names, in order of execution (`sites.sites`).
 
     Returns:
         Layer names in the order asked for, each once; those of a pattern in order of execution.

@@ -29,9 +29,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
-from diffseg.diffusion.activations import UNet
 from diffseg.diffusion.adm import convert_adm_unet, is_adm_checkpoint
 from diffseg.diffusion.presets import PRESETS, Preset, get_preset, preset_of_repo
+from diffseg.diffusion.sites import Network
 
 CHECKPOINT_SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
 FOLDER_LAYOUT = (
@@ -103,7 +103,7 @@ class DiffusionParts:
         fingerprint: Identifies the weights, see `fingerprint`.
     """
 
-    unet: UNet
+    unet: Network
     vae: AutoencoderKL | None
     vae_config: Mapping[str, Any] | None
     scheduler_config: Mapping[str, Any]
@@ -194,7 +194,7 @@ def load_config(model: str | Path, *, revision: str | None = None, config: str |
     return _load_config(find_source(model, revision=revision, config=config))
 
 
-def meta_unet(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> UNet:
+def meta_unet(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> Network:
     """The UNet on the meta device: all modules, no weights. Raises what `load_config` does."""
     return _on_meta('unet', load_config(model, revision=revision, config=config).unet)
 

@@ -24,8 +24,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffseg.diffusion.activations import ActivationRecorder, AttentionMode, UNet
 from diffseg.diffusion.controlnet import Control, residual_kwargs
+from diffseg.diffusion.recorder import ActivationRecorder
+from diffseg.diffusion.sites import AttentionMode, Network
 
 CLEAN = -1  # the timestep of a latent without noise
 PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
@@ -111,7 +112,7 @@ def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) ->
     return {name: apply(value) for name, value in condition.items()}
 
 
-def unet_dtype(unet: UNet) -> torch.dtype:
+def unet_dtype(unet: Network) -> torch.dtype:
     """In what the UNet computes, whatever the dtype of layers that are trained beside its own."""
     return unet.conv_in.weight.dtype
 
@@ -133,7 +134,7 @@ class Denoiser:
 
     def __init__(
         self,
-        unet: UNet,
+        unet: Network,
         layers: Sequence[str],
         attention: Sequence[str] = (),
         micro_batch: int | None = None,
@@ -212,7 +213,7 @@ class Denoiser:
 
 
 @contextmanager
-def _embedded(unet: UNet, timesteps: Tensor, embeddings: Tensor | None) -> Iterator[None]:
+def _embedded(unet: Network, timesteps: Tensor, embeddings: Tensor | None) -> Iterator[None]:
     """Have the UNet embed timesteps (N,) by looking them up in (N, K, E), if that is given."""
     if embeddings is None:
         yield

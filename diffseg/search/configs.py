@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffseg.diffusion.activations import Site
+from diffseg.diffusion.sites import Site
 
 from .grid import Candidate
 

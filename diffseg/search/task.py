@@ -15,8 +15,8 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
 from diffseg.cache import format_size
-from diffseg.diffusion.activations import Site, resolve
 from diffseg.diffusion.layer_sets import expand, split_timesteps
+from diffseg.diffusion.sites import Site, resolve
 
 from .engine import Place, Reader, Samples, Store, collect, most_at_once, order, rank, walk
 from .grid import Candidate, Measure, Projection

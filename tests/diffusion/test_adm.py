@@ -8,10 +8,10 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from diffseg.diffusion.activations import ActivationRecorder
 from diffseg.diffusion.adm import adm_config, convert_adm_unet
 from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.presets import PRESETS
+from diffseg.diffusion.recorder import ActivationRecorder
 
 WIDE = {'block_out_channels': (32, 32, 64), 'norm_num_groups': 32, 'attn_norm_num_groups': 32, 'sample_size': 32}
 LAYOUTS = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.layer_sets import LAYER_SETS, expand, split_timesteps
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_prompt_is_empty_or_absent(make, images):
     [
         ({'prompt': 'a horse'}, "no text encoder and reads no prompt; leave out 'a horse'"),
         ({'prompt': torch.zeros(1, 77, 32)}, 'reads no prompt; leave out the embedding'),
-        ({'attention_maps': ['up_self']}, "'up_self' is empty: this UNet has none"),
+        ({'attention_maps': ['up_self']}, "'up_self' is empty: this network has none"),
         ({'controlnet': {'model': 'canny'}, 'vae_tiling': True}, 'leave out controlnet, vae_tiling'),
         ({'lora_weights': ['style.safetensors']}, 'leave out lora_weights'),
         ({'textual_inversion': ['cat.safetensors']}, 'leave out textual_inversion'),

@@ -10,8 +10,8 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from tiny_mmseg import batch, segmentor_config
 
-from diffseg.diffusion.activations import Site, sites
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import Site, sites
 from diffseg.models.necks.levels import resize
 from diffseg.search import Candidate
 from diffseg.search.configs import correspondence_model, segmentation_model

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config, ConfigDict
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.search import Candidate
 from diffseg.search.task import Options, Search, own_candidates, training_data
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from diffseg.diffusion.activations import ActivationRecorder
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.recorder import ActivationRecorder
 
 QUERY = 'up-level1-repeat1-vit-block0-cross-q'
 

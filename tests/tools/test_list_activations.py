@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from diffseg.diffusion.activations import sites
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.sites import sites
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ['up-level1-repeat1-vit-block0-cross-q', 'dift-2']

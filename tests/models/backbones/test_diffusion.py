@@ -157,7 +157,7 @@ def test_necks_take_another_number_of_timesteps_for_each_map(make: Callable):
 def test_timesteps_of_their_own_that_are_wrong(make: Callable):
     with pytest.raises(ValueError, match=r'\[51\] that are not in timesteps=\[50, 261, 500\]'):
         make(layers=[f'{LAYERS[0]}@51'])
-    with pytest.raises(ValueError, match='asked for twice'):
+    with pytest.raises(ValueError, match='named twice'):
         make(layers=['dift-1@50', 'up-level1-upsampler-out@261'])
     with pytest.raises(ValueError, match=rf'{LAYERS[0]}@50 has 32, not 64'):
         make(layers=OWN, channels=[32, 32, 64, 64])

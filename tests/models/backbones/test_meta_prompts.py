@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from mmseg.registry import MODELS
 from torch.nn import functional as F
 
-from diffseg.diffusion.activations import ActivationRecorder
+from diffseg.diffusion.recorder import ActivationRecorder
 from diffseg.models.backbones.meta_prompts import LAYERS, MetaPromptsBackbone
 
 
