@@ -9,8 +9,10 @@ import pytest
 import tiny_vision
 import torch
 from layouts import write_ade20k, write_cityscapes
+from ldm import unet_state
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import DATASETS, MODELS
@@ -153,6 +155,71 @@ def test_every_kind_trains_saves_resumes_and_tests(stem, models, data, tmp_path)
     moved = {name for name in trained if not torch.equal(first['state_dict'][name], second['state_dict'][name])}
     assert trained - moved == set()
     assert 0 <= runner.test()['mIoU'] <= 100
+
+
+def released_options(name: str) -> tuple[float, float]:
+    """Learning rate and weight decay that VPD's and Meta Prompts' released keys give a parameter by its released name.
+
+    Of the keys in a name the longest decides, and of those as long the first in the alphabet.
+    """
+    rate, decay = 8e-5, 1e-3
+    if 'norm' in name:
+        return rate, 0
+    return (0.1 * rate, decay) if 'unet' in name else (rate, decay)
+
+
+@pytest.mark.parametrize('kind', ['VPD', 'Meta Prompts'])
+def test_parameters_learn_at_the_released_rates(kind, models, data, tmp_path):
+    cfg = shrink(ROOT / f'segmentation/{KINDS[kind]}.py', models, data['ade20k'], tmp_path, max_iters=1)
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[group['params'][0]]: (group['lr'], group['weight_decay']) for group in groups}
+    assert len(found) == len(groups) == len(names)
+    unet = model.backbone.extractor.unet
+    released = {
+        f'backbone.extractor.unet.{ours}': f'unet.{theirs}'
+        for ours, theirs in zip(unet.state_dict(), unet_state(unet), strict=True)
+    }
+    wanted = {ours: released_options(released.get(ours, 'head')) for ours in found}
+    assert {name: pytest.approx(options) for name, options in wanted.items()} == found
+    assert len(set(wanted.values())) == 3
+    assert wanted['backbone.extractor.unet.up_blocks.1.attentions.0.norm.weight'] == (8e-5, 0)
+    assert wanted['backbone.extractor.unet.up_blocks.1.resnets.0.norm1.weight'] == pytest.approx((8e-6, 1e-3))
+
+
+@pytest.mark.parametrize('stem', [KINDS['VPD'], KINDS['Meta Prompts, frozen']])
+def test_the_rate_falls_from_the_first_iteration_while_it_warms_up(stem):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    schedulers = [
+        PARAM_SCHEDULERS.build({'optimizer': optimizer, **scheduler})
+        for scheduler in read(ROOT / f'segmentation/{stem}.py').param_scheduler
+    ]
+    for i in range(2001):
+        if i % 500 == 0:
+            warmed = 1 - (1 - min(i / 1500, 1)) * (1 - 1e-6)
+            assert optimizer.param_groups[0]['lr'] == pytest.approx(warmed * (1 - i / 80000), rel=1e-3)
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_published_recipes():
+    ade, city = (
+        read(ROOT / f'segmentation/sd15-metaprompts_upernet_8xb1-80k_{data}.py')
+        for data in ('ade20k-512x512', 'cityscapes-1024x1024')
+    )
+    for cfg, dropout in ((ade, 0.0), (city, 0.1)):
+        assert (cfg.model.decode_head.dropout_ratio, cfg.model.auxiliary_head.dropout_ratio) == (dropout, dropout)
+        assert (cfg.train_cfg.val_interval, cfg.default_hooks.checkpoint.save_best) == (8000, 'mIoU')
+    dtypes = {
+        path.stem.partition('_')[0]: {part.dtype for part in members(read(path).model.backbone)}
+        for path in SEGMENTATION
+        if '-published_' in path.stem
+    }
+    assert dtypes.pop('sd15-vpd-frozen-t51') == {'float32'}
+    assert set().union(*dtypes.values()) == {'float16'}
 
 
 def test_config_of_the_demo():

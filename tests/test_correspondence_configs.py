@@ -35,6 +35,7 @@ DATASETS = {
     'cub': 'CUBPairsDataset',
 }
 NECKS = {'agg': 'AggregationNeck', 'dhf': 'AggregationNeck', 'concat': 'ConcatNeck', 'conv': 'ConcatNeck'}
+LAST_SAVED = {'dhf': 4000, 'conv': 9500}  # of 5000 and 10,000 steps of the released code
 DESCRIPTORS = {  # channels, by the beginning of the config's name, without the schedule and what is behind it
     'sd21-t261_dift': 1280,
     'adm-imagenet-256-t101_dift': 1024,
@@ -93,7 +94,8 @@ def test_a_config_is_what_its_name_says(path):
         assert model.neck.type == NECKS[kind]
 
     trains = name['schedule'] != 'zero-shot' and not name['trained_on']
-    assert cfg.get('train_cfg', {}).get('max_iters') == (1000 * int(name['iterations']) if trains else None)
+    iterations = LAST_SAVED.get(name['method']) if name['published'] else 1000 * int(name['iterations'] or 0)
+    assert cfg.get('train_cfg', {}).get('max_iters') == (iterations if trains else None)
     for kind in ('train', 'val', 'test'):
         loader = cfg.get(f'{kind}_dataloader')
         assert (loader is not None) == (trains or kind == 'test')
@@ -148,6 +150,10 @@ def test_published_recipes():
         assert cfg.optim_wrapper.optimizer == {'type': 'AdamW', 'lr': rate, 'weight_decay': decay}
         assert cfg.param_scheduler == [] and cfg.train_cfg.val_interval == interval
     assert cfg.model.head.in_channels == 3840 and cfg.model.neck.output_sizes == [128]
+    assert all(read(path.stem).model.get('store_dtype', 'float32') == 'float32' for path in CONFIGS)
+    layer4 = read('sd15-clean_layer-4_1xb1-zero-shot_spair-512x512').model
+    assert layer4.backbone.layers == ['up-level1-repeat0-res-increment']
+    assert (layer4.neck.type, layer4.neck.output_sizes, layer4.match_size) == ('ConcatNeck', [64], 512)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

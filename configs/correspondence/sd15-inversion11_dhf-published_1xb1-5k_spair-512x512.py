@@ -6,3 +6,4 @@ _base_ = [
 ]
 
 model = dict(backbone=dict(noise='random'), neck=dict(resize='before'), match_size=512)
+train_cfg = dict(max_iters=4000)  # of 5000 steps, the last whose weights the released code saves

@@ -14,5 +14,4 @@ model = dict(
     prompt=None,
     match_size=512,
     store_gb=8,
-    store_dtype='float16',
 )

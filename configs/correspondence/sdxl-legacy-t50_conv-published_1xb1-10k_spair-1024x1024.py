@@ -13,7 +13,6 @@ model = dict(
     prompt=None,
     match_size=512,
     store_gb=8,
-    store_dtype='float16',
 )
 pipeline = [dict(type='LoadPair'), dict(type='ResizePair', size=1024), dict(type='PackPair')]
 train_dataloader = val_dataloader = test_dataloader = dict(dataset=dict(pipeline=pipeline))

@@ -1,6 +1,9 @@
 # the segmentor of DatasetDDPM (arXiv 2112.03126, section 4), trained on generated images that tools/dataset_ddpm.py
-# labelled; the checkpoint is chosen on the real training pictures. For weights from ImageNet:
+# labelled; the checkpoint is chosen on the real training pictures. The published backbone has weights from ImageNet,
+# which are downloaded with
 # --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=torchvision://resnet101
+# What is left to differ is the order of layers behind the pyramid: torchvision projects it by a 1 x 1 convolution,
+# drops out and convolves by 3 x 3, mmseg's ASPPHead projects by 3 x 3 and drops out.
 _base_ = ['mmseg::_base_/models/deeplabv3_r50-d8.py', '../_base_/default_runtime.py']
 custom_imports = dict(imports=['diffseg'])
 
@@ -9,7 +12,7 @@ model = dict(
     pretrained=None,
     data_preprocessor=dict(size=(256, 256)),
     backbone=dict(type='ResNet', depth=101, norm_cfg=norm_cfg),
-    decode_head=dict(num_classes=21, norm_cfg=norm_cfg),
+    decode_head=dict(channels=256, dropout_ratio=0.5, num_classes=21, norm_cfg=norm_cfg),
     auxiliary_head=None,
 )
 dataset = dict(
@@ -28,6 +31,7 @@ train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
+    drop_last=True,
     dataset=dict(split='generated/kept', **dataset),
 )
 val_dataloader = dict(

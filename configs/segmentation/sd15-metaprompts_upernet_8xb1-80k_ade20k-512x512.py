@@ -11,3 +11,4 @@ model = dict(
 )
 train_dataloader = dict(batch_size=1)
 sync_bn = 'torch'
+default_hooks = dict(checkpoint=dict(save_best='mIoU'))  # of the validations every 8000 iterations

@@ -8,8 +8,9 @@ _base_ = [
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
     decode_head=dict(num_classes=19, dropout_ratio=0.1),
-    auxiliary_head=dict(num_classes=19),
+    auxiliary_head=dict(num_classes=19, dropout_ratio=0.1),
     test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(512, 512)),
 )
 train_dataloader = dict(batch_size=1)
 sync_bn = 'torch'
+default_hooks = dict(checkpoint=dict(save_best='mIoU'))  # of the validations every 8000 iterations

@@ -133,3 +133,11 @@ def test_a_segmentor_on_generated_images(path):
         logits = model.decode_head(maps)
     assert logits.shape[1] == {'horse_21': 21, 'toy': 8}[cfg.train_dataloader.dataset.category]
     assert not model.with_auxiliary_head
+
+
+def test_the_published_segmentor():
+    cfg = Config.fromfile(next(path for path in SEGMENTORS if 'deeplabv3' in path.stem))
+    head = cfg.model.decode_head
+    assert (head.type, head.channels, head.dropout_ratio) == ('ASPPHead', 256, 0.5)
+    assert (cfg.train_dataloader.batch_size, cfg.train_dataloader.drop_last) == (8, True)
+    assert cfg.optim_wrapper.optimizer == {'type': 'Adam', 'lr': 1e-3}

@@ -15,5 +15,5 @@ model = dict(
     ),
     neck=None,
     decode_head=dict(in_channels=[num_prompts] * 4, in_index=[0, 1, 2, 3], dropout_ratio=0.0),
-    auxiliary_head=dict(in_channels=num_prompts, in_index=2, channels=512),
+    auxiliary_head=dict(in_channels=num_prompts, in_index=2, channels=512, dropout_ratio=0.0),
 )
