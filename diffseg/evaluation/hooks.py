@@ -1,7 +1,7 @@
 """Hooks around the evaluation of pairs: no selection on the test split, result files, and interrupted evaluations."""
 
+import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,11 +13,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
+from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
 
 from .davis import DAVISMetric
 from .homography import HomographyMetric
 from .pck import PCKMetric
+
+FILES = 'test-predictions-'  # how names of the files begin that ResumableTestHook writes
 
 
 @HOOKS.register_module()
@@ -69,15 +72,20 @@ class ResultFileHook(Hook):
 class ResumableTestHook(Hook):
     """Keep the predictions of a test on pairs, so that one that was interrupted goes on where it was.
 
-    Predictions are appended to a file as they are made, below a line that says by what model and on what data. The next
-    test with the same model and data takes them from there, and its result is that of an undisturbed one. The files
-    are deleted when a test is complete.
+    Each process appends its predictions to a file `FOLDER/test-predictions-RANK.jsonl` as they are made, below a
+    header with the model's protocol and digests of the configs of the data set (its pipeline included), of the
+    evaluator and of the data preprocessor. The next test with the same header takes them from there, and its result is
+    that of an undisturbed one. The files are deleted when a test is complete; all else in the folder stays.
+
+    Batch size, workers and number of processes may change in between.
 
     Args:
-        folder: where the files lie; by default `predictions` in the work dir.
+        folder: where the files lie; by default `predictions` in the work dir, which is deleted as well once it is
+            empty.
 
     Raises:
-        ValueError: before testing, if the files belong to another model or other data.
+        ValueError: before testing, if the model is no `CorrespondenceModel`, the runner was built without a config, or
+            the files belong to another model, other data or another evaluator, or cannot be read.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -86,24 +94,23 @@ class ResumableTestHook(Hook):
         self._file: TextIO
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Read what is there."""
+        """Read the predictions of an interrupted test."""
         folder = self._folder(runner)
         folder.mkdir(parents=True, exist_ok=True)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        data = {key: runner.test_dataloader.dataset.metainfo.get(key) for key in ('dataset', 'split', 'list')}
-        header = json.loads(json.dumps({**data, **model.protocol}))
+        header = _header(runner)
         self._known = {}
-        for path in sorted(folder.glob('*.jsonl')):
-            found, *predictions = _read(path) or [header]
-            if different := sorted(key for key in {**header, **found} if header.get(key) != found.get(key)):
+        for path in _prediction_files(folder):
+            theirs, *predictions = _read(path) or [header]
+            if different := sorted(key for key in {**header, **theirs} if header.get(key) != theirs.get(key)):
                 raise ValueError(
                     f'{path} holds predictions of another test, which differs in {", ".join(different)}; delete the '
-                    f'folder, or choose another work dir'
+                    f'file, or choose another work dir'
                 )
-            self._known |= {each['pair_id']: each['predicted'] for each in predictions}
+            self._known |= {line['pair_id']: line['predicted'] for line in predictions}
         barrier()  # all have read before one writes
-        runner.logger.info(f'{len(self._known)} predictions were found in {folder}')
-        path = folder / f'{get_rank()}.jsonl'
+        if self._known:
+            runner.logger.info(f'{len(self._known)} predictions of an interrupted test are taken from {folder}')
+        path = folder / f'{FILES}{get_rank()}.jsonl'
         self._file = path.open('a', encoding='utf-8')
         if not path.stat().st_size:
             self._write(header)
@@ -132,7 +139,11 @@ class ResumableTestHook(Hook):
         self._file.close()
         barrier()
         if is_main_process():
-            shutil.rmtree(self._folder(runner))
+            folder = self._folder(runner)
+            for path in _prediction_files(folder):
+                path.unlink()
+            if self.folder is None and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _folder(self, runner: Runner) -> Path:
         return Path(self.folder or Path(runner.work_dir, 'predictions'))
@@ -142,9 +153,68 @@ class ResumableTestHook(Hook):
         self._file.flush()
 
 
+def _header(runner: Runner) -> dict[str, Any]:
+    """All that predictions depend on, in types that JSON has.
+
+    Raises:
+        ValueError: the model makes other predictions, or the runner has no config.
+    """
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(model, CorrespondenceModel):
+        raise ValueError(
+            f'ResumableTestHook keeps the keypoints that a CorrespondenceModel predicts, and the model is a '
+            f'{type(model).__name__}; leave the hook out of custom_hooks'
+        )
+    if 'test_dataloader' not in runner.cfg:
+        raise ValueError(
+            'ResumableTestHook compares configs, and the runner has none; build it with Runner.from_cfg, or leave the '
+            'hook out of custom_hooks'
+        )
+    dataset = runner.test_dataloader.dataset
+    configs = {
+        'test_dataset': runner.cfg.test_dataloader.get('dataset'),
+        'test_evaluator': runner.cfg.get('test_evaluator'),
+        'data_preprocessor': runner.cfg.model.get('data_preprocessor'),
+    }
+    header = {
+        **{key: dataset.metainfo.get(key) for key in ('dataset', 'split', 'list')},
+        'pairs': len(dataset),
+        **{f'{name} config': config_digest(config) for name, config in configs.items()},
+        **model.protocol,
+    }
+    return json.loads(json.dumps(header))
+
+
+def config_digest(config: Any) -> str:
+    """Digest of a part of a config that does not depend on the order of its keys.
+
+    Classes and functions count by their names, all other objects by their `repr`.
+    """
+
+    def encode(value: Any) -> str:
+        name = getattr(value, '__qualname__', None)
+        return repr(value) if name is None else f'{value.__module__}.{name}'
+
+    return f'sha256:{hashlib.sha256(json.dumps(config, sort_keys=True, default=encode).encode()).hexdigest()[:16]}'
+
+
+def _prediction_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f'{FILES}*.jsonl'))
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; what was written of the last one when the writer was killed is cut off."""
+    """The lines of a file; what was written of the last one when the writer was killed is cut off.
+
+    Raises:
+        ValueError: a whole line is not what the hook writes.
+    """
     whole, newline, _ = path.read_bytes().rpartition(b'\n')
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not all({'pair_id', 'predicted'} <= set(line) for line in lines[1:]):
+            raise ValueError('a line has no prediction')
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}); delete it, and its pairs are predicted again') from error
     with path.open('r+b') as file:
         file.truncate(len(whole + newline))
-    return [json.loads(line) for line in whole.splitlines()]
+    return lines

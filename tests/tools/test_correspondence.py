@@ -137,18 +137,20 @@ def zero_shot(config: Path, tmp_path: Path, **changes) -> Runner:
     return Runner.from_cfg(cfg)
 
 
+def interrupt(config: Path, tmp_path: Path, folder: str | None = None) -> Path:
+    """Kill a test after three of its four pairs; the file of their predictions."""
+    hooks = [{'type': 'ResumableTestHook', 'folder': folder}, {'type': 'KillHook', 'after': 3, 'priority': 'LOWEST'}]
+    with pytest.raises(KeyboardInterrupt):
+        zero_shot(config, tmp_path, custom_hooks=hooks, experiment_name='a').test()
+    return Path(folder or tmp_path / 'work' / 'predictions', 'test-predictions-0.jsonl')
+
+
 def test_interrupted_and_resumed_gives_the_same_figures(config, tmp_path):
     undisturbed = zero_shot(config, tmp_path).test()
     expected = json.loads((tmp_path / 'pck.json').read_text())
-    hooks = [{'type': 'ResumableTestHook'}, {'type': 'KillHook', 'after': 3, 'priority': 'LOWEST'}]
-    with pytest.raises(KeyboardInterrupt):
-        zero_shot(config, tmp_path, custom_hooks=hooks, experiment_name='a').test()
-    kept = tmp_path / 'work' / 'predictions' / '0.jsonl'
-    assert len(kept.read_text().splitlines()) == 1 + 3
-    kept.write_bytes(kept.read_bytes()[:-5])  # killed while it wrote
-
-    with pytest.raises(ValueError, match=r'0\.jsonl holds predictions of another test, which differs in match_size;'):
-        zero_shot(config, tmp_path, experiment_name='b', **{'model.match_size': 64}).test()
+    predictions = interrupt(config, tmp_path)
+    assert len(predictions.read_text().splitlines()) == 1 + 3
+    predictions.write_bytes(predictions.read_bytes()[:-5])  # killed while it wrote
 
     runner = zero_shot(config, tmp_path, experiment_name='c')
     encoded = []
@@ -157,7 +159,41 @@ def test_interrupted_and_resumed_gives_the_same_figures(config, tmp_path):
     assert sum(encoded) == 2 * 2  # images of the pairs that were not kept
     resumed = json.loads((tmp_path / 'pck.json').read_text())
     assert resumed == expected
-    assert not kept.exists()
+    assert not predictions.parent.exists()
+
+
+def test_an_interrupted_test_of_other_settings_is_not_resumed(config, tmp_path):
+    predictions = interrupt(config, tmp_path)
+    content = predictions.read_bytes()
+    pipeline = [{'type': 'LoadPair'}, {'type': 'ResizePair', 'size': 128}, {'type': 'PackPair'}]
+    changes = {
+        'match_size': {'model.match_size': 64},
+        'test_dataset config': {'test_dataloader.dataset.pipeline': pipeline},
+        'test_evaluator config': {'test_evaluator.categories': ['horse']},
+        'data_preprocessor config': {'model.data_preprocessor': {'type': 'PairDataPreProcessor', 'non_blocking': True}},
+    }
+    for name, change in changes.items():
+        message = rf'test-predictions-0\.jsonl holds predictions of another test, which differs in {name};'
+        with pytest.raises(ValueError, match=message):
+            zero_shot(config, tmp_path, experiment_name=name, **change).test()
+    assert predictions.read_bytes() == content
+    zero_shot(config, tmp_path, experiment_name='batches', **{'test_dataloader.batch_size': 4}).test()
+
+
+def test_files_of_others_stay_where_predictions_are_kept(config, tmp_path):
+    folder = tmp_path / 'shared'
+    folder.mkdir()
+    for name in ('notes.txt', 'results.jsonl'):
+        (folder / name).write_text('no predictions')
+    predictions = interrupt(config, tmp_path, str(folder))
+    hooks = [{'type': 'ResumableTestHook', 'folder': str(folder)}]
+    zero_shot(config, tmp_path, custom_hooks=hooks, experiment_name='b').test()
+    assert not predictions.exists()
+    assert [path.read_text() for path in folder.iterdir()] == ['no predictions'] * 2
+
+    predictions.write_text('{"pairs": 4}\n{"pair_id": 3\n')
+    with pytest.raises(ValueError, match=r'test-predictions-0\.jsonl is damaged'):
+        zero_shot(config, tmp_path, custom_hooks=hooks, experiment_name='c').test()
 
 
 def test_selection_on_the_test_split_is_refused_unless_asked_for(run):
