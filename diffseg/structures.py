@@ -3,9 +3,15 @@
 from collections.abc import Iterator, Sequence
 
 import cv2
+import numpy as np
 import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
+
+
+def to_array(field: Tensor | np.ndarray) -> np.ndarray:
+    """A sample's field as an array, wherever a data preprocessor has brought it."""
+    return field.detach().cpu().numpy() if isinstance(field, Tensor) else np.asarray(field)
 
 
 class PairSample(BaseDataElement):

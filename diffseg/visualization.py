@@ -1,7 +1,8 @@
 """Pictures of features, labels, matches and mixing weights.
 
 A *picture* is an RGB float tensor with shape (3, H, W) and values in [0, 1]. The functions take tensors and return
-pictures, a `PIL.Image` or a matplotlib `Figure`; nothing is shown or written, and pyplot's state is not touched.
+pictures, a `PIL.Image` or a matplotlib `Figure`; nothing is shown or written, and neither pyplot's state nor any random
+number generator is touched. Tensors may be on any device; pictures that are returned are on the CPU, but for `resize`.
 """
 
 import colorsys
@@ -65,7 +66,7 @@ def pca(features: Sequence[Tensor], components: int = 3) -> list[Tensor]:
     cells = cells - cells.mean(0)
     rank = min(*cells.shape, components + 8)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         basis = torch.pca_lowrank(cells, q=rank, center=False, niter=4)[2][:, :components]  # (C, <= components)
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     projected = F.pad(cells @ basis, (0, components - basis.shape[1]))  # fewer cells than components: zeros
@@ -137,7 +138,7 @@ def overlay(picture: Tensor, colours: Tensor, alpha: float = 0.5, mask: Tensor |
     size = picture.shape[1:]
     weight = torch.full(colours.shape[1:], alpha) if mask is None else mask.detach().cpu().float() * alpha
     weight = resize(weight.expand(3, -1, -1), size, smooth=False)  # (3, H, W)
-    return torch.lerp(picture, resize(colours, size, smooth=False), weight)
+    return torch.lerp(picture.cpu(), resize(colours.cpu(), size, smooth=False), weight)
 
 
 def grid(

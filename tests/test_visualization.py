@@ -31,9 +31,10 @@ def test_pca_finds_planted_components(planted):
         assert abs(correlation(found, true)) > 0.9999
 
 
-def test_pca_is_joint_and_deterministic(planted):
+def test_pca_is_joint_and_deterministic(planted, monkeypatch):
     features, _ = planted
     torch.manual_seed(1)
+    monkeypatch.setattr('torch.cuda.manual_seed_all', lambda seed: pytest.fail('generators of GPUs were seeded'))
     whole = vis.pca_rgb([features])[0]
     state = torch.random.get_rng_state()
     top, bottom = vis.pca_rgb([features[:, :5], features[:, 5:]])

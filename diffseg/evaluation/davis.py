@@ -20,6 +20,7 @@ from mmseg.registry import METRICS
 from prettytable import PrettyTable
 
 from diffseg.masks import VOID, read_mask
+from diffseg.structures import to_array
 
 TOLERANCE = 0.008  # of the image's diagonal
 STATISTICS = ('Mean', 'Recall', 'Decay')
@@ -153,7 +154,7 @@ class DAVISMetric(BaseMetric):
         for sample in data_samples:
             annotations = [read_mask(path, sample['ori_shape']) for path in sample['annotation_paths']]
             try:
-                figures = score_video(np.stack(annotations), np.asarray(sample['pred_masks']))
+                figures = score_video(np.stack(annotations), to_array(sample['pred_masks']))
             except ValueError as error:
                 raise ValueError(f'video {sample["video_id"]}: {error}') from error
             rows = [[statistics(each).tolist() for each in values] for values in figures.transpose(1, 0, 2)]

@@ -16,6 +16,8 @@ from mmengine.logging import print_log
 from mmseg.registry import METRICS
 from prettytable import PrettyTable
 
+from diffseg.structures import to_array
+
 from .pck import versions, write_result
 
 THRESHOLDS = (1, 3, 5)
@@ -95,12 +97,12 @@ def make_record(sample: Mapping[str, Any], method: Method, threshold: float) -> 
         if there is none, its corner `error` in pixels, None if there is none, and the (height, width) of both images
         as `loaded`.
     """
-    rows = np.asarray(sample['pred_matches'])
-    source, target = (np.asarray(sample[f'keypoints{view}'])[rows[:, view]] for view in (0, 1))
+    rows = to_array(sample['pred_matches'])
+    source, target = (to_array(sample[f'keypoints{view}'])[rows[:, view]] for view in (0, 1))
     homography, inliers = estimate_homography(source, target, method, threshold)
     error = math.inf
     if homography is not None:
-        error = corner_error(homography, np.asarray(sample['homography']), sample['ori_shape0'])
+        error = corner_error(homography, to_array(sample['homography']), sample['ori_shape0'])
     return {
         'pair_id': sample['pair_id'],
         'sequence': sample['sequence'],

@@ -8,6 +8,8 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from mmseg.registry import METRICS
 
+from diffseg.structures import to_array
+
 BOX_FRACTION = 0.6
 
 
@@ -76,7 +78,7 @@ class JHMDBMetric(BaseMetric):
         """
         for sample in data_samples:
             try:
-                distances = joint_distances(np.asarray(sample['joints']), np.asarray(sample['pred_joints']))
+                distances = joint_distances(to_array(sample['joints']), to_array(sample['pred_joints']))
             except ValueError as error:
                 raise ValueError(f'video {sample["video_id"]}: {error}') from error
             self.results.append(distances)

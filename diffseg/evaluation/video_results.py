@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffseg.masks import VOID, davis_palette, read_mask, write_mask
-from diffseg.structures import VideoFrames, VideoSample
+from diffseg.structures import VideoFrames, VideoSample, to_array
 from diffseg.visualization import colour_labels, grid, overlay
 
 CELL = 240  # pixels, the longer side of a frame in a strip at most
@@ -29,7 +29,7 @@ def draw_mask(picture: Tensor, mask: Tensor) -> Tensor:
 
 def draw_joints(picture: Tensor, joints: Tensor) -> Tensor:
     """A picture (3, H, W) with joints (J, 2) as discs, each in its own hue; those with negative x are left out."""
-    canvas = np.ascontiguousarray((255 * picture).byte().permute(1, 2, 0).numpy())  # (H, W, 3)
+    canvas = np.ascontiguousarray(to_array((255 * picture).byte().permute(1, 2, 0)))  # (H, W, 3)
     radius = max(2, min(canvas.shape[:2]) // 60)
     colours = matplotlib.colormaps['hsv'](np.arange(len(joints)) / len(joints))[:, :3] * 255
     for (x, y), colour in zip(joints.tolist(), colours.tolist(), strict=True):
@@ -47,7 +47,7 @@ def write_video(path: Path, pictures: Iterable[Tensor], fps: float) -> None:
     """
     writer = None
     for picture in pictures:
-        frame = (255 * picture).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3), RGB
+        frame = to_array((255 * picture).round().byte().permute(1, 2, 0))  # (H, W, 3), RGB
         if writer is None:
             size = frame.shape[1] // 2 * 2, frame.shape[0] // 2 * 2
             writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'mp4v'), fps, size)
@@ -108,7 +108,7 @@ class VideoResultHook(Hook):
 
     def _write_masks(self, folder: Path, sample: VideoSample) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, mask in zip(sample.frame_names, sample.pred_masks.numpy(), strict=True):
+        for name, mask in zip(sample.frame_names, to_array(sample.pred_masks), strict=True):
             write_mask(folder / f'{name}.png', mask)
 
 
@@ -117,7 +117,7 @@ def _draw(frames: VideoFrames, sample: VideoSample, t: int, truth: bool = False)
     picture = frames[t].float() / 255
     if 'pred_joints' in sample:
         return draw_joints(picture, (sample.joints if truth else sample.pred_joints)[t])
-    mask = read_mask(sample.annotation_paths[t], sample.ori_shape) if truth else sample.pred_masks[t].numpy()
+    mask = read_mask(sample.annotation_paths[t], sample.ori_shape) if truth else to_array(sample.pred_masks[t])
     return draw_mask(picture, torch.from_numpy(mask))
 
 

@@ -61,12 +61,22 @@ class Samples:
         return len(self.dataset)
 
     def images(self, index: int) -> tuple[Hashable, ...]:
-        """What tells the images of a sample from those of others; nothing if it cannot be read."""
+        """What tells the images of a sample from those of others; nothing if it cannot be read.
+
+        Raises:
+            ValueError: the data set gives no paths.
+        """
         info = self.dataset.get_data_info(index)
         if 'damaged' in info:
             return ()
         prompt = self.prompt and self.prompt.format(**info)
-        return tuple((info[key], prompt) for key in ('img_path', 'img_path0', 'img_path1') if key in info)
+        images = tuple((info[key], prompt) for key in ('img_path', 'img_path0', 'img_path1') if key in info)
+        if not images:
+            raise ValueError(
+                f'sample {index} of {type(self.dataset).__name__} has no img_path, by which images are told apart; let '
+                f'get_data_info return img_path, or img_path0 and img_path1 of a pair'
+            )
+        return images
 
     def load(self, index: int) -> tuple[BaseDataElement, list[Tensor]]:
         """The annotation and the images (3, H, W); none if they cannot be read. The last sample is kept."""

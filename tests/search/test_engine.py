@@ -1,12 +1,13 @@
 """Tests for diffseg.search.engine."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffseg.search import Candidate
-from diffseg.search.engine import Place, Store, most_at_once, order, part, rank, walk
+from diffseg.search.engine import Place, Samples, Store, most_at_once, order, part, rank, walk
 
 A, B, C = (Candidate(name, 50) for name in 'abc')
 
@@ -43,6 +44,14 @@ def test_pairs_that_share_images_come_together():
 def test_order_of_samples_that_share_nothing_is_kept():
     assert order([(i,) for i in range(5)]) == list(range(5))
     assert order([(), (1, 1), ()]) == [0, 1, 2]
+
+
+def test_images_are_told_apart_by_their_paths():
+    infos = [{'img_path0': 'a', 'img_path1': 'b'}, {'damaged': 'c: cannot be read'}, {'category': 'cat'}]
+    samples = Samples(SimpleNamespace(get_data_info=infos.__getitem__), None)
+    assert samples.images(0) == (('a', None), ('b', None)) and samples.images(1) == ()
+    with pytest.raises(ValueError, match='sample 2 of SimpleNamespace has no img_path'):
+        samples.images(2)
 
 
 def test_parts_make_a_whole():

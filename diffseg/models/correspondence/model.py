@@ -57,8 +57,8 @@ class DescriptorStore:
         return self._maps.get(key)
 
     def put(self, key: Hashable, maps: Tensor) -> None:
-        """Keep a map; forget those used longest ago if it is too much."""
-        self._maps[key] = maps
+        """Keep a copy of a map; forget those used longest ago if it is too much."""
+        self._maps[key] = maps.to('cpu', copy=True)
         self._bytes += maps.nbytes
         while self._bytes > self.max_bytes:
             self._bytes -= self._maps.popitem(last=False)[1].nbytes
@@ -167,28 +167,34 @@ class PairModel(DescriptorEncoder):
         raise NotImplementedError
 
     def encode_pairs(self, inputs: Images, data_samples: Sequence[Sample]) -> list[list[Tensor]]:
-        """Descriptors (C', h, w) of both images of each pair. Images of one size are encoded together."""
+        """Descriptors (C', h, w) of both images of each pair, on the images' device.
+
+        Images of one size are encoded together, and in evaluation those of one file, prompt and size once. Images
+        without a path are never taken for one another.
+        """
         images = [inputs[f'image{view}'][i] for i in range(len(data_samples)) for view in VIEWS]
         paths = [sample.get(f'img_path{view}') for sample in data_samples for view in VIEWS]
         prompts = [self._prompt_of(sample) for sample in data_samples for _ in VIEWS]
-        keep = not self.training and not torch.is_grad_enabled()
+        evaluating = not self.training and not torch.is_grad_enabled()
         shapes = [image.shape for image in images]
-        keys: list[Hashable] = list(zip(paths, prompts, shapes, strict=True) if keep else range(len(images)))
-        found = {key: self.store.get(key) if keep else None for key in keys}
+        keep = [evaluating and path is not None for path in paths]
+        keys: list[Hashable] = [(paths[i], prompts[i], shapes[i]) if keep[i] else i for i in range(len(images))]
+        descriptors = {key: self.store.get(key) for key in keys}
         groups: dict[torch.Size, dict[Hashable, int]] = {}  # shape -> key -> one of the images with this key
         for i, key in enumerate(keys):
-            if found[key] is None:
+            if descriptors[key] is None:
                 groups.setdefault(shapes[i], {})[key] = i
         for group in groups.values():
-            chosen = list(group.values())
-            maps = self.encode(torch.stack([images[i] for i in chosen]), [prompts[i] for i in chosen])
-            if keep:
-                maps = [x.to('cpu', self.store_dtype, copy=True) for x in maps]
-                for key, x in zip(group, maps, strict=True):
+            indices = list(group.values())
+            maps = self.encode(torch.stack([images[i] for i in indices]), [prompts[i] for i in indices])
+            if evaluating:
+                maps = maps.to(self.store_dtype)
+            for (key, i), x in zip(group.items(), maps, strict=True):
+                descriptors[key] = x
+                if keep[i]:
                     self.store.put(key, x)
-            found |= zip(group, maps, strict=True)
-        descriptors = [found[key].to(image.device) for key, image in zip(keys, images, strict=True)]
-        return [descriptors[i : i + 2] for i in range(0, len(descriptors), 2)]
+        found = [descriptors[key].to(image.device) for key, image in zip(keys, images, strict=True)]
+        return [found[i : i + 2] for i in range(0, len(found), 2)]
 
     def encode(self, images: Tensor, prompts: Sequence[str | None]) -> Tensor:
         """As for any `DescriptorEncoder`; without a `prompt`, those of the images are all None."""

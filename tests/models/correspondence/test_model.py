@@ -10,6 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from safetensors.torch import load_file
+from simulated_device import simulated_device, uploads
 from torch import nn
 
 from diffseg.models import CorrespondenceModel
@@ -164,6 +165,19 @@ def test_each_image_is_encoded_once(make: Callable):
     assert sum(sizes) == 6  # the next evaluation starts anew
 
 
+@pytest.mark.parametrize('path', ['missing', None])
+def test_images_without_a_path_are_not_taken_for_one_another(make: Callable, path: str | None):
+    """As data sets of in-memory images give them: each is encoded, and none is kept for the next pair."""
+    batch = make_batch((1, 2), (3, 4))
+    for sample in batch['data_samples']:
+        for view in (0, 1):
+            sample.pop(f'img_path{view}') if path == 'missing' else sample.set_metainfo({f'img_path{view}': None})
+    model = make()
+    expected, found = predictions(make(), make_batch((1, 2), (3, 4))), predictions(model, batch)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert len(model.store) == 0
+
+
 def test_what_is_kept_does_not_change_predictions(make: Callable):
     batches = [(1, 2), (2, 3), (3, 1), (1, 2)]
     kept, not_kept = make().eval(), make(store_gb=0).eval()
@@ -257,6 +271,32 @@ def test_protocol_says_what_predictions_depend_on(make: Callable):
     assert protocol['input_size'] == (64, 64)
     assert protocol['model']['layers'] == [LAYER]
     assert protocol['weights'].startswith('sha256:')
+
+
+def test_on_an_accelerator(make: Callable):
+    model = make(neck=AGGREGATION)
+    expected = predictions(model, make_batch((1, 2), (2, 3)))
+    with simulated_device() as device:
+        found = predictions(model.to(device), make_batch((1, 2), (2, 3)))
+        loss = model.train().loss(**model.data_preprocessor(make_batch((1, 2)), True))['loss_match']
+        loss.backward()
+        assert all(parameter.grad.device == device for parameter in model.parameters())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_descriptors_that_were_just_computed_stay_on_the_device(make: Callable):
+    model = make(store_dtype='float16').eval()
+    model.encode = lambda images, prompts: images[:, :, ::16, ::16]
+    with simulated_device() as device, torch.no_grad():
+        uploads.clear()
+        for pair, uploaded in (((1, 2), 0), ((1, 3), 1)):
+            batch = make_batch(pair)
+            inputs = {view: [image.float().to(device) for image in images] for view, images in batch['inputs'].items()}
+            uploads.clear()
+            (descriptors,) = model.encode_pairs(inputs, batch['data_samples'])
+            assert uploads == [(3, 4, 5)] * uploaded
+            assert {(x.device, x.dtype) for x in descriptors} == {(device, torch.float16)}
+        assert {maps.device.type for maps in model.store._maps.values()} == {'cpu'}
 
 
 def test_errors(make: Callable):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from simulated_device import simulated_device
 from tiny_mmseg import backbone_config
 from torch import Tensor, nn
 
@@ -117,6 +118,19 @@ def test_context_is_the_first_frame_and_some_previous_ones(monkeypatch, drawn_ma
     monkeypatch.setattr('diffseg.models.propagation.model.propagate_labels', spy)
     predict(model, frames, sample_of(frames, first_mask=drawn_mask(*SIZE)))
     assert contexts == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
+
+
+def test_on_an_accelerator(drawn_mask):
+    """Where the data preprocessor brings the annotations to the device as well."""
+    frames = frames_of(0, 4, 8)
+    fields = {'mask': {'first_mask': drawn_mask(*SIZE)}, 'joints': {'first_joints': torch.tensor([[20.0, 30.0]])}}
+    for labels, first in fields.items():
+        model = build(labels=labels)
+        expected = predict(model, frames, sample_of(frames, **first))
+        with simulated_device() as device:
+            found = predict(model.to(device), frames, sample_of(frames, **first))
+            name = 'pred_masks' if labels == 'mask' else 'pred_joints'
+            assert torch.equal(found.get(name), expected.get(name))
 
 
 def test_a_diffusion_model_propagates(tiny_pipeline, drawn_mask):
