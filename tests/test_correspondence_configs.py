@@ -103,6 +103,9 @@ def test_a_config_is_what_its_name_says(path):
             assert loader.batch_size == int(name['batch'])
             assert loader.dataset.type == DATASETS[name['dataset']]
             sizes = [step.size for step in loader.dataset.pipeline if step.type == 'ResizePair']
+            if not sizes:  # each member resizes the pictures itself
+                assert all(part.interpolation == 'bicubic' for part in parts)
+                sizes = [max(part.input_size for part in parts)]
             assert sizes == [int(name['height'])] == [int(name['width'])]
 
     assert all((part.get('noise') == 'random') == bool(name['published']) for part in diffusion)
@@ -126,6 +129,8 @@ def stamp(cfg: Config) -> str:
         said.append('which also selects')
     for step in data.pipeline:
         said += {'ResizePair': [f'{step.get("size")} px'], 'CropToBoxPair': ['cropped']}.get(step.type, [])
+    if not any(step.type == 'ResizePair' for step in data.pipeline):
+        said.append(f'{" + ".join(str(part.input_size) for part in members(model.backbone))} px')
     said.append('matched at ' + (f'{model.match_size} px' if 'match_size' in model else 'the original size'))
     if diffusion:
         prompt = model.get('prompt') or diffusion[0].get('prompt')

@@ -32,6 +32,7 @@ PUBLISHED = {  # GDF and DDPM: channels of a pixel
     'sdxl-t50': 3840,
     'sdxl+sd15+playground-v2': 8154,
 }
+SMALL = {'Resize': {'scale': (64, 64)}, 'LoadLabelArray': {'size': 32}, 'IgnoreSmallClasses': {'min_pixels': 2}}
 TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
 
 
@@ -60,8 +61,14 @@ def test_a_config_is_what_its_name_says(path):
         assert Path(parts[0].model).resolve() == ROOT / 'demo' / name['model']
     else:
         assert '+'.join(part.model for part in parts) == name['model']
-        resize, size = cfg.train_dataloader.dataset.pipeline[1], int(name['size'])
-        assert resize.scale == (size, size)
+        size = int(name['size'])
+        for loader in (cfg.train_dataloader, cfg.test_dataloader):
+            steps = {step.type: step for step in loader.dataset.pipeline}
+            assert ('Resize' in steps) == (len(parts) == 1)
+            if 'Resize' in steps:
+                assert steps['Resize'].scale == (size, size)
+            else:  # each member resizes the pictures itself
+                assert {part.interpolation for part in parts} == {'bicubic'}
         assert max(part.get('input_size', size) for part in parts) == size
         assert cfg.model.decode_head.output_size == 256
 
@@ -133,9 +140,8 @@ def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline
         for loader in (cfg.train_dataloader, cfg.test_dataloader):
             loader.num_workers = 0
             loader.dataset.data_root = str(data)
-            loader.dataset.pipeline[1].scale = (64, 64)
-            loader.dataset.pipeline[2].size = 32
-        cfg.train_dataloader.dataset.pipeline[3].min_pixels = 2
+            for step in loader.dataset.pipeline:
+                step.update(SMALL.get(step.type, {}))
         cfg.model.decode_head.update(output_size=32, num_members=3, num_pixels=128, hidden=(8, 6))
         cfg.work_dir = str(tmp_path)
         cfg.merge_from_dict(options)

@@ -5,5 +5,5 @@ _base_ = [
     '../_base_/schedules/schedule_dhf_5k.py',
 ]
 
-pipeline = [dict(type='LoadPair'), dict(type='ResizePair', size=1024), dict(type='PackPair')]
+pipeline = [dict(type='LoadPair'), dict(type='PackPair')]  # each network has its own size
 train_dataloader = val_dataloader = test_dataloader = dict(dataset=dict(pipeline=pipeline))

@@ -18,5 +18,5 @@ model = dict(
     match_size=512,
     store_gb=8,
 )
-pipeline = [dict(type='LoadPair'), dict(type='ResizePair', size=1024), dict(type='PackPair')]
+pipeline = [dict(type='LoadPair'), dict(type='PackPair')]  # each network has its own size
 train_dataloader = val_dataloader = test_dataloader = dict(dataset=dict(pipeline=pipeline))

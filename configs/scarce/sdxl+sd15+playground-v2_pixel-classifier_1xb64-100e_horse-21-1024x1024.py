@@ -18,7 +18,8 @@ backbones = [
         layers=[layer for layer in layers if layer != 'attn'],
         channels=list(layers.values()),
         timesteps=[timestep],
-        input_size=size,
+        input_size=size,  # of pictures that come in their own sizes
+        interpolation='bicubic',
         prompt=_base_.model.backbone.prompt,
         attention_maps=['up_cross'] if 'attn' in layers else [],
         dtype='float16',
@@ -33,3 +34,7 @@ model = dict(
     backbone=dict(_delete_=True, type='EnsembleBackbone', backbones=backbones, offload='sequential'),
     decode_head=dict(in_channels=[*sdxl.values(), *sd15.values(), *playground.values()]),
 )
+load, _, *labels = _base_.train_dataloader.dataset.pipeline
+train_dataloader = dict(dataset=dict(pipeline=[load, *labels]))
+load, _, *labels = _base_.test_dataloader.dataset.pipeline
+test_dataloader = dict(dataset=dict(pipeline=[load, *labels]))

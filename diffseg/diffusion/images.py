@@ -1,6 +1,7 @@
 """Image files to the tensors that networks take, and what such tensors must be."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 SUFFIXES = frozenset('.avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
 ROTATED = range(5, 9)  # EXIF orientations that exchange width and height
+Interpolation = Literal['bilinear', 'bicubic']
 RANGE = 1.25  # images are in [-1, 1]; bicubic resizing overshoots a little
 
 
@@ -106,6 +108,29 @@ def extend_images(images: Tensor, multiple: int) -> Tensor:
     below, right = -height % multiple, -width % multiple
     mode = 'reflect' if below < height and right < width else 'replicate'
     return F.pad(images, (0, right, 0, below), mode=mode)
+
+
+def resize_images(images: Tensor, size: tuple[int, int], interpolation: Interpolation = 'bilinear') -> Tensor:
+    """Resize images, without keeping the aspect ratio.
+
+    Args:
+        images: in [-1, 1], with shape (B, C, H, W).
+        size: (height, width) of the result.
+        interpolation: 'bilinear' between pixels, whatever the factor, as GDF resizes tensors; 'bicubic' as Pillow
+            resizes 8-bit pictures, which DIFT and GDF do with files: over more pixels where the result is smaller,
+            along rows and then along columns, and rounded to 8 bits after each. (Pillow 13 begins with columns where a
+            picture becomes lower and wider.)
+
+    Returns:
+        Shape (B, C, height, width).
+    """
+    if interpolation == 'bilinear':
+        return F.interpolate(images, size, mode='bilinear', align_corners=False)
+    levels = (images + 1) * 127.5
+    for partial in ((images.shape[2], size[1]), size):
+        levels = F.interpolate(levels, partial, mode='bicubic', align_corners=False, antialias=True)
+        levels = levels.round().clamp(0, 255)
+    return levels / 127.5 - 1
 
 
 def decode(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffseg.diffusion.images import image_size, read_image
+from diffseg.diffusion.images import image_size, read_image, resize_images
 
 
 @pytest.fixture
@@ -24,6 +24,16 @@ def test_resize_is_pillows_bicubic(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / 'a.png')
     expected = np.asarray(Image.fromarray(pixels).resize((4, 3), Image.Resampling.BICUBIC)) / 127.5 - 1
     np.testing.assert_allclose(read_image(tmp_path / 'a.png', (3, 4)).permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [(48, 15), (60, 50), (10, 10), (30, 24)])
+def test_tensors_are_resized_as_pillow_resizes_files(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 24, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)).astype(float)
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    levels = (resize_images(images, size, 'bicubic')[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(levels - expected).max() < 1.01 and np.abs(levels - expected).mean() < 0.05
+    assert resize_images(images, size).equal(torch.nn.functional.interpolate(images, size, mode='bilinear'))
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))

@@ -27,7 +27,8 @@ backbones = [
         attention_maps=['up_cross'] if 'attn' in layers else [],
         truncate_prompts=True,  # to 77 tokens, the channels of attention
         timesteps=timesteps,
-        input_size=size,
+        input_size=size,  # of pictures that come in their own sizes
+        interpolation='bicubic',
         dtype='float16',
     )
     for name, (layers, size) in members.items()

@@ -3,17 +3,17 @@
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diffseg.cache import build_cache
 from diffseg.captions import Captions
 from diffseg.diffusion.conditioning import Conditioning, pooled_size
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.images import Interpolation, resize_images
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 
@@ -45,7 +45,10 @@ class DiffusionBackbone(FrozenBackbone):
             `'up-level1-upsampler-out@50'` or `'up-level1-upsampler-out@100+200'`, see `split_timesteps`.
         timesteps: the UNet's own indices; may be left out where every layer names its own.
         channels: what the config expects for each layer (C, without the timesteps); verified if given.
-        input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept), as GDF does.
+        input_size: side or (height, width) to which images are resized, aspect ratio not kept.
+        interpolation: by which they are resized, 'bilinear' as tensors in GDF or 'bicubic' as picture files in GDF and
+            DIFT, see `resize_images`. The latter is for images that come as they are in their files, so that members of
+            an ensemble resize them each to its own size.
         frozen: train nothing.
         trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
             `up_blocks.1.*`; all of the UNet by default. What no chosen activation depends on stays frozen all the same.
@@ -80,6 +83,7 @@ class DiffusionBackbone(FrozenBackbone):
         *,
         channels: Sequence[int] | None = None,
         input_size: int | Sequence[int] | None = None,
+        interpolation: Interpolation = 'bilinear',
         frozen: bool = True,
         trainable: Sequence[str] | None = None,
         prompt: Any = '',
@@ -112,6 +116,11 @@ class DiffusionBackbone(FrozenBackbone):
         if channels is not None:
             verify_channels(self.layers, self.channels, channels)
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f'interpolation is {interpolation!r}; it is {" or ".join(map(repr, get_args(Interpolation)))}'
+            )
+        self.interpolation = interpolation
         self.noise = self.extractor.noise
         self.train_noise = train_noise or self.noise
         if self.train_noise not in ('seeded', 'random'):
@@ -239,7 +248,7 @@ class DiffusionBackbone(FrozenBackbone):
     def _extract(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """`forward` without the cache."""
         if self.input_size is not None:
-            x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
+            x = resize_images(x, self.input_size, self.interpolation)
         if prompts is None and self.conditioner is not None:
             prompts = self.conditioner()
         with self.resident(x.device):
@@ -286,6 +295,7 @@ class DiffusionBackbone(FrozenBackbone):
             'configs': [{key: value for key, value in (config or {}).items() if key[0] != '_'} for config in configs],
             'vae_dtype': None if self.extractor.vae is None else str(self.extractor.vae.dtype),
             'input_size': self.input_size,
+            'interpolation': self.interpolation,
         }
 
     optional = ('lora', 'trainable')  # what is trained here may have been frozen when a checkpoint was made
