@@ -142,9 +142,17 @@ class FrozenBackbone(BaseModule):
         return super()._apply(lambda x: _pin(stay(x)) if id(x) in resting else fn(x), recurse)
 
     def train(self, mode: bool = True) -> 'FrozenBackbone':
-        """Set the mode of the backbone itself; the network stays in evaluation mode."""
-        super().train(mode)
-        self.network.eval()
+        """Set the mode of all but the network, which stays in evaluation mode.
+
+        Training loops call this in every iteration, and networks have hundreds of modules: those that are in evaluation
+        mode already are not set again.
+        """
+        self.training = mode
+        for child in self.children():
+            if child is not self.network:
+                child.train(mode)
+        if any(module.training for module in self.network.modules()):
+            self.network.eval()
         return self
 
     def init_weights(self) -> None:

@@ -269,6 +269,15 @@ def test_other_draws_of_noise_are_accepted(make: Callable):
 def test_train_keeps_the_network_in_evaluation_mode(make: Callable):
     backbone = nn.Sequential(make()).train()[0]
     assert backbone.training and not any(module.training for module in backbone.extractor.modules())
+    backbone.extractor.unet.conv_in.train()
+    assert not any(module.training for module in backbone.train().extractor.modules())
+
+
+def test_the_mode_of_the_network_is_not_set_in_every_iteration(make: Callable, monkeypatch: pytest.MonkeyPatch):
+    backbone = make()
+    monkeypatch.setattr(nn.Conv2d, 'train', lambda *_: pytest.fail('the mode of the network was set again'))
+    for mode in (True, False, True):
+        assert nn.Sequential(backbone).train(mode)[0].training is mode
 
 
 def test_init_weights_touches_nothing(make: Callable):
