@@ -5,11 +5,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, Runner
 from PIL import Image
 from tiny_mmseg import CLASSES, segmentor_config
 
@@ -96,13 +97,25 @@ def check_resumed(work_dir: Path) -> None:
 
 def test_train_resume_and_test(config, tmp_path):
     run_own('train', config, '--work-dir', tmp_path)
-    resume = ('--resume', '--cfg-options', 'train_cfg.max_iters=4')
+    resume = ('--resume', '--cfg-options', 'train_cfg.max_iters=4', 'load_from=elsewhere.pth')
     run_own('train', config, '--work-dir', tmp_path, *resume)
     check_resumed(tmp_path)
 
     metrics = run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test')
     assert run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'again') == metrics
     assert 0 < metrics['mIoU'] < 100
+
+
+def test_a_run_that_began_with_other_weights_is_resumed_from_its_own_checkpoint(config, tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: configs.append(cfg) or SimpleNamespace(train=lambda: None))
+    arguments = config, '--work-dir', tmp_path, '--cfg-options', 'load_from=pretrained.pth'
+    run_own('train', *arguments, '--resume')  # nothing was saved yet
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    run_own('train', *arguments, '--resume')
+    run_own('train', *arguments, 'resume=True')  # what a config says keeps mmengine's meaning
+    choices = [(bool(cfg.get('resume')), cfg.load_from) for cfg in configs]
+    assert choices == [(False, 'pretrained.pth'), (True, None), (True, 'pretrained.pth')]
 
 
 @pytest.mark.skipif(
