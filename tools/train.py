@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument('--resume', action='store_true', help='go on from the latest checkpoint in the work dir, if any')
+    parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint in the work dir, if any')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local-rank', '--local_rank', help=argparse.SUPPRESS)  # passed by torch.distributed.launch
