@@ -5,12 +5,14 @@ import inspect
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from cache_worker import ENTRY, IMAGES, compute, die_in_writing, make_images, use, write_on
 from mmengine.hooks import Hook
@@ -386,6 +388,17 @@ def test_every_option_has_entries_of_its_own(make: Callable):
     keys = [backbone.cache.keys(images_64(1), backbone._cache_context())[0] for backbone in backbones]
     assert len(set(keys)) == len(CHANGES) + 1
     assert make().cache.keys(images_64(1), make()._cache_context()) == keys[:1]
+
+
+@pytest.mark.parametrize('prompts', [None, ['a horse', 'a dog']], ids=['prompt of the backbone', 'prompts of the call'])
+def test_another_text_encoder_has_entries_of_its_own(make: Callable, tiny_pipeline: Path, tmp_path: Path, prompts):
+    other = tiny.change_text_encoder(Path(shutil.copytree(tiny_pipeline, tmp_path / 'other')))
+    first, second = make(prompt='a horse'), make(model=str(other), prompt='a horse')
+    maps = first(images_64(), prompts)
+    assert not same(second(images_64(), prompts), maps)
+    assert (second.cache.counts.hits, second.cache.counts.misses) == (0, 2)
+    moved = make(model=shutil.copytree(tiny_pipeline, tmp_path / 'moved'), prompt='a horse')
+    assert same(moved(images_64(), prompts), maps) and moved.cache.counts.hits == 2
 
 
 def test_what_no_weight_tells_has_entries_of_its_own(make: Callable):

@@ -140,6 +140,12 @@ def save_sd15(folder: Path) -> Path:
     return folder
 
 
+def change_text_encoder(folder: Path) -> Path:
+    """Give a pipeline folder another text encoder, all else as it is."""
+    text_encoder(tokenizer(), seed=7).save_pretrained(folder / 'text_encoder')
+    return folder
+
+
 def save_sdxl(folder: Path) -> Path:
     """Write a complete pipeline folder of SDXL's kind, its VAE marked as one that overflows in half precision."""
     words, words_2 = tokenizer(), tokenizer(pad_token='!')

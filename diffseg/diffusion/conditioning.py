@@ -41,7 +41,7 @@ T = TypeVar('T')
 logger = logging.getLogger(__name__)
 
 # Belongs to the key of an embedding: changes whenever the same prompt would be encoded differently.
-ENCODING = 'float32, chunks of the tokenizer length, pooled of the truncated prompt, 1'
+ENCODING = 'float32, chunks of the tokenizer length, pooled of the truncated prompt, 2'
 CLASS_ENCODING = 'float32, pooled, mean over templates, 1'  # the same for the embeddings of classes
 CHUNK = 256  # prompts that are encoded and in memory at once
 RECENT = 64  # prompts that are in memory
@@ -170,6 +170,8 @@ class PromptEncoder:
         self.truncate = truncate
         self.device = device
         self._recent: dict[str, dict[str, Tensor]] = {}
+        self._example = ''  # a prompt that was encoded before, if any was
+        self._weights: dict[str, str] = {}  # of each text encoder that was loaded
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings with shape (P, N, D), in the order of the prompts, and pooled ones with shape (P, D2) for SDXL.
@@ -191,6 +193,7 @@ class PromptEncoder:
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f'prompts is {prompts!r}; it is a sequence of one or more prompts')
+        self._example = prompts[0]
         lengths = {prompt: self._length(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, length in lengths.items() if length is None]
         with tqdm(total=len(missing), desc='encoding prompts', disable=len(missing) <= CHUNK) as progress:
@@ -245,6 +248,25 @@ class PromptEncoder:
         return ('text_encoder', 'text_encoder_2') if pair else ('text_encoder',)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Identifies text encoders and tokenizers by their content, wherever they come from.
+
+        Learned tokens and weights of low rank, which are added to them, do not count. It is kept with every embedding,
+        so that no text encoder is loaded for it, unless nothing was encoded before: then the empty prompt is.
+
+        Raises:
+            OSError: Nothing was encoded before, and the text encoders are missing, damaged or unreachable.
+        """
+        path = self._path_of(self._example)
+        if (known := _read(path, _encoders_of)) is not None:
+            return known
+        list(self._encode([self._example]))
+        return self._encoders_digest()
+
+    def _encoders_digest(self) -> str:
+        return '+'.join(self._weights[part] for part in self.encoders)
+
+    @cached_property
     def _identity(self) -> str:
         learned = [[inversion.token, inversion.digest] for inversion in self.inversions]
         learned += [[x.scale, x.digest] for x in self.lora_weights if any(map(x.part, self.encoders))]
@@ -273,7 +295,12 @@ class PromptEncoder:
     def _encode(self, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Encode prompts and write them to disk."""
         for prompt, tensors in zip(prompts, self._run(prompts), strict=True):
-            metadata = {'prompt': prompt, 'encoders': self._identity, 'encoding': ENCODING}
+            metadata = {
+                'prompt': prompt,
+                'encoders': self._identity,
+                'encoders_digest': self._encoders_digest(),
+                'encoding': ENCODING,
+            }
             _write(self._path_of(prompt), tensors, metadata)
             yield prompt, tensors
 
@@ -300,6 +327,7 @@ class PromptEncoder:
 
     def _load(self, part: str) -> tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]:
         tokenizer, encoder = _load(self.source, part)
+        self._weights[part] = _digest(tokenizer, encoder)
         add_tokens(tokenizer, encoder, part, self.inversions)
         for weights in self.lora_weights:
             fuse_text_lora(encoder, part, weights)
@@ -315,6 +343,7 @@ class NoPromptEncoder:
 
     inversions = ()
     truncate = False
+    fingerprint = None
 
     def __init__(self, model: str | Path):
         self.model = model
@@ -371,6 +400,12 @@ def _count(path: Path) -> int:
         return file.get_slice('embeds').get_shape()[0]
 
 
+def _encoders_of(path: Path) -> str:
+    """The digest of the text encoders that made an embedding."""
+    with safe_open(path, 'pt') as file:
+        return file.metadata()['encoders_digest']
+
+
 def _read(path: Path, read: Callable[[Path], T] = _tensors) -> T | None:
     """What `read` finds in a file, None if the file is not there or damaged."""
     if not path.is_file():
@@ -418,6 +453,15 @@ def _identity(source: ModelSource, encoders: Sequence[str]) -> str:
         for path in _files(source, part, '*.safetensors') or _files(source, part, '*.bin'):
             digest.update(fingerprint(read_checkpoint(path)).encode())
     return digest.hexdigest()
+
+
+def _digest(tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection) -> str:
+    """Sixteen hexadecimal digits that identify a text encoder and its tokenizer by what embeddings depend on."""
+    config = encoder.config
+    settings = [config.hidden_act, config.num_attention_heads, config.layer_norm_eps]
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.model_max_length]
+    content = json.dumps([fingerprint(encoder.state_dict()), settings, words])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _files(source: ModelSource, part: str, pattern: str) -> list[Path]:

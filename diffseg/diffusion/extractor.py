@@ -259,7 +259,11 @@ class DiffusionExtractor(nn.Module):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """All that the activations of an image depend on, ready for JSON. The model is told by its weights."""
+        """All that the activations of an image depend on, ready for JSON. The model is identified by its weights.
+
+        Where calls bring their own prompts, these and the fingerprint of `prompt_encoder` belong to it too.
+        """
+        encoded = [*_texts(self._prompt), *_texts(self._negative_prompt)]
         return {
             'weights': self.parts.fingerprint,
             'lora_weights': [[weights.digest, weights.scale] for weights in self._lora],
@@ -272,6 +276,7 @@ class DiffusionExtractor(nn.Module):
             'trajectory': self.trajectory.options,
             'prompt': _describe(self._prompt),
             'negative_prompt': _describe(self._negative_prompt),
+            'text_encoder': self.prompt_encoder.fingerprint if encoded else None,
             'textual_inversion': {inversion.token: inversion.digest for inversion in self.prompt_encoder.inversions},
             'truncate_prompts': self.prompt_encoder.truncate,
             'ensemble': self.ensemble,

@@ -261,6 +261,7 @@ class Search:
         self.sites |= extractor.sites  # which know how many tokens the prompt has
         settings = {
             **extractor.fingerprint,
+            'text_encoder': reader.backbone.fingerprint['text_encoder'],  # also that of captions
             'measure': {key: x for key, x in vars(measure).items() if isinstance(x, int | float | str)},
             'input_size': reader.backbone.input_size,
             'match_size': self.cfg.model.get('match_size'),

@@ -236,11 +236,66 @@ def test_a_hub_ids_embeddings_can_be_used_without_its_weights(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(PromptEncoder, '_run', run)
+        patch.setattr(PromptEncoder, '_encoders_digest', lambda self: 'digest')
         encode_prompts('sdxl', ['x'], cache_dir=tmp_path)
+    encoder = PromptEncoder('sdxl', cache_dir=tmp_path)
+    encoder(['x'])
+    assert encoder.fingerprint == 'digest'
     assert encode_prompts('sdxl', ['x'], cache_dir=tmp_path, dtype=torch.float16).pooled.dtype == torch.float16
     for model, options in (('sdxl-turbo', {}), ('sdxl', {'revision': 'main'})):
         with pytest.raises(AssertionError, match='was loaded'):
             encode_prompts(model, ['x'], cache_dir=tmp_path, **options)
+
+
+def changed_encoder(folder: Path, part: str, what: str) -> None:
+    if what == 'weights':
+        path = folder / part / 'model.safetensors'
+        save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, {'format': 'pt'})
+        return
+    where = {'hidden_act': (part, 'config.json'), 'pad_token': ('tokenizer', 'tokenizer_config.json')}[what]
+    path = folder.joinpath(*where)
+    value = {'hidden_act': 'gelu', 'pad_token': '!'}[what]
+    path.write_text(json.dumps({**json.loads(path.read_text()), what: value}))
+
+
+@pytest.mark.parametrize(
+    ('part', 'what'),
+    [
+        ('text_encoder', 'weights'),
+        ('text_encoder_2', 'weights'),
+        ('text_encoder', 'hidden_act'),
+        ('text_encoder', 'pad_token'),
+    ],
+)
+def test_the_fingerprint_is_that_of_the_encoders(tiny_sdxl_pipeline, tmp_path, part, what):
+    copy = Path(shutil.copytree(tiny_sdxl_pipeline, tmp_path / 'copy'))
+    caches = iter(range(9))
+
+    def fingerprint(folder: Path) -> str:
+        return PromptEncoder(folder, cache_dir=tmp_path / f'{next(caches)}').fingerprint
+
+    expected = fingerprint(tiny_sdxl_pipeline)
+    assert fingerprint(copy) == expected
+    changed_encoder(copy, part, what)
+    assert fingerprint(copy) != expected
+
+
+def test_the_fingerprint_of_a_single_file_is_that_of_its_folder(tiny_pipeline, tmp_path):
+    save_file(ldm.sd15_state(tiny_pipeline), tmp_path / 'model.safetensors')
+    file = PromptEncoder(tmp_path / 'model.safetensors', config=tiny_pipeline, cache_dir=tmp_path)
+    assert file.fingerprint == PromptEncoder(tiny_pipeline, cache_dir=tmp_path).fingerprint
+
+
+def test_the_fingerprint_is_kept_with_embeddings(tiny_pipeline, tmp_path, forbid_encoders):
+    first = PromptEncoder(tiny_pipeline, cache_dir=tmp_path)
+    first(['a horse'])
+    forbid_encoders()
+    assert first.fingerprint
+    later = PromptEncoder(tiny_pipeline, cache_dir=tmp_path)
+    later(['a horse'])
+    assert later.fingerprint == first.fingerprint
+    with pytest.raises(AssertionError, match='was loaded'):
+        PromptEncoder(tiny_pipeline, cache_dir=tmp_path).fingerprint  # noqa: B018
 
 
 def test_missing_and_damaged_encoders(tiny_pipeline, tmp_path):

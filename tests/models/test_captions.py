@@ -1,11 +1,13 @@
 """Captions from a file, through mmseg's pipelines, into the backbone."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
@@ -144,6 +146,18 @@ def test_captions_and_the_cache_of_maps(tiny_pipeline, folder):
     file.write_text(json.dumps({'z.png': 'another', **CAPTIONS}))  # the same captions in other rows
     moved = MODELS.build({**config, 'cache': dict(path=str(folder / 'maps'), dtype='float32')})
     torch.testing.assert_close(moved(append_rows(torch.zeros(2, 3, 64, 64), [1, 2]))[0], plain)
+
+
+def test_captions_of_another_text_encoder(tiny_pipeline, folder):
+    other = tiny.change_text_encoder(Path(shutil.copytree(tiny_pipeline, folder / 'other')))
+    captions = dict(type='captions', file=str(folder / 'captions.json'))
+    options = {'layers': LAYERS[:1], 'timesteps': [50], 'prompt': captions, 'cache': str(folder / 'maps')}
+    ours, theirs = (MODELS.build(backbone_config(model, **options)) for model in (tiny_pipeline, other))
+    with pytest.raises(ValueError, match='another backbone: text_encoder was'):
+        theirs.load_state_dict(ours.state_dict())
+    images = append_rows(torch.zeros(2, 3, 64, 64), [0, 1])
+    assert not torch.equal(ours(images)[0], theirs(images)[0])
+    assert theirs.cache.counts.hits == 0
 
 
 def test_long_captions_are_refused_or_cut_off(tiny_pipeline, folder):

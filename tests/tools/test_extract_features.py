@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -124,6 +125,13 @@ def test_configurations_are_not_mixed(run, tmp_path, capsys):
     message = capsys.readouterr().err
     assert all(key in message for key in ('timesteps', 'size', 'prompt')) and 'save_dtype' not in message
     assert outputs(tmp_path / 'out') == before
+
+
+def test_another_text_encoder_is_another_configuration(run, tiny_pipeline, tmp_path, capsys):
+    other = tiny.change_text_encoder(Path(shutil.copytree(tiny_pipeline, tmp_path / 'other')))
+    assert run() == 0
+    assert run('--model', other) == 2
+    assert 'another configuration (text_encoder: ' in capsys.readouterr().err
 
 
 def test_shards_share_the_work(run, tmp_path):

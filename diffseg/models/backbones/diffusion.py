@@ -243,6 +243,7 @@ class DiffusionBackbone(FrozenBackbone):
         context = self._cache_context()
         if prompts is not None:
             context['prompt'] = None  # to each image's key belongs its own
+            context['text_encoder'] = self.extractor.prompt_encoder.fingerprint
         return self.cache.fetch(x, context, self._extract, self.layers, prompts)
 
     def _extract(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
@@ -298,7 +299,8 @@ class DiffusionBackbone(FrozenBackbone):
             'interpolation': self.interpolation,
         }
 
-    optional = ('lora', 'trainable')  # what is trained here may have been frozen when a checkpoint was made
+    # What is trained here may have been frozen when a checkpoint was made; the text encoder was once not recorded.
+    optional = ('lora', 'trainable', 'text_encoder')
 
     @property
     def network(self) -> DiffusionExtractor:
@@ -311,6 +313,7 @@ class DiffusionBackbone(FrozenBackbone):
         told = {**self.extractor.fingerprint, 'layers': self.layers, **self.trained}
         if self.captions is not None:
             told['prompt'] = 'captions'  # of other images, when it is used
+            told['text_encoder'] = self.extractor.prompt_encoder.fingerprint
         if self.conditioner is not None:
             told['conditioner'] = self.conditioner.fingerprint
         fingerprint = json.loads(json.dumps(told))

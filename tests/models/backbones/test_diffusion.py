@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
@@ -257,6 +258,14 @@ def test_another_folder_with_the_same_weights_is_the_same_model(make: Callable, 
     save_file({key: value * 1.01 for key, value in load_file(weights).items()}, weights, {'format': 'pt'})
     with pytest.raises(ValueError, match='weights was'):
         make(model=str(tmp_path / 'copy')).load_state_dict(make().state_dict())
+
+
+def test_another_text_encoder_is_another_model(make: Callable, tiny_pipeline: Path, tmp_path: Path):
+    other = str(tiny.change_text_encoder(Path(shutil.copytree(tiny_pipeline, tmp_path / 'other'))))
+    with pytest.raises(ValueError, match='another backbone: text_encoder was'):
+        make(model=other).load_state_dict(make().state_dict())
+    given = torch.zeros(1, 5, 32)  # so that no text is encoded
+    make(model=other, prompt=given).load_state_dict(make(prompt=given).state_dict())
 
 
 def test_other_draws_of_noise_are_accepted(make: Callable):
