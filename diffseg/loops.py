@@ -11,7 +11,7 @@ from mmseg.registry import LOOPS
 from torch import Tensor
 
 from diffseg.models.decode_heads.pixel_classifier import PixelClassifierHead, member_losses
-from diffseg.models.decode_heads.pixels import LabelledPixels
+from diffseg.models.decode_heads.pixels import LabelledPixels, Resize
 
 
 @LOOPS.register_module()
@@ -76,9 +76,9 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
 
     def run(self) -> torch.nn.Module:
         """Extract, then train."""
-        maps, labels = self.extract()
+        maps, resize, labels = self.extract()
         head = self.head
-        self.data = LabelledPixels(maps, labels, head.num_classes, head.ignore_index, head.resize)
+        self.data = LabelledPixels(maps, labels, head.num_classes, head.ignore_index, resize)
         self.epoch_length = len(self.data) // head.num_pixels
         if not self.epoch_length:
             raise ValueError(f'{len(self.data)} labelled pixels are less than one mini-batch of {head.num_pixels}')
@@ -92,10 +92,10 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
         return super().run()
 
     @torch.no_grad()
-    def extract(self) -> tuple[list[Tensor], Tensor]:
-        """Maps of all training pictures, channels last (B, h, w, C), and their labels (B, H, W).
+    def extract(self) -> tuple[list[Tensor], list[Resize], Tensor]:
+        """Maps of all training pictures, channels last (B, h, w, C), their `resize`, and labels (B, H, W).
 
-        Neighbouring maps of one size are joined.
+        Neighbouring maps of one size that are resized alike are joined.
 
         Raises:
             ValueError: pictures of different sizes, or maps that overflow the type in which they are kept.
@@ -106,8 +106,14 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
             data = model.data_preprocessor(batch, training=True)
             maps = self.head.select(model.extract_feat(data['inputs']))
             labels = torch.stack([sample.gt_sem_seg.data[0] for sample in data['data_samples']])
-            runs = [torch.cat(list(run), dim=1) for _, run in groupby(maps, lambda x: x.shape[2:])]
-            batches.append([labels, *(x.permute(0, 2, 3, 1).to(self.dtype) for x in runs)])
+            runs = [
+                (mode, torch.cat([x for x, _ in run], dim=1))
+                for (_, mode), run in groupby(
+                    zip(maps, self.head.resize, strict=True), lambda pair: (pair[0].shape[2:], pair[1])
+                )
+            ]
+            resize = [mode for mode, _ in runs]
+            batches.append([labels, *(x.permute(0, 2, 3, 1).to(self.dtype) for _, x in runs)])
         columns = list(zip(*batches, strict=True))
         sizes = [{tuple(x.shape[1:3]) for x in column} for column in columns]
         if any(len(found) > 1 for found in sizes):
@@ -115,7 +121,7 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
         labels, *maps = (torch.cat(column) for column in columns)
         if not all(x.isfinite().all() for x in maps):
             raise ValueError(f"maps overflow {self.dtype}; keep them as dtype='bfloat16' or 'float32'")
-        return maps, labels
+        return maps, resize, labels
 
     def run_epoch(self) -> None:
         """One epoch over the pixels, or what is left of it after resuming."""

@@ -115,7 +115,7 @@ def undisturbed(configure, tmp_path_factory):
 
 def published(head, loop, seed):
     """The networks of DatasetDDPM one after the other, on the features of all pixels, and how long each was trained."""
-    maps, labels = loop.extract()
+    maps, _, labels = loop.extract()
     features = [F.interpolate(x.permute(0, 3, 1, 2), labels.shape[1:], mode='bilinear') for x in maps]
     features = torch.cat(features, dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (B*H*W, C)
     networks, iterations = [], []

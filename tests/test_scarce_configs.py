@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
-from parts import members, sites_of
+from parts import described, members, sites_of
 from PIL import Image
 from shrink import shrink_backbone
 
@@ -19,9 +19,9 @@ from diffseg.diffusion.sites import resolve
 from diffseg.models.decode_heads import PixelClassifierHead
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / 'configs/scarce').glob('*_pixel-classifier_*.py'))
+CONFIGS = sorted((ROOT / 'configs/scarce').glob('*_pixel-classifier*.py'))
 NAME = re.compile(
-    r'(?P<model>.+?)(?P<legacy>-legacy)?(-t(?P<timesteps>[\d+]+))?_pixel-classifier_1xb(?P<pixels>\d+)-(?P<epochs>\d+)e_'
+    r'(?P<model>.+?)(?P<legacy>-legacy)?(-t(?P<timesteps>[\d+]+))?_pixel-classifier(?P<published>-published)?_1xb(?P<pixels>\d+)-(?P<epochs>\d+)e_'
     r'(?P<dataset>.+)-(?P<size>\d+)x\d+'
 )
 PUBLISHED = {  # GDF and DDPM: channels of a pixel
@@ -37,7 +37,7 @@ TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 18
+    assert len(CONFIGS) == 23
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -100,6 +100,22 @@ def test_layers_are_the_published_sets(path):
         assert sorted(part.layers) == sorted(variant)
 
 
+@pytest.mark.parametrize('path', [path for path in CONFIGS if 'horse-21' in path.stem], ids=lambda path: path.stem)
+def test_published_configs_repeat_maps_to_the_largest_of_their_model(path):
+    cfg, published = Config.fromfile(path), '-published' in path.stem
+    parts = members(cfg.model.backbone)
+    assert {part.get('noise', 'seeded') for part in parts} == {'random' if published else 'seeded'}
+    resize = cfg.model.decode_head.get('resize', 'bilinear')
+    if not published:
+        assert resize == 'bilinear'
+    elif len(parts) == 1:
+        assert resize == 'nearest'
+    else:
+        assert resize == ['nearest'] * (4 + 5) + ['bilinear']
+        sides = [[x.shape[2] for x in described(part, 1024, 1024)] for part in parts]
+        assert [max(each) for each in sides] == [64, 64, 32]
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     """Two training pictures and a test picture of Horse-21, of sizes that are not those of the labels."""
@@ -123,7 +139,8 @@ def adm_pipeline(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize('model', TRAINED)
 def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline, adm_pipeline, data, tmp_path):
-    path = next(path for path in CONFIGS if path.stem.startswith(f'{model}_') and 'horse' in path.stem)
+    stems = [path for path in CONFIGS if path.stem.startswith(f'{model}_pixel-classifier_')]
+    path = next(path for path in stems if '_horse-21-' in path.stem)
     models = {
         'ddpm-lsun-horse': adm_pipeline,
         'sd15': tiny_pipeline,

@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pixels import Resize, Size, sample_pixels, upsample
+from .pixels import Resize, Size, sample_pixels, spread_resize, upsample
 
 
 def vote(logits: Tensor) -> Tensor:
@@ -173,7 +173,8 @@ class PixelClassifierHead(BaseDecodeHead):
         output_size: side or (height, width) at which pixels are classified, 256 in the published tables; by default
             the size of the picture.
         resize: 'bilinear' upsamples each map directly, as DatasetDDPM does; 'nearest' first repeats the cells of each
-            to the size of the finest one, as GDF does.
+            to the size of the finest one, as GDF does. Or one of them for each map: GDF takes the finest of each model,
+            so that the only map of a model is not repeated.
         ignore_index: label of pixels that are not trained.
     """
 
@@ -187,7 +188,7 @@ class PixelClassifierHead(BaseDecodeHead):
         hidden: Sequence[int] | None = None,
         num_pixels: int = 64,
         output_size: int | Sequence[int] | None = None,
-        resize: Resize = 'bilinear',
+        resize: Resize | Sequence[Resize] = 'bilinear',
         ignore_index: int = 255,
     ) -> None:
         hidden = hidden or ((128, 32) if num_classes < 30 else (256, 128))
@@ -204,7 +205,7 @@ class PixelClassifierHead(BaseDecodeHead):
         del self.conv_seg
         self.num_pixels = num_pixels
         self.output_size = (output_size, output_size) if isinstance(output_size, int) else output_size
-        self.resize = resize
+        self.resize = spread_resize(resize, len(in_channels))
         self.ensemble = MLPEnsemble(num_members, sum(in_channels), hidden, num_classes)
         self.early_stop = EarlyStop(num_members)
 
@@ -291,12 +292,12 @@ class PixelClassifierHead(BaseDecodeHead):
         finest = tuple(max(x.shape[dim] for x in maps) for dim in (2, 3))
         size = self.output_size or size or finest
         first = self.ensemble.linears[0]
-        sums: dict[Size, Tensor | float] = defaultdict(float)
-        for x, weight in zip(maps, first.weight.split(self.in_channels, dim=1), strict=True):
-            sums[x.shape[2:]] += torch.einsum('bchw,nco->bnohw', x, weight)
+        sums: dict[tuple[Size, Resize], Tensor | float] = defaultdict(float)
+        for x, weight, resize in zip(maps, first.weight.split(self.in_channels, dim=1), self.resize, strict=True):
+            sums[x.shape[2:], resize] += torch.einsum('bchw,nco->bnohw', x, weight)
         logits = []
         for member in range(self.ensemble.members):  # one by one, to hold the hidden layer of only one at full size
-            hidden = sum(upsample(x[:, member], size, finest, self.resize) for x in sums.values())  # (B, o, H, W)
+            hidden = sum(upsample(x[:, member], size, finest, mode) for (_, mode), x in sums.items())  # (B, o, H, W)
             hidden = hidden.permute(0, 2, 3, 1).flatten(0, 2) + first.bias[member]  # (B*H*W, o)
             logits.append(self.ensemble.after_first(hidden[:, None], slice(member, member + 1)))
         return torch.cat(logits, dim=1).unflatten(0, (-1, *size))

@@ -1,7 +1,7 @@
 """Single pixels of maps that are to be upsampled, without upsampling the maps."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,21 @@ def upsample(x: Tensor, size: Size, finest: Size, resize: Resize = 'bilinear') -
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
 
 
-def sample_pixels(maps: Sequence[Tensor], pixels: Tensor, size: Size, resize: Resize = 'bilinear') -> Tensor:
+def spread_resize(resize: Resize | Sequence[Resize], maps: int) -> list[Resize]:
+    """One for each of several maps.
+
+    Raises:
+        ValueError: their number or one of them is wrong.
+    """
+    resizes = [resize] * maps if isinstance(resize, str) else list(resize)
+    if len(resizes) != maps or not set(resizes) <= set(get_args(Resize)):
+        raise ValueError(f"resize is {resize!r}; it is 'bilinear' or 'nearest', for all maps or for each of {maps}")
+    return resizes
+
+
+def sample_pixels(
+    maps: Sequence[Tensor], pixels: Tensor, size: Size, resize: Resize | Sequence[Resize] = 'bilinear'
+) -> Tensor:
     """Values that `upsample` would give, concatenated, at single pixels. See `PixelGrid.sample`."""
     return PixelGrid([x.shape[1:3] for x in maps], size, resize, pixels.device).sample(maps, pixels)
 
@@ -41,7 +55,7 @@ class PixelGrid:
     Args:
         sizes: (h, w) of every map.
         size: (H, W) of the picture.
-        resize: how maps are brought to `size`, see `upsample`.
+        resize: how maps are brought to `size`, see `upsample`: all of them, or each.
         device: where maps and pixels will be.
     """
 
@@ -49,18 +63,19 @@ class PixelGrid:
         self,
         sizes: Sequence[Size],
         size: Size,
-        resize: Resize = 'bilinear',
+        resize: Resize | Sequence[Resize] = 'bilinear',
         device: torch.device | str | None = None,
     ) -> None:
-        if resize not in ('bilinear', 'nearest'):
-            raise ValueError(f"resize is {resize!r}; it is 'bilinear' or 'nearest'")
         self.area = size[0] * size[1]
         self.sizes = [tuple(each) for each in sizes]
         finest = tuple(np.max(self.sizes, axis=0).tolist())
-        tables = {
-            each: _corners(each, finest if resize == 'nearest' else each, size, device) for each in set(self.sizes)
-        }
-        self._corners = [tables[each] for each in self.sizes]
+        through = [
+            finest if mode == 'nearest' else source
+            for source, mode in zip(self.sizes, spread_resize(resize, len(self.sizes)), strict=True)
+        ]
+        paths = list(zip(self.sizes, through, strict=True))
+        tables = {path: _corners(*path, size, device) for path in set(paths)}
+        self._corners = [tables[path] for path in paths]
 
     def sample(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
         """Interpolate.
@@ -131,7 +146,7 @@ class LabelledPixels:
         labels: Tensor,
         num_classes: int,
         ignore_index: int = 255,
-        resize: Resize = 'bilinear',
+        resize: Resize | Sequence[Resize] = 'bilinear',
     ) -> None:
         flat = labels.flatten()
         pixels = (flat != ignore_index).nonzero()[:, 0]

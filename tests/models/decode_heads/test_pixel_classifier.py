@@ -129,13 +129,14 @@ def test_early_stop():
     assert rule.stopped.tolist() == [True, False]
 
 
-@pytest.mark.parametrize('resize', ['bilinear', 'nearest'])
+@pytest.mark.parametrize('resize', ['bilinear', 'nearest', ['nearest', 'nearest', 'bilinear']])
 def test_logits_are_those_of_upsampled_maps(resize):
     head = PixelClassifierHead([3, 2, 4], 5, num_members=3, resize=resize).eval()
     for name, tensor in head.ensemble.state_dict().items():
         tensor.copy_(torch.rand_like(tensor) + 0.5 if 'var' in name else torch.randn_like(tensor))
     maps = [torch.randn(2, channels, *size) for channels, size in ((3, (3, 5)), (2, (6, 10)), (4, (3, 5)))]
-    same = [F.interpolate(x, (6, 10)) for x in maps] if resize == 'nearest' else maps
+    modes = [resize] * 3 if isinstance(resize, str) else resize
+    same = [F.interpolate(x, (6, 10)) if mode == 'nearest' else x for x, mode in zip(maps, modes, strict=True)]
     features = torch.cat([F.interpolate(x, (12, 20), mode='bilinear') for x in same], dim=1).permute(0, 2, 3, 1)
     with torch.no_grad():
         expected = torch.stack([separate(head.ensemble, i)[0](features) for i in range(3)], dim=-2)

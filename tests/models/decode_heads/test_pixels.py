@@ -34,6 +34,16 @@ def test_sampled_pixels_are_those_of_upsampled_maps(maps, resize):
     torch.testing.assert_close(half, found, rtol=0, atol=4e-3)
 
 
+def test_maps_are_resized_each_in_its_way(maps):
+    last = [x.permute(0, 2, 3, 1) for x in maps[:3]]
+    pixels = torch.randint(2 * SIZE[0] * SIZE[1], (5, 4))
+    expected = [sample_pixels(last, pixels, SIZE, mode).split([3, 2, 1], dim=-1) for mode in ('nearest', 'bilinear')]
+    found = sample_pixels(last, pixels, SIZE, ['nearest', 'nearest', 'bilinear'])
+    assert found.equal(torch.cat([*expected[0][:2], expected[1][2]], dim=-1))
+    with pytest.raises(ValueError, match='each of 3'):
+        sample_pixels(last, pixels, SIZE, ['nearest'])
+
+
 def test_maps_larger_than_labels(maps):
     pixels = torch.arange(2 * 2 * 3)
     found = sample_pixels([maps[1].permute(0, 2, 3, 1)], pixels, (2, 3))

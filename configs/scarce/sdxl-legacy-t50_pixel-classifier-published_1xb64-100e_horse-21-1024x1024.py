@@ -1,0 +1,5 @@
+# as the released code of Generic Diffusion Feature (arXiv 2410.03558): fresh noise for every picture, and maps that are
+# repeated to the size of the largest one before they are interpolated
+_base_ = './sdxl-legacy-t50_pixel-classifier_1xb64-100e_horse-21-1024x1024.py'
+
+model = dict(backbone=dict(noise='random'), decode_head=dict(resize='nearest'))
