@@ -27,12 +27,9 @@ class BuildWithMim(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for folder in ('configs', 'tools'):
-                shutil.copytree(
-                    HERE / folder,
-                    Path(self.build_lib, 'diffseg', '.mim', folder),
-                    ignore=shutil.ignore_patterns('__pycache__'),
-                )
+            target = Path(self.build_lib, 'diffseg', '.mim')
+            shutil.copytree(HERE / 'configs', target / 'configs', ignore=shutil.ignore_patterns('__pycache__'))
+            shutil.copytree(HERE / 'tools', target / 'tools', ignore=shutil.ignore_patterns('__pycache__', 'toy'))
 
 
 # no build/ is left behind, and no stale copy in it can slip into a wheel

@@ -13,4 +13,4 @@ if find_spec('mmengine') is not None:
 
     compat.apply()
 
-    from diffseg import datasets, evaluation, hooks, loops, models  # noqa: F401
+    from diffseg import datasets, engine, evaluation, models  # noqa: F401

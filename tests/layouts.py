@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from diffseg.datasets.toy import draw_sample
+from quadrupeds import draw_sample
 
 
 def toy_picture(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

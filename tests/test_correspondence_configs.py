@@ -199,7 +199,7 @@ def data(tmp_path_factory) -> dict[str, str]:
         return {'data_root': str(REAL_PAIRS), 'ann_file': 'spair_71k_test-6.json'}
     folder = tmp_path_factory.mktemp('pairs')
     arguments = [str(folder), '--train', '0', '--test', '0', '--pairs', '1']
-    runpy.run_path(str(ROOT / 'tools/make_toy_data.py'))['main'](arguments)
+    runpy.run_path(str(ROOT / 'tools/toy/make_data.py'))['main'](arguments)
     return {'data_root': str(folder / 'SPair-toy'), 'ann_file': ''}
 
 
@@ -242,7 +242,7 @@ def check_result(work_dir: Path, metrics: dict[str, float]) -> dict:
     assert {**result['figures']['all'], 'damaged': 0} == metrics
     assert all(0 <= value <= 100 for value in metrics.values())
     assert len(result['predictions']) == result['protocol']['pairs'] >= 4
-    assert runpy.run_path(str(ROOT / 'tools/rescore.py'))['main']([str(work_dir / 'pck.json')]) == 0
+    assert runpy.run_path(str(ROOT / 'tools/analysis/rescore.py'))['main']([str(work_dir / 'pck.json')]) == 0
     return result['protocol']
 
 
@@ -317,7 +317,7 @@ def test_inversion_and_noise_of_the_toy_study_differ_in_the_trajectory_alone():
 
 def test_toy_study_scores_pairs_within_and_across_species(tmp_path):
     arguments = [str(tmp_path), '--train', '0', '--test', '0', '--pairs', '1', '--across', '1']
-    runpy.run_path(str(ROOT / 'tools/make_toy_data.py'))['main'](arguments)
+    runpy.run_path(str(ROOT / 'tools/toy/make_data.py'))['main'](arguments)
     cfg = Config.fromfile(ROOT / 'configs/correspondence/toy/single-layer_t50_zero-shot.py')
     for dataset, name in zip(cfg.test_dataloader.dataset.datasets, ('SPair-toy', 'SPair-toy-across'), strict=True):
         assert dataset.data_root == f'data/{name}'

@@ -101,7 +101,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A toy sequence of each kind, 48 x 64 pixels."""
     folder = tmp_path_factory.mktemp('data')
     arguments = [str(folder), '--sequences', '1', '--size', '48', '64']
-    runpy.run_path(str(ROOT / 'tools/make_toy_hpatches.py'))['main'](arguments)
+    runpy.run_path(str(ROOT / 'tools/toy/make_hpatches.py'))['main'](arguments)
     return str(folder / 'HPatches-toy')
 
 

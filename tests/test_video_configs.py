@@ -86,7 +86,7 @@ def test_the_readme_says_what_each_config_evaluates():
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Where there is a toy clip of five frames, 32 x 48 pixels, by the type of data set."""
     folder = tmp_path_factory.mktemp('data')
-    main = runpy.run_path(str(ROOT / 'tools/make_toy_davis.py'))['main']
+    main = runpy.run_path(str(ROOT / 'tools/toy/make_davis.py'))['main']
     for options in ['--train', '0'], ['--jhmdb']:
         main([str(folder), *options, '--val', '1', '--frames', '5', '--size', '32', '48'])
     return {'DAVISDataset': str(folder / 'DAVIS-toy'), 'JHMDBDataset': str(folder / 'JHMDB-toy')}

@@ -162,7 +162,7 @@ def save_sdxl(folder: Path) -> Path:
 
 
 def save_pixel(folder: Path, seed: int = 0, **config) -> Path:
-    """Write a folder of a model of pixel space, such as `tools/convert_adm.py` makes."""
+    """Write a folder of a model of pixel space, such as `tools/convert/adm.py` makes."""
     DDPMPipeline(pixel_unet(seed, **config), DDPMScheduler(variance_type='learned_range')).save_pretrained(folder)
     return folder
 

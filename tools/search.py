@@ -21,11 +21,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from list_activations import available_sites, parse_size
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
 import diffseg  # noqa: F401  registers its parts
+from diffseg.command_line import parse_size
+from diffseg.inspection import available_sites
 from diffseg.search.report import write_results
 from diffseg.search.task import COUNTS, TIMESTEPS, Options, Search
 

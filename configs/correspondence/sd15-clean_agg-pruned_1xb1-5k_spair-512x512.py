@@ -1,5 +1,5 @@
-# Diffusion Hyperfeatures pruned to one layer and timestep. Which they were is not published; tools/prune.py finds those
-# that matter most to weights of yours.
+# Diffusion Hyperfeatures pruned to one layer and timestep. Which they were is not published;
+# tools/convert/prune.py finds those that matter most to weights of yours.
 _base_ = [
     '../_base_/models/correspondence_dhf_clean.py',
     '../_base_/datasets/spair.py',

@@ -1,4 +1,4 @@
-# a small segmentor on generated toy quadrupeds that tools/dataset_ddpm.py labelled
+# a small segmentor on generated toy quadrupeds that tools/apply/dataset_ddpm.py labelled
 _base_ = './deeplabv3-r101_1xb8-20e_dataset-ddpm-horse-21-256x256.py'
 
 model = dict(

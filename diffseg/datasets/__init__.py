@@ -1,4 +1,4 @@
-"""Data sets: toy quadrupeds, label-scarce part segmentation folders, pairs of images, and videos."""
+"""Data sets: label-scarce part segmentation folders, pairs of images, and videos."""
 
 from .captions import LoadCaption
 from .cub import CUBPairsDataset
@@ -18,7 +18,6 @@ from .pairs import DamagedFile, PairDataset
 from .pf import PFPascalDataset, PFWillowDataset
 from .scarce import IgnoreSmallClasses, LoadLabelArray, ScarceDataset
 from .spair import SPairDataset, ToyPairDataset
-from .toy import ToySample, draw_sample
 from .video import LoadVideo
 
 __all__ = [
@@ -46,6 +45,4 @@ __all__ = [
     'SPairDataset',
     'ScarceDataset',
     'ToyPairDataset',
-    'ToySample',
-    'draw_sample',
 ]

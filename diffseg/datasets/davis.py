@@ -40,7 +40,7 @@ class DAVISDataset(BaseDataset):
     METAINFO: ClassVar[dict] = {'dataset': 'DAVIS-2017'}
     REMEDY: ClassVar[str] = (
         'Unpack DAVIS-2017-trainval-480p.zip from davischallenge.org and point data_root to its folder DAVIS; '
-        'tools/make_toy_davis.py OUT draws a toy set'
+        'tools/toy/make_davis.py OUT draws a toy set'
     )
 
     def __init__(self, data_root: str, split: Literal['train', 'val'] = 'val', **kwargs) -> None:

@@ -53,7 +53,7 @@ class HPatchesDataset(BaseDataset):
     METAINFO: ClassVar[dict] = {'dataset': 'HPatches'}
     REMEDY: ClassVar[str] = (
         'Unpack hpatches-sequences-release.tar.gz and point data_root to the folder hpatches-sequences-release; '
-        'tools/make_toy_hpatches.py OUT draws a toy set'
+        'tools/toy/make_hpatches.py OUT draws a toy set'
     )
 
     def __init__(

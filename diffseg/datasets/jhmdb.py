@@ -48,7 +48,7 @@ class JHMDBDataset(BaseDataset):
     METAINFO: ClassVar[dict] = {'dataset': 'JHMDB'}
     REMEDY: ClassVar[str] = (
         'Unpack Rename_Images and joint_positions from jhmdb.is.tue.mpg.de and write a line FRAMES_FOLDER JOINTS_FILE '
-        'for each video; tools/make_toy_davis.py OUT --jhmdb draws a toy set'
+        'for each video; tools/toy/make_davis.py OUT --jhmdb draws a toy set'
     )
 
     def __init__(self, data_root: str, ann_file: str, **kwargs) -> None:

@@ -116,7 +116,7 @@ def find_pictures(folder: Path) -> list[Path]:
     pictures = sorted((path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES), key=str)
     if not pictures:
         raise ValueError(
-            f'no pictures ({", ".join(SUFFIXES)}) in {folder}; tools/make_toy_data.py draws toy ones, DatasetDDPM has '
+            f'no pictures ({", ".join(SUFFIXES)}) in {folder}; tools/toy/make_data.py draws toy ones, DatasetDDPM has '
             'the real ones'
         )
     return pictures

@@ -77,7 +77,7 @@ class SPairDataset(PairDataset):
     METAINFO: ClassVar[dict] = {'dataset': 'SPair-71k', 'box': 'object', 'swaps': _SWAPS}
     REMEDY: ClassVar[str] = (
         'Unpack SPair-71k.tar.gz from cvlab.postech.ac.kr/research/SPair-71k and point data_root to the folder '
-        'SPair-71k; tools/make_toy_data.py OUT --pairs N draws a toy set'
+        'SPair-71k; tools/toy/make_data.py OUT --pairs N draws a toy set'
     )
 
     def __init__(
@@ -166,10 +166,10 @@ class SPairDataset(PairDataset):
 class ToyPairDataset(SPairDataset):
     """Pairs of toy quadrupeds, within or across species, in SPair-71k's layout.
 
-    `tools/make_toy_data.py OUT --pairs N --across N` draws them into OUT/SPair-toy and OUT/SPair-toy-across. The
+    `tools/toy/make_data.py OUT --pairs N --across N` draws them into OUT/SPair-toy and OUT/SPair-toy-across. The
     categories are the species, across them "SOURCE_TARGET", e.g. "horse_giraffe". All animals are seen from the side
-    and have the same fourteen keypoints, whose names (`diffseg.datasets.toy.KEYPOINTS`) speak of near and far, not of
-    left and right: mirroring exchanges none.
+    and have the same fourteen keypoints, whose names (`KEYPOINTS` in `tools/toy/quadrupeds.py`) speak of near and
+    far, not of left and right: mirroring exchanges none.
     """
 
     METAINFO: ClassVar[dict] = {
@@ -177,7 +177,7 @@ class ToyPairDataset(SPairDataset):
         'box': 'object',
         'swaps': {'_'.join(dict.fromkeys((source, target))): () for source in SPECIES for target in SPECIES},
     }
-    REMEDY: ClassVar[str] = 'Draw them with tools/make_toy_data.py OUT --pairs N --across N'
+    REMEDY: ClassVar[str] = 'Draw them with tools/toy/make_data.py OUT --pairs N --across N'
 
     def __init__(self, data_root: str, split: Literal['trn', 'val', 'test'], **kwargs) -> None:
         super().__init__(data_root, split, **kwargs)

@@ -409,7 +409,7 @@ def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None =
     checkpoint = read_checkpoint(source.location) if checkpoint is None else checkpoint
     if is_adm_checkpoint(checkpoint):
         raise ValueError(
-            f'{source.location} is a checkpoint of guided-diffusion; convert it with tools/convert_adm.py '
+            f'{source.location} is a checkpoint of guided-diffusion; convert it with tools/convert/adm.py '
             f'{source.location} FOLDER and give the folder, or say what it is with config=PRESET'
         )
     kind = infer_diffusers_model_type(checkpoint)
@@ -474,7 +474,7 @@ def _load(
     if source.preset is not None and source.preset.checkpoint is not None:
         raise FileNotFoundError(
             f'{source.preset.name} is on no hub in the diffusers layout. Get {source.preset.checkpoint}, convert it '
-            'with tools/convert_adm.py CHECKPOINT FOLDER, and give the folder as the model'
+            'with tools/convert/adm.py CHECKPOINT FOLDER, and give the folder as the model'
         )
     return _from_pretrained(_class_of(part, config), part, source, dtype)
 

@@ -200,7 +200,7 @@ class PCKMetric(BaseMetric):
         out_file: JSON file to write; with `ResultFileHook`, a relative path is within the work dir. It holds the
             `protocol` that led to the figures: data set, split, number of pairs, resizing, what the model says of
             itself, versions; the `figures`; and the `predictions`, one record for each pair, from which
-            `tools/rescore.py` recomputes the figures without the model.
+            `tools/analysis/rescore.py` recomputes the figures without the model.
         categories: patterns in the style of `fnmatch`; pairs of other categories do not count. All do by default.
         allow_selection_on_test: let checkpoints be chosen by figures on the test split, as some published figures were;
             the protocol then says so. See `SelectionGuardHook`.

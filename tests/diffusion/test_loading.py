@@ -433,7 +433,7 @@ def test_checkpoints_of_guided_diffusion(tmp_path):
     wide = {'block_out_channels': (32, 32, 64), 'norm_num_groups': 32, 'attn_norm_num_groups': 32}
     unet, path = tiny.pixel_unet(**wide), tmp_path / 'horse.pt'
     torch.save(adm.unet_state(unet), path)
-    with pytest.raises(ValueError, match=r'guided-diffusion; convert it with tools/convert_adm.py .*horse.pt FOLDER'):
+    with pytest.raises(ValueError, match=r'guided-diffusion; convert it with tools/convert/adm.py .*horse.pt FOLDER'):
         load_parts(path)
     folder = tiny.save_pixel(tmp_path / 'folder', seed=1, **wide)
     assert same(load_parts(path, config=folder).unet, unet)
@@ -442,7 +442,7 @@ def test_checkpoints_of_guided_diffusion(tmp_path):
 
 
 def test_presets_of_pixel_space_name_the_original_checkpoint(offline):
-    with pytest.raises(FileNotFoundError, match=r'lsun_horse.pt of openai/guided-diffusion.*tools/convert_adm.py'):
+    with pytest.raises(FileNotFoundError, match=r'lsun_horse.pt of openai/guided-diffusion.*tools/convert/adm.py'):
         load_parts('ddpm-lsun-horse')
     with torch.device('meta'):
         assert load_parts('ddpm-ffhq', random=('unet',)).unet.config.dropout == 0.1

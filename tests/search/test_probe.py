@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from quadrupeds import draw_sample
 from torch import Tensor
 
-from diffseg.datasets.toy import draw_sample
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.search import Candidate
 from diffseg.search.grid import Reduction

@@ -13,13 +13,14 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 @pytest.fixture(scope='session')
 def load_tool() -> Iterator[Callable[[str], ModuleType]]:
-    """`load_tool(name)` is the module tools/NAME.py, imported anew."""
+    """`load_tool('apply/match')` is the module tools/apply/match.py, imported anew."""
     with pytest.MonkeyPatch.context() as patch:
 
         def load(name: str) -> ModuleType:
-            spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
+            path = TOOLS / f'{name}.py'
+            spec = importlib.util.spec_from_file_location(path.stem, path)
             module = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, name, module)  # where dataclasses look their module up
+            patch.setitem(sys.modules, path.stem, module)  # where dataclasses look their module up
             spec.loader.exec_module(module)
             return module
 

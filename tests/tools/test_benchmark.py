@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from diffseg.benchmarking import Operations, executed, placeholder_conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.recorder import ActivationRecorder
 
@@ -29,34 +29,6 @@ def case(tool, tiny_pipeline):
     return case
 
 
-def test_counts_are_exact_on_known_operations(tool):
-    linear, conv = torch.nn.Linear(8, 16), torch.nn.Conv2d(4, 6, 3, padding=1, stride=2)
-    assert tool.executed(lambda: linear(torch.randn(5, 8))) == 2 * 5 * 8 * 16
-    assert tool.executed(lambda: conv(torch.randn(2, 4, 8, 8))) == 2 * 2 * 6 * 4 * 9 * 4 * 4
-    query, key = torch.randn(2, 3, 64, 8), torch.randn(2, 3, 7, 8)
-    attention = 2 * 2 * 2 * 3 * 64 * 7 * 8
-    with torch.no_grad():
-        assert tool.executed(lambda: F.scaled_dot_product_attention(query, key, key)) == attention
-        with tool.Operations() as operations:
-            F.scaled_dot_product_attention(query.to('meta'), key.to('meta'), key.to('meta'))
-    assert operations.total() == attention
-
-
-def test_needed_operations_are_those_with_a_path_to_the_wanted(tool):
-    x, w = torch.empty(4, 8, device='meta'), torch.empty(8, 8, device='meta')
-    with tool.Operations() as operations:
-        a = x @ w
-        b = a.view(2, 2, 8).transpose(0, 1).reshape(4, 8) @ w
-        c = a @ w
-        c.add_(b @ w)
-    cost = 2 * 4 * 8 * 8
-    assert operations.total() == 4 * cost
-    assert operations.needed([a]) == cost
-    assert operations.needed([b]) == 2 * cost
-    assert operations.needed([c]) == 4 * cost
-    assert operations.needed([a, b]) == 2 * cost
-
-
 @pytest.mark.parametrize('stop_early', [True, False])
 def test_meta_device_counts_what_the_cpu_executes(tool, tiny_unet, stop_early):
     unet = tiny_unet()
@@ -65,8 +37,8 @@ def test_meta_device_counts_what_the_cpu_executes(tool, tiny_unet, stop_early):
     for device in ('cpu', 'meta'):
         recorder = ActivationRecorder(unet.to(device), [QUERY], stop_early)
         with torch.no_grad():
-            counts.append(tool.executed(lambda recorder=recorder, d=device: recorder(*(each.to(d) for each in inputs))))
-            with tool.Operations() as operations:
+            counts.append(executed(lambda recorder=recorder, d=device: recorder(*(each.to(d) for each in inputs))))
+            with Operations() as operations:
                 recorder(*(each.to(device) for each in inputs)) if device == 'meta' else None
     assert counts[0] == counts[1] == operations.total() > 0
 
@@ -112,7 +84,7 @@ def test_published_procedure_gives_the_same_maps(tool, tiny_pipeline, monkeypatc
     monkeypatch.setattr(DiagonalGaussianDistribution, 'sample', lambda self, generator=None: self.mode())
     monkeypatch.setattr(torch, 'randn_like', torch.zeros_like)
     layers = [QUERY, 'mid-vit-out']
-    condition = tool.conditioning(tool.meta_unet(tiny_pipeline))
+    condition = placeholder_conditioning(tool.meta_unet(tiny_pipeline))
     options = dict(prompt=condition, ensemble=2, vae_sample='mode', trajectory='clean')
     extractor = DiffusionExtractor(tiny_pipeline, layers, [0, 3], **options)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -133,47 +105,6 @@ def test_main(tool, tiny_pipeline, tmp_path, capfd):
     assert row['measured']['ours']['flop'] == row['flop']['ours']
     if sys.platform == 'linux':
         assert row['measured']['ours']['peak'] > 50e6
-
-
-def test_published_matching_finds_the_same(tool):
-    source, target = torch.randn(2, 16, 6, 6)
-    points = torch.tensor([[0, 0], [10, 20], [39, 29]])
-    ours = tool.match_points(source, target, points, (30, 40), (30, 40))
-    theirs = tool.published_matches(source, target, points, (30, 40))
-    similarity = F.normalize(F.interpolate(target[None], (30, 40), mode='bilinear')[0], dim=0)
-    for a, b in zip(ours.tolist(), theirs.tolist(), strict=True):  # at the borders, pixels of the same descriptor
-        torch.testing.assert_close(similarity[:, a[1], a[0]], similarity[:, b[1], b[0]])
-
-
-def test_matching(tool, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(tool, 'in_subprocess', tool.measure_matching)
-    options = f'--matching 6 8 --channels 16 --image-size 30 40 --repeat 1 --device cpu --json {tmp_path / "m.json"}'
-    assert tool.main(options.split()) == 0
-    lines = capfd.readouterr().out.splitlines()
-    assert lines[2].startswith('| cells | channels | image | keypoints | ms |')
-    assert [line.split('|')[1:5] for line in lines[4:]] == [[f' {n} ', ' 16 ', ' 30 x 40 ', ' 10 '] for n in (6, 8)]
-    for row in json.loads((tmp_path / 'm.json').read_text()):
-        assert row['measured']['ratio'] > 0 and row['measured']['same'] <= 10
-
-
-def test_published_propagation_finds_the_same(tool):
-    target, context, labels = torch.randn(8, 6, 9), torch.randn(3, 8, 6, 9), torch.rand(3, 2, 6, 9)
-    ours = tool.propagate_labels(target, context, labels, 5, 2, 0.2)
-    torch.testing.assert_close(tool.masked_matrix(target, context, labels, 5, 2, 0.2), ours)
-
-
-def test_propagation(tool, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(tool, 'in_subprocess', tool.measure_propagation)
-    options = f'--propagation 8 12 2 --channels 16 --repeat 1 --device cpu --json {tmp_path / "p.json"}'
-    assert tool.main(options.split()) == 0
-    lines = capfd.readouterr().out.splitlines()
-    assert lines[2].startswith('| cells | frames | channels | ms | published ms | ratio |')
-    assert lines[4].split('|')[1:4] == [' 8 x 12 ', ' 2 + 1 ', ' 16 ']
-    (row,) = json.loads((tmp_path / 'p.json').read_text())
-    assert row['measured']['difference'] < 1e-5 and row['measured']['same'] == 1
-    with pytest.raises(SystemExit):
-        tool.main(['--propagation', '8', '12'])
-    assert 'H W FRAMES' in capfd.readouterr().err
 
 
 def test_count_only_and_errors(tool, capsys):

@@ -77,7 +77,7 @@ class KillHook(Hook):
 def pairs(load_tool, tmp_path_factory) -> Path:
     """Toy pairs: one of each species and split."""
     folder = tmp_path_factory.mktemp('pairs')
-    load_tool('make_toy_data').main([str(folder), '--train', '0', '--test', '0', '--pairs', '1'])
+    load_tool('toy/make_data').main([str(folder), '--train', '0', '--test', '0', '--pairs', '1'])
     return folder / 'SPair-toy'
 
 
@@ -114,7 +114,7 @@ def test_train_resume_test_and_rescore(run, load_tool, tmp_path, capsys):
     result = json.loads((tmp_path / 'pck.json').read_text())
     assert result['protocol']['split'] == 'test' and result['protocol']['pairs'] == len(result['predictions']) == 4
     assert result['protocol']['prompt'] == 'a photo of a {category}'
-    rescore = load_tool('rescore')
+    rescore = load_tool('analysis/rescore')
     capsys.readouterr()
     assert rescore.main([str(tmp_path / 'pck.json')]) == 0
     assert f'{figures["PCK@0.1-bbox/point"]:.2f} {figures["PCK@0.1-bbox/image"]:.2f}' in capsys.readouterr().out

@@ -22,7 +22,6 @@ NAMES = {'ranking.csv', 'ranking.json', 'heatmap.png', 'selected.json', 'selecte
 
 @pytest.fixture(scope='module')
 def search(load_tool):
-    load_tool('list_activations')  # which it imports
     return load_tool('search').main
 
 
@@ -30,7 +29,7 @@ def search(load_tool):
 def config(load_tool, tmp_path_factory):
     """`config(base)`: a config that inherits one of the shipped ones, with data of its own."""
     folder = tmp_path_factory.mktemp('search')
-    load_tool('make_toy_data').main([str(folder), '--train', '6', '--test', '1', '--pairs', '1'])
+    load_tool('toy/make_data').main([str(folder), '--train', '6', '--test', '1', '--pairs', '1'])
 
     def write(base: str) -> str:
         data = {'data_root': str(folder / 'toy')}
@@ -109,7 +108,7 @@ def test_figures_are_those_of_score_layers(load_tool, pairs, undisturbed):
     cfg = Config.fromfile(pairs)
     rows = list(csv.DictReader((undisturbed / 'ranking.csv').open()))
     extractor = DiffusionExtractor(cfg.model.backbone.model, sorted({row['activation'] for row in rows}), [50, 350])
-    match_pair, data = load_tool('score_layers').match_pair, Path(cfg.train_dataloader.dataset.data_root)
+    match_pair, data = load_tool('analysis/score_layers').match_pair, Path(cfg.train_dataloader.dataset.data_root)
     hits = [
         match_pair(extractor, data, json.loads(path.read_text()), size=None)
         for path in (data / 'PairAnnotation/trn').glob('*.json')

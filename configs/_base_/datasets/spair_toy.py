@@ -1,5 +1,5 @@
 # Pairs of toy quadrupeds at their own size, 64 x 64, drawn by
-#   python tools/make_toy_data.py data --pairs 50 --across 20
+#   python tools/toy/make_data.py data --pairs 50 --across 20
 # data_root = 'data/SPair-toy' has pairs within a species, 'data/SPair-toy-across' across species.
 dataset_type = 'ToyPairDataset'
 data_root = 'data/SPair-toy'

@@ -1,5 +1,5 @@
 # 30 labelled pictures for training and 100 for testing, drawn by
-#   python tools/make_toy_data.py data --test 100
+#   python tools/toy/make_data.py data --test 100
 dataset_type = 'ScarceDataset'
 data_root = 'data/toy'
 train_pipeline = [

@@ -1,5 +1,5 @@
 # What the studies on toy pairs share: matching at 64 x 64 pixels, scored within species and across them. The pairs:
-#   python tools/make_toy_data.py data --train 0 --test 0 --pairs 20 --across 5
+#   python tools/toy/make_data.py data --train 0 --test 0 --pairs 20 --across 5
 _base_ = ['../../_base_/datasets/spair_toy.py', '../../_base_/correspondence_runtime.py']
 
 channels = [96, 96, 64, 48]  # of the decoder's levels

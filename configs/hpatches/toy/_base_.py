@@ -1,5 +1,5 @@
 # What the study on toy sequences shares: SIFT's 300 strongest points, images at their own size. The sequences:
-#   python tools/make_toy_hpatches.py data
+#   python tools/toy/make_hpatches.py data
 _base_ = [
     '../../_base_/datasets/hpatches.py',
     '../../_base_/hpatches_runtime.py',

@@ -1,6 +1,6 @@
 # What the studies on toy clips share: frames at their own size, 96 x 160, of 24 x 40 cells. The clips:
-#   python tools/make_toy_davis.py data
-#   python tools/make_toy_davis.py data --jhmdb
+#   python tools/toy/make_davis.py data
+#   python tools/toy/make_davis.py data --jhmdb
 _base_ = '../../_base_/video_runtime.py'
 
 model = dict(

@@ -147,7 +147,7 @@ class AggregationNeck(BaseModule):
         layer_names: names of the layers of every level, for `mixing_weights`.
         timestep_names: names of the timesteps, for `mixing_weights`.
         kept: for each layer, nested as `levels` is, the indices of those of its timesteps that are mixed; by default
-            all. What `tools/prune.py` chooses.
+            all. What `tools/convert/prune.py` chooses.
         enlarge: for each level a factor of its height and width, where no size is given; by default 1. With this a
             level that was pruned of its finest layer stays as large as it was.
 

@@ -9,9 +9,9 @@ import torch
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
+from scenes import draw_homography, draw_scene, scene_size, view
 from torch.nn import functional as F
 
-from diffseg.datasets.toy_scenes import draw_homography, draw_scene, scene_size, view
 from diffseg.evaluation import corner_error, estimate_homography
 from diffseg.keypoints import sift_keypoints
 from diffseg.models import CorrespondenceModel, SparseMatcher

@@ -1,0 +1,142 @@
+"""Matching two image files outside of a data set: what `tools/apply/match.py` and its like share."""
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
+from mmseg.registry import MODELS
+from safetensors import safe_open
+from torch import Tensor
+
+from diffseg.diffusion.images import image_size
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
+from diffseg.models import CorrespondenceModel
+from diffseg.structures import PairSample
+
+
+def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
+    """The model that `command_line.add_model_arguments` describe, and the pipeline that prepares images for it.
+
+    Raises:
+        ValueError: the config is of another model, the checkpoint does not fit it, or its prompt lacks a category.
+    """
+    init_default_scope('mmseg')
+    if args.config is None:
+        resize = [] if args.size is None else [{'type': 'ResizePair', 'size': args.size}]
+        return MODELS.build(zero_shot_config(args)), [{'type': 'LoadPair'}, *resize, {'type': 'PackPair'}]
+    cfg = Config.fromfile(args.config)
+    if cfg.get('model', {}).get('type') != 'CorrespondenceModel':
+        raise ValueError(f'{args.config}: its model is no CorrespondenceModel')
+    model = MODELS.build(cfg.model)
+    if args.checkpoint is not None:
+        try:
+            load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True, logger='silent')
+        except RuntimeError as error:
+            raise ValueError(f'{args.checkpoint} does not fit {args.config}: {error}') from error
+    if model.prompt is not None and '{category}' in model.prompt and args.category is None:
+        raise ValueError(f'the prompt of {args.config} is {model.prompt!r}; say --category')
+    return model, cfg.test_dataloader.dataset.pipeline
+
+
+def zero_shot_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Config of a model that compares activations as they are."""
+    available = sites(meta_unet(args.model))
+    layers = expand(args.layers, available)
+    return {
+        'type': 'CorrespondenceModel',
+        'backbone': {
+            'type': 'DiffusionBackbone',
+            'model': args.model,
+            'layers': layers,
+            'timesteps': args.timesteps,
+            'trajectory': args.trajectory,
+            'prompt': args.prompt,
+            'ensemble': args.ensemble,
+            'dtype': args.dtype,
+        },
+        'neck': {
+            'type': 'ConcatNeck',
+            'levels': [[available[layer].channels for layer in layers]],
+            'timesteps': len(args.timesteps),
+        },
+    }
+
+
+def prepare_pair(
+    paths: Sequence[Path], points: np.ndarray, pipeline: Sequence[Mapping[str, Any]], category: str | None
+) -> dict[str, Any]:
+    """A batch of one pair, as the data set of the pipeline would give it.
+
+    Args:
+        paths: of the source and the target.
+        points: (x, y) in pixels of the source's file, with shape (N, 2).
+        pipeline: of transforms.
+        category: of the objects, where the model's prompt names it.
+
+    Raises:
+        ValueError: a point lies outside the source, or the pipeline crops.
+    """
+    results: dict[str, Any] = {'category': category, 'pair_id': '0', 'variations': {}}
+    results['visible'] = np.ones(len(points), dtype=bool)
+    for view, path in enumerate(paths):
+        height, width = image_size(path)
+        results |= {f'img_path{view}': str(path), f'keypoints{view}': points.copy()}
+        results[f'bbox{view}'] = np.array([0, 0, width - 1, height - 1], dtype=np.float32)
+        if view == 0 and ((points < 0) | (points > (width - 1, height - 1))).any():
+            raise ValueError(f'points {points.tolist()} are not all inside {path}, which has {width} x {height} pixels')
+    sample = Compose(pipeline)(results)
+    for view, path in enumerate(paths):
+        if sample['data_samples'].get(f'ori_shape{view}') != image_size(path):
+            raise ValueError("the config's pipeline crops images, so that points would lie elsewhere in them")
+    return {'inputs': {k: [v] for k, v in sample['inputs'].items()}, 'data_samples': [sample['data_samples']]}
+
+
+def read_maps(path: Path, model: CorrespondenceModel) -> list[Tensor]:
+    """The backbone's maps (1, T*C, h, w) from a file of activations.
+
+    Raises:
+        ValueError: it lacks layers or timesteps of the backbone.
+    """
+    extractor = getattr(model.backbone, 'extractor', None)
+    if extractor is None:
+        raise ValueError(f'--features is for a DiffusionBackbone, not {type(model.backbone).__name__}')
+    with safe_open(path, 'pt') as file:
+        stored = json.loads(file.metadata()['timesteps'])
+        if missing := set(extractor.layers) - set(file.keys()):
+            raise ValueError(f'{path} has no {", ".join(sorted(missing))}; it has {", ".join(file.keys())}')
+        if set(extractor.timesteps) <= set(stored):
+            rows = [stored.index(t) for t in extractor.timesteps]
+        elif len(stored) == len(extractor.timesteps):
+            rows = list(range(len(stored)))
+            warnings.warn(
+                f'{path.name}: timesteps {stored} in place of {list(extractor.timesteps)}', stacklevel=2
+            )
+        else:
+            raise ValueError(
+                f'{path} has timesteps {stored}, the model reads {list(extractor.timesteps)}; let it have these, or as '
+                f'many others'
+            )
+        return [file.get_tensor(layer)[rows].flatten(0, 1)[None].float() for layer in extractor.layers]
+
+
+def descriptors_of(
+    model: CorrespondenceModel, image: Tensor, sample: PairSample, view: int, features: Path | None
+) -> Tensor:
+    """Descriptors (C, h, w) of an image (3, H, W), from its file of activations if `features` is a folder with one."""
+    if features is not None:
+        path = features / f'{Path(sample.get(f"img_path{view}")).name}.safetensors'
+        if path.is_file():
+            maps = [x.to(image.device) for x in read_maps(path, model)]
+            return model.describe(maps)[0]
+    prompt = None if model.prompt is None else model.prompt.format(category=sample.category)
+    return model.encode(image[None], [prompt])[0]

@@ -1,0 +1,43 @@
+"""Arguments that several tools share."""
+
+import argparse
+
+import torch
+
+
+def default_device() -> str:
+    """The accelerator that is there, or else the CPU."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else 'cpu'
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Turn '512' into (512, 512) and '512x768', height and width, into (512, 768)."""
+    height, _, width = text.partition('x')
+    return int(height), int(width or height)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say by which model images are compared; `load_matcher` takes them."""
+    parser.add_argument('--config', help='of a CorrespondenceModel')
+    parser.add_argument('--checkpoint', help='of that model (default: none, as for zero-shot configs)')
+    parser.add_argument('--category', help="of the objects, where the config's prompt names it")
+    parser.add_argument('--model', help='preset, hub id, diffusers folder or checkpoint file, instead of a config')
+    parser.add_argument('--layers', nargs='+', help='layer names, aliases, patterns or set names')
+    parser.add_argument('--timesteps', nargs='+', type=int)
+    parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
+    parser.add_argument('--prompt', default='')
+    parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
+    parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
+    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    parser.add_argument('--device', default=default_device())
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message if they do not go together; `size` becomes a pair."""
+    if (args.config is None) == (args.model is None):
+        parser.error('give either --config or --model')
+    if args.model is not None and (not args.layers or not args.timesteps):
+        parser.error('--model needs --layers and --timesteps')
+    if args.size and len(args.size) > 2:
+        parser.error('--size takes one number or two')
+    args.size = tuple(args.size * 2)[:2] if args.size else None

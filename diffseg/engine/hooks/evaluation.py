@@ -1,0 +1,217 @@
+"""Hooks around the evaluation of pairs: no selection on the test split, result files, and interrupted evaluations."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from mmengine.dist import barrier, get_rank, is_main_process
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from mmseg.registry import HOOKS
+
+from diffseg.evaluation import DAVISMetric, HomographyMetric, PCKMetric
+from diffseg.models import CorrespondenceModel
+from diffseg.structures import PairSample
+
+FILES = 'test-predictions-'  # how names of the files begin that ResumableTestHook writes
+
+
+@HOOKS.register_module()
+class SelectionGuardHook(Hook):
+    """Refuse to choose a checkpoint, or when to stop, by PCK on the test split.
+
+    `PCKMetric(allow_selection_on_test=True)` in the `val_evaluator` asks for it, and its results say so.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check what the run selects by.
+
+        Raises:
+            ValueError: the test split.
+        """
+        by = [
+            hook
+            for hook in runner.hooks
+            if isinstance(hook, EarlyStoppingHook) or (isinstance(hook, CheckpointHook) and hook.save_best)
+        ]
+        if not by or runner.val_loop is None:
+            return
+        split = getattr(runner.val_dataloader.dataset, 'metainfo', {}).get('split')
+        refusing = [
+            metric
+            for metric in runner.val_evaluator.metrics
+            if isinstance(metric, PCKMetric) and not metric.allow_selection_on_test
+        ]
+        if split == 'test' and refusing:
+            raise ValueError(
+                f'{type(by[0]).__name__} would select by figures on the test split; validate on the split val, or '
+                f'set allow_selection_on_test=True in the PCKMetric of val_evaluator, which is then written into its '
+                f'results'
+            )
+
+
+@HOOKS.register_module()
+class ResultFileHook(Hook):
+    """Put the result files of metrics into the work dir, where their paths are relative."""
+
+    def before_test(self, runner: Runner) -> None:
+        """Complete the paths."""
+        for metric in runner.test_evaluator.metrics:
+            if isinstance(metric, (DAVISMetric, HomographyMetric, PCKMetric)) and metric.out_file is not None:
+                metric.out_file = str(Path(runner.work_dir, metric.out_file).absolute())
+
+
+@HOOKS.register_module()
+class ResumableTestHook(Hook):
+    """Keep the predictions of a test on pairs, so that one that was interrupted goes on where it was.
+
+    Each process appends its predictions to a file `FOLDER/test-predictions-RANK.jsonl` as they are made, below a
+    header with the model's protocol and digests of the configs of the data set (its pipeline included), of the
+    evaluator and of the data preprocessor. The next test with the same header takes them from there, and its result is
+    that of an undisturbed one. The files are deleted when a test is complete; all else in the folder stays.
+
+    Batch size, workers and number of processes may change in between.
+
+    Args:
+        folder: where the files lie; by default `predictions` in the work dir, which is deleted as well once it is
+            empty.
+
+    Raises:
+        ValueError: before testing, if the model is no `CorrespondenceModel`, the runner was built without a config, or
+            the files belong to another model, other data or another evaluator, or cannot be read.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self._known: dict[str, list[list[float]]] = {}  # pair_id -> pred_keypoints1
+        self._file: TextIO
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Read the predictions of an interrupted test."""
+        folder = self._folder(runner)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = _header(runner)
+        self._known = {}
+        for path in _prediction_files(folder):
+            theirs, *predictions = _read(path) or [header]
+            if different := sorted(key for key in {**header, **theirs} if header.get(key) != theirs.get(key)):
+                raise ValueError(
+                    f'{path} holds predictions of another test, which differs in {", ".join(different)}; delete the '
+                    f'file, or choose another work dir'
+                )
+            self._known |= {line['pair_id']: line['predicted'] for line in predictions}
+        barrier()  # all have read before one writes
+        if self._known:
+            runner.logger.info(f'{len(self._known)} predictions of an interrupted test are taken from {folder}')
+        path = folder / f'{FILES}{get_rank()}.jsonl'
+        self._file = path.open('a', encoding='utf-8')
+        if not path.stat().st_size:
+            self._write(header)
+
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Mapping[str, Any] | None = None) -> None:
+        """Complete the samples whose prediction is known; the model leaves them as they are."""
+        for sample in data_batch['data_samples']:
+            if sample.pair_id in self._known:
+                known = torch.tensor(self._known[sample.pair_id], dtype=torch.float64)
+                sample.pred_keypoints1 = known.reshape(-1, 2)
+
+    def after_test_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Mapping[str, Any] | None = None,
+        outputs: Sequence[PairSample] | None = None,
+    ) -> None:
+        """Keep the predictions that are new."""
+        for sample in outputs:
+            if sample.pair_id not in self._known and 'damaged' not in sample:
+                self._write({'pair_id': sample.pair_id, 'predicted': sample.pred_keypoints1.tolist()})
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Delete the files, as the figures are known."""
+        self._file.close()
+        barrier()
+        if is_main_process():
+            folder = self._folder(runner)
+            for path in _prediction_files(folder):
+                path.unlink()
+            if self.folder is None and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _folder(self, runner: Runner) -> Path:
+        return Path(self.folder or Path(runner.work_dir, 'predictions'))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + '\n')
+        self._file.flush()
+
+
+def _header(runner: Runner) -> dict[str, Any]:
+    """All that predictions depend on, in types that JSON has.
+
+    Raises:
+        ValueError: the model makes other predictions, or the runner has no config.
+    """
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(model, CorrespondenceModel):
+        raise ValueError(
+            f'ResumableTestHook keeps the keypoints that a CorrespondenceModel predicts, and the model is a '
+            f'{type(model).__name__}; leave the hook out of custom_hooks'
+        )
+    if 'test_dataloader' not in runner.cfg:
+        raise ValueError(
+            'ResumableTestHook compares configs, and the runner has none; build it with Runner.from_cfg, or leave the '
+            'hook out of custom_hooks'
+        )
+    dataset = runner.test_dataloader.dataset
+    configs = {
+        'test_dataset': runner.cfg.test_dataloader.get('dataset'),
+        'test_evaluator': runner.cfg.get('test_evaluator'),
+        'data_preprocessor': runner.cfg.model.get('data_preprocessor'),
+    }
+    header = {
+        **{key: dataset.metainfo.get(key) for key in ('dataset', 'split', 'list')},
+        'pairs': len(dataset),
+        **{f'{name} config': config_digest(config) for name, config in configs.items()},
+        **model.protocol,
+    }
+    return json.loads(json.dumps(header))
+
+
+def config_digest(config: Any) -> str:
+    """Digest of a part of a config that does not depend on the order of its keys.
+
+    Classes and functions count by their names, all other objects by their `repr`.
+    """
+
+    def encode(value: Any) -> str:
+        name = getattr(value, '__qualname__', None)
+        return repr(value) if name is None else f'{value.__module__}.{name}'
+
+    return f'sha256:{hashlib.sha256(json.dumps(config, sort_keys=True, default=encode).encode()).hexdigest()[:16]}'
+
+
+def _prediction_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f'{FILES}*.jsonl'))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; what was written of the last one when the writer was killed is cut off.
+
+    Raises:
+        ValueError: a whole line is not what the hook writes.
+    """
+    whole, newline, _ = path.read_bytes().rpartition(b'\n')
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not all({'pair_id', 'predicted'} <= set(line) for line in lines[1:]):
+            raise ValueError('a line has no prediction')
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}); delete it, and its pairs are predicted again') from error
+    with path.open('r+b') as file:
+        file.truncate(len(whole + newline))
+    return lines

@@ -1,0 +1,129 @@
+"""What configs and checkpoints say of backbones and necks, read without building whole models."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from diffseg.diffusion.layer_sets import Reading, split_timesteps
+from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.sites import Site, aggregates, default_scale_factor, resolve, sites
+
+if TYPE_CHECKING:
+    from diffseg.models.necks import MixingWeights
+
+
+def available_sites(model: str, revision: str | None = None) -> tuple[dict[str, Site], tuple[int, int]]:
+    """All sites of a model, and the image size that it was trained on."""
+    config = load_config(model, revision=revision)
+    unet = meta_unet(model, revision=revision)
+    factor = 2 ** (len(config.vae['block_out_channels']) - 1) if config.vae else default_scale_factor(unet)
+    side = config.unet['sample_size'] * factor
+    return sites(unet, factor), (side, side)
+
+
+def backbone_configs(config: Any) -> Iterator[dict[str, Any]]:
+    """Every DiffusionBackbone in a config, however deep."""
+    if isinstance(config, dict):
+        if config.get('type') == 'DiffusionBackbone':
+            yield config
+        else:
+            for value in config.values():
+                yield from backbone_configs(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from backbone_configs(value)
+
+
+def backbone_maps(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> list[Site]:
+    """What a DiffusionBackbone gives: for each map its name, stride, and channels of all its timesteps."""
+    categories, mode = backbone.get('attention_maps', ()), backbone.get('attention_mode', 'concat')
+    tokens = count_tokens(backbone.get('conditioner', {}))
+    attention = {site.name: site for site, _ in aggregates(available, categories, mode, tokens)}
+    available = {**available, **attention}
+    readings, every = split_timesteps(backbone['layers'], backbone.get('timesteps'))
+    readings = [Reading(*resolve([layer], available), own) for layer, own in readings]
+    readings += [Reading(name, every) for name in attention if name not in dict(readings)]
+    found = []
+    for reading in readings:
+        site = available[reading.layer]
+        channels = site.channels and site.channels * len(reading.timesteps)
+        found.append(replace(site, name=reading.label(every), channels=channels))
+    return found
+
+
+def count_tokens(conditioner: Mapping[str, Any]) -> int | None:
+    """How many tokens a conditioner has; None for a prompt, whose tokens are not counted here."""
+    from diffseg.models.backbones.conditioners import class_names
+
+    if 'dataset' in conditioner:
+        return len(class_names(conditioner['dataset']))
+    return conditioner.get('num_prompts') or len(conditioner.get('classes', ())) or None
+
+
+def stored_model(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """`model` of the config in a checkpoint, which is Python code: only literals and `dict(...)` are read.
+
+    Raises:
+        ValueError: there is no config, or something else in it.
+    """
+    text = checkpoint.get('meta', {}).get('cfg')
+    if text is None:
+        raise ValueError('the checkpoint holds no config; give CONFIG as well')
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], 'id', None) == 'model':
+            return _literal(statement.value)
+    raise ValueError('the config in the checkpoint has no model; give CONFIG as well')
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict':
+        found: dict[str, Any] = {}
+        for argument in node.args:
+            found |= _literal(argument)
+        return found | {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
+    return ast.literal_eval(node)
+
+
+def aggregation_necks(config: Any, name: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name in the model, and config, of every AggregationNeck in a model's config."""
+    if isinstance(config, Mapping):
+        if config.get('type') == 'AggregationNeck':
+            yield name, dict(config)
+        parts = config.items()
+    elif isinstance(config, list | tuple):
+        parts = enumerate(config)
+    else:
+        return
+    for key, part in parts:
+        yield from aggregation_necks(part, f'{name}.{key}' if name else str(key))
+
+
+def read_mixing_weights(
+    checkpoint: Mapping[str, Any], model: Mapping[str, Any]
+) -> Iterator[tuple[str, 'MixingWeights']]:
+    """Name and table of each level.
+
+    Raises:
+        ValueError: there is no AggregationNeck, or its weights are not in the checkpoint.
+    """
+    from mmseg.registry import MODELS  # only here, so that the rest works without the mm packages
+
+    necks = list(aggregation_necks(model))
+    if not necks:
+        raise ValueError('the model has no AggregationNeck')
+    state = checkpoint.get('state_dict', checkpoint)
+    for name, config in necks:
+        neck = MODELS.build(config)
+        prefix = f'{name}.'
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        try:
+            neck.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(f'the checkpoint does not fit {name} in the config: {error}') from error
+        for level, table in enumerate(neck.mixing_weights()):
+            yield f'{name}, level {level}', table

@@ -1,0 +1,176 @@
+"""Data sets of generated images: what is generated, labelled and left out, and that a segmentor trains on it."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffseg.diffusion.loading import load_parts
+
+ROOT = Path(__file__).resolve().parents[3]
+SEGMENTORS = sorted(ROOT.glob('configs/scarce/*_dataset-ddpm-*.py'))
+
+
+@pytest.fixture(scope='module')
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool('apply/dataset_ddpm')
+
+
+@pytest.mark.parametrize(
+    ('count', 'drop', 'certain', 'kept'),
+    [
+        (50000, 0.1, 30, slice(30, -4970)),
+        (300, 0.1, 30, slice(30, 300)),
+        (10, 0.2, 1, slice(1, 9)),
+        (5, 0, 0, slice(5)),
+    ],
+)
+def test_what_is_kept_is_what_is_published(tool, count, drop, certain, kept):
+    images = list(range(count))
+    assert images[tool.kept_range(count, drop, certain)] == images[kept]
+
+
+@pytest.mark.parametrize(('count', 'drop', 'certain'), [(299, 0.1, 30), (10, 1.0, 0), (10, 0.1, -1)])
+def test_more_is_left_out_than_there_is(tool, count, drop, certain):
+    with pytest.raises(ValueError, match='--drop'):
+        tool.kept_range(count, drop, certain)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A config of pixel classifiers on a tiny model of pixel space, and a checkpoint of it."""
+    folder = tmp_path_factory.mktemp('trained')
+    cfg = Config.fromfile(ROOT / 'configs/scarce/tiny-sd-t50_pixel-classifier_1xb64-100e_toy-64x64.py')
+    model = tiny.save_pixel(folder / 'adm')
+    cfg.model.backbone = dict(
+        type='DiffusionBackbone', model=str(model), layers=['adm-5', 'adm-7'], timesteps=[50, 150]
+    )
+    cfg.model.decode_head.update(in_channels=[32, 32], num_members=3, hidden=(8, 6))
+    cfg.model.data_preprocessor.size = (16, 16)
+    cfg.dump(folder / 'config.py')
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    segmentor = MODELS.build(cfg.model)
+    for linear in segmentor.decode_head.ensemble.linears:
+        linear.weight.data *= 50  # classifiers that disagree
+    torch.save({'state_dict': segmentor.state_dict()}, folder / 'checkpoint.pth')
+    return folder / 'config.py', folder / 'checkpoint.pth'
+
+
+@pytest.fixture
+def run(tool: ModuleType, trained: tuple[Path, Path]) -> Callable[..., int]:
+    """`run(out, *options)` makes a data set of five images."""
+    few = ['--count', '5', '--steps', '2', '--drop', '0.4', '--drop-certain', '1']
+    return lambda out, *options, files=trained: tool.main([*map(str, files), '--out', str(out), *few, *options])
+
+
+def test_generates_labels_and_filters(run, tmp_path):
+    assert run(tmp_path) == 0
+    with (tmp_path / 'uncertainty.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    values = [float(row['uncertainty']) for row in rows]
+    assert values == sorted(values) and len(set(values)) == 5
+    assert [row['kept'] for row in rows] == ['0', '1', '1', '1', '0']
+    kept = {row['name'] for row in rows if row['kept'] == '1'}
+    assert {path.name for path in (tmp_path / 'kept').glob('*.png')} == kept
+    for name in kept:
+        image, labels = Image.open(tmp_path / 'kept' / name), np.load(tmp_path / f'kept/{name[:-4]}.npy')
+        assert (labels.dtype, labels.shape) == (np.uint8, image.size[::-1]) and labels.max() < 8
+    assert (
+        len(np.unique(np.stack([Image.open(path) for path in (tmp_path / 'all').iterdir() if path.suffix == '.png'])))
+        > 2
+    )
+    assert Image.open(tmp_path / 'overview.png').width > 5 * 192
+
+
+def test_goes_on_where_it_was_and_takes_images_that_are_given(run, tmp_path):
+    assert run(tmp_path / 'a') == run(tmp_path / 'b') == 0
+    (tmp_path / 'b/all/000002.png').unlink()
+    untouched = (tmp_path / 'b/all/000001.png').stat().st_mtime_ns
+    assert run(tmp_path / 'b') == 0
+    assert (tmp_path / 'b/all/000001.png').stat().st_mtime_ns == untouched
+    files = sorted(path.relative_to(tmp_path / 'a') for path in (tmp_path / 'a').rglob('*') if path.is_file())
+    assert len(files) == 5 + 1 + 2 * 3 + 2
+    assert all((tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes() for file in files)
+
+    assert run(tmp_path / 'c', '--images', str(tmp_path / 'a/all')) == 0
+    assert (tmp_path / 'c/uncertainty.csv').read_text() == (tmp_path / 'a/uncertainty.csv').read_text()
+
+
+def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained, tiny_pipeline, tmp_path, monkeypatch):
+    """Weights, adapters, revision and dtype are the config's, also those of the decoder."""
+    seen = []
+
+    def record(function):
+        def call(*args, **kwargs):
+            seen.append(kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ('meta_unet', 'DiffusionExtractor', 'load_vae'):
+        monkeypatch.setattr(tool, name, record(getattr(tool, name)))
+    weights = tmp_path / 'unet.safetensors'
+    unet = load_parts(tiny_pipeline, vae=False).unet
+    save_file({name: 2 * x for name, x in unet.state_dict().items()}, weights)
+    read = dict(revision='main', unet_weights=str(weights), dtype='bfloat16')
+    options = Config(
+        {'model': str(tiny_pipeline), 'layers': ['dift-1'], 'timesteps': [50], 'prompt': 'a horse', **read}
+    )
+    args = tool.parse_args(['', '', '--out', str(tmp_path), '--count', '1', '--steps', '1', '--size', '64'])
+    (path,) = tool.generate(options, args)
+    assert Image.open(path).size == (64, 64)
+    network, extractor, decoder = seen
+    assert network == {'revision': 'main'}
+    assert read.items() <= extractor.items() and extractor['prompt'] == ['']
+    assert decoder == {'revision': 'main', 'dtype': torch.bfloat16}
+
+
+def test_what_it_cannot_do(run, trained, tmp_path, capsys):
+    assert run(tmp_path, '--drop-certain', '3') == 2
+    assert 'take more images' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert run(tmp_path, '--cfg-options', 'model.decode_head.num_members=2') == 2
+    assert 'size mismatch' in capsys.readouterr().err
+    assert run(tmp_path, '--cfg-options', 'model.decode_head.type=FCNHead') == 2
+    assert 'PixelClassifierHead' in capsys.readouterr().err
+    assert run(tmp_path, '--cfg-options', 'model.backbone.type=EnsembleBackbone') == 2
+    assert 'has a EnsembleBackbone; images are generated by' in capsys.readouterr().err
+    assert run(tmp_path, files=(trained[0], tmp_path / 'none.pth')) == 2
+    assert 'none.pth' in capsys.readouterr().err
+    assert run(tmp_path / 'two') == 0
+    assert run(tmp_path / 'two', '--steps', '4') == 2
+    assert 'another configuration' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('path', SEGMENTORS, ids=lambda path: path.stem)
+def test_a_segmentor_on_generated_images(path):
+    assert len(SEGMENTORS) == 2
+    cfg = Config.fromfile(path)
+    splits = [loader.dataset.split for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)]
+    assert splits == ['generated/kept', 'real/train', 'real/test']
+    init_default_scope('mmseg')
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+        maps = model.backbone(torch.empty(2, 3, 64, 64))
+        logits = model.decode_head(maps)
+    assert logits.shape[1] == {'horse_21': 21, 'toy': 8}[cfg.train_dataloader.dataset.category]
+    assert not model.with_auxiliary_head
+
+
+def test_the_published_segmentor():
+    cfg = Config.fromfile(next(path for path in SEGMENTORS if 'deeplabv3' in path.stem))
+    head = cfg.model.decode_head
+    assert (head.type, head.channels, head.dropout_ratio) == ('ASPPHead', 256, 0.5)
+    assert (cfg.train_dataloader.batch_size, cfg.train_dataloader.drop_last) == (8, True)
+    assert cfg.optim_wrapper.optimizer == {'type': 'Adam', 'lr': 1e-3}

@@ -1,0 +1,137 @@
+"""Measure time and memory of matching keypoints, beside the published procedure.
+
+    python tools/analysis/benchmark_matching.py 24 48
+
+Keypoints are matched between random maps of CELLS x CELLS cells, at the size of the image, by two procedures in turn:
+
+* **ours**: `match_points`;
+* **published**: what DIFT's evaluation does: upsample both maps to the size of their image, and for every keypoint
+  normalise the whole target map and multiply it with the keypoint's descriptor.
+
+Each case runs in a process of its own. The ratio is the median over pairs of measurements; memory is what a procedure
+takes on top of the maps. The last column says how many matches are the same; on random maps the outermost pixels, which
+are all alike, may be told apart by rounding errors.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffseg.benchmarking import in_subprocess, in_turn, machine, print_rows, table_head
+from diffseg.command_line import default_device
+from diffseg.models.correspondence import match_points
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: maps (channels, cells, cells) and images of height x width pixels."""
+
+    cells: int
+    channels: int
+    height: int
+    width: int
+    keypoints: int
+    device: str = 'cpu'
+    repeat: int = 3
+
+
+def published_matches(source: Tensor, target: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Match as DIFT's evaluation on SPair-71k does.
+
+    Args:
+        source: descriptors with shape (C, h, w).
+        target: the same.
+        points: (x, y) with shape (N, 2).
+        size: height and width of both images.
+
+    Returns:
+        (x, y) with shape (N, 2).
+    """
+    source, target = (F.interpolate(each[None], size, mode='bilinear') for each in (source, target))
+    matches = []
+    for x, y in points.tolist():
+        query = F.normalize(source[0, :, y, x][None])  # (1, C)
+        candidates = F.normalize(target[0].flatten(1).T)  # (H*W, C)
+        best = int((candidates @ query.T).cpu().argmax())
+        matches.append([best % size[1], best // size[1]])
+    return torch.tensor(matches)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run both procedures in turn.
+
+    Returns:
+        For each procedure its `ms` (median), the `memory` in bytes that it took at most on top of what there was (None
+        where it cannot be read), the `ratio` of their times, and how many of the matches are the `same`.
+    """
+    source, target = torch.randn(2, case.channels, case.cells, case.cells, device=case.device)
+    size = case.height, case.width
+    points = torch.stack([torch.randint(side, (case.keypoints,)) for side in (case.width, case.height)], dim=1)
+    procedures = {
+        'ours': lambda: match_points(source, target, points, size, size).cpu(),
+        'published': lambda: published_matches(source, target, points, size),
+    }
+    small = source[:2], target[:2], points[:1] * 0
+    match_points(*small, (8, 8), (8, 8)), published_matches(*small, (8, 8))  # loads what is loaded with the first call
+    result, matches = in_turn(procedures, case.device, case.repeat)
+    result['same'] = int((matches['ours'] == matches['published']).all(1).sum())
+    return result
+
+
+TITLES = 'cells', 'channels', 'image', 'keypoints', 'ms', 'published ms', 'ratio', 'MB', 'published MB', 'same'
+
+
+def line(case: Case, found: Mapping[str, Any]) -> str:
+    """A case's line of the Markdown table."""
+    ours, theirs = found['ours'], found['published']
+    cells = [case.cells, case.channels, f'{case.height} x {case.width}', case.keypoints]
+    cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{found["ratio"]:.0f}']
+    cells += ['-' if each['memory'] is None else f'{each["memory"] / 1e6:.0f}' for each in (ours, theirs)]
+    return f'| {" | ".join(map(str, [*cells, found["same"]]))} |'
+
+
+def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each case's results, and its line."""
+    for cells in args.cells:
+        case = Case(cells, args.channels, *args.image_size, args.keypoints, args.device, args.repeat)
+        found = in_subprocess(__file__, case)
+        yield {'case': asdict(case), 'measured': found}, line(case, found)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--case', help=argparse.SUPPRESS)
+    parser.add_argument('cells', nargs='*', type=int, default=[24, 48], help='sides of the maps (default: 24 48)')
+    parser.add_argument('--channels', type=int, default=1280, help='of the maps')
+    parser.add_argument('--keypoints', type=int, default=10, help='that are matched')
+    parser.add_argument('--image-size', nargs=2, type=int, default=(375, 500), metavar=('HEIGHT', 'WIDTH'))
+    parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
+    parser.add_argument('--device', default=default_device())
+    parser.add_argument('--json', type=Path, help='write the results there as well')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.case:
+        print(json.dumps(measure(Case(**json.loads(args.case)))))
+        return 0
+    print(f'matching; {machine(args.device)}\n\n{table_head(TITLES)}')
+    try:
+        print_rows(rows(args), args.json)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,156 @@
+"""Measure time and memory of label propagation, beside the published procedure.
+
+    python tools/analysis/benchmark_propagation.py --repeat 1
+
+The labels of FRAMES frames and the first one, of HEIGHT x WIDTH cells, are propagated to one more, by two procedures in
+turn; by default 28 frames of 60 x 107 cells, which are DAVIS's 480 x 854 pixels, with DIFT's settings for it:
+
+* **ours**: `propagate_labels`;
+* **published**: what DIFT's evaluation does: multiply all cells of all frames with those of the target, zero what is
+  outside of windows, and find each column's highest values. Here in place and with one mask for all frames, so that it
+  takes less memory than the released code.
+
+The ratio is the median over pairs of measurements; memory is what a procedure takes on top of the maps. The last
+columns are the largest difference of soft labels, and the share of cells with the same highest label. Where the
+similarities of two cells differ by a rounding error, either may be the last one that counts, which shows as a
+difference of some hundredths.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffseg.benchmarking import in_subprocess, in_turn, machine, print_rows, table_head
+from diffseg.command_line import default_device
+from diffseg.models.propagation import propagate_labels
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: height x width cells, `frames` besides the first one."""
+
+    height: int
+    width: int
+    frames: int
+    channels: int
+    device: str = 'cpu'
+    repeat: int = 3
+    labels: int = 4
+    topk: int = 15
+    radius: int = 15
+    temperature: float = 0.2
+
+
+def masked_matrix(
+    target: Tensor, context: Tensor, labels: Tensor, topk: int, radius: int, temperature: float
+) -> Tensor:
+    """Propagate labels as DIFT's evaluation on DAVIS does.
+
+    Args:
+        target: descriptors with shape (C, h, w).
+        context: the same of n frames, shape (n, C, h, w).
+        labels: theirs, with shape (n, K, h, w).
+        topk: how many cells to average.
+        radius: of the window, in cells.
+        temperature: of the weights.
+
+    Returns:
+        Shape (K, h, w).
+    """
+    cells = target.shape[1:]
+    queries, keys = F.normalize(target.flatten(1), dim=0), F.normalize(context.flatten(2), dim=1)
+    weights = torch.bmm(keys.transpose(1, 2), queries.expand(len(keys), -1, -1))  # (n, h*w, h*w)
+    weights.div_(temperature).exp_()
+    row, column = (
+        (each[:, None] - each).abs() <= radius  # (h*w, h*w)
+        for each in torch.cartesian_prod(*(torch.arange(side, device=target.device) for side in cells)).T
+    )
+    weights *= row & column
+    weights = weights.flatten(0, 1)  # (n*h*w, h*w)
+    weights[weights < weights.topk(topk, dim=0).values[-1]] = 0
+    weights /= weights.sum(0)
+    return (labels.transpose(0, 1).flatten(1) @ weights).unflatten(1, cells)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run both procedures in turn.
+
+    Returns:
+        What `in_turn` does; the largest `difference` of soft labels, and the `same` highest labels, a fraction.
+    """
+    cells = case.height, case.width
+    target = torch.randn(case.channels, *cells, device=case.device)
+    context = target + torch.randn(case.frames + 1, *target.shape, device=case.device)
+    labels = torch.randn(case.frames + 1, case.labels, *cells, device=case.device).softmax(1)
+    settings = case.topk, case.radius, case.temperature
+    kept = list(context.to(memory_format=torch.channels_last))  # as the model keeps them
+    procedures = {
+        'ours': lambda: propagate_labels(target, kept, labels, *settings).cpu(),
+        'published': lambda: masked_matrix(target, context, labels, *settings).cpu(),
+    }
+    few = context[:2, :2, :4, :4]
+    propagate_labels(few[0], few, few, 2, 1, 1.0), masked_matrix(few[0], few, few, 2, 1, 1.0)  # loads what is loaded
+    result, found = in_turn(procedures, case.device, case.repeat)
+    result['difference'] = float((found['ours'] - found['published']).abs().max())
+    result['same'] = float((found['ours'].argmax(0) == found['published'].argmax(0)).float().mean())
+    return result
+
+
+TITLES = (
+    *('cells', 'frames', 'channels', 'ms', 'published ms', 'ratio', 'MB', 'published MB'),
+    *('difference', 'same labels'),
+)
+
+
+def line(case: Case, found: Mapping[str, Any]) -> str:
+    """A case's line of the Markdown table."""
+    ours, theirs = found['ours'], found['published']
+    cells = [f'{case.height} x {case.width}', f'{case.frames} + 1', case.channels]
+    cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{found["ratio"]:.1f}']
+    cells += ['-' if each['memory'] is None else f'{each["memory"] / 1e6:.0f}' for each in (ours, theirs)]
+    return f'| {" | ".join(map(str, cells))} | {found["difference"]:.0e} | {found["same"]:.2%} |'
+
+
+def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """The case's results, and its line."""
+    case = Case(*args.cells, args.frames, args.channels, args.device, args.repeat)
+    found = in_subprocess(__file__, case)
+    yield {'case': asdict(case), 'measured': found}, line(case, found)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--case', help=argparse.SUPPRESS)
+    parser.add_argument('--cells', nargs=2, type=int, default=(60, 107), metavar=('HEIGHT', 'WIDTH'))
+    parser.add_argument('--frames', type=int, default=28, help='besides the first one')
+    parser.add_argument('--channels', type=int, default=640, help='of the maps')
+    parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
+    parser.add_argument('--device', default=default_device())
+    parser.add_argument('--json', type=Path, help='write the results there as well')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.case:
+        print(json.dumps(measure(Case(**json.loads(args.case)))))
+        return 0
+    print(f'label propagation; {machine(args.device)}\n\n{table_head(TITLES)}')
+    try:
+        print_rows(rows(args), args.json)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,45 @@
+"""Recompute the figures of an evaluation of semantic correspondence from its result file, without the model.
+
+    python tools/analysis/rescore.py work_dirs/dift/pck.json
+    python tools/analysis/rescore.py work_dirs/dift/pck.json --thresholds 0.02 0.2 --bases img
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffseg.evaluation.pck import BASES, THRESHOLDS, format_table, score
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('result', type=Path, help='what PCKMetric wrote as out_file')
+    parser.add_argument('--thresholds', nargs='+', type=float, default=THRESHOLDS, help='fractions of the base')
+    parser.add_argument('--bases', nargs='+', choices=BASES, default=BASES)
+    args = parser.parse_args(argv)
+
+    try:
+        result = json.loads(args.result.read_text())
+    except (OSError, ValueError) as error:
+        print(f'error: {args.result} cannot be read: {error}', file=sys.stderr)
+        return 2
+    if missing := {'protocol', 'predictions', 'figures'} - set(result):
+        print(f'error: {args.result} is not what PCKMetric writes; it has no {sorted(missing)}', file=sys.stderr)
+        return 2
+    print(json.dumps(result['protocol'], indent=1))
+    figures = score(result['predictions'], args.thresholds, args.bases)
+    print(format_table(figures, args.thresholds, args.bases))
+    different = [
+        f'{group} {name} is {value:.4f}, the file says {result["figures"][group][name]:.4f}'
+        for group, found in figures.items()
+        for name, value in found.items()
+        if abs(value - result['figures'][group].get(name, value)) > 1e-9
+    ]
+    print('\n'.join(different) or 'The figures in the file are those of its predictions.')
+    return 1 if different else 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""Match the keypoints of image pairs with every single activation of a model, and print each one's PCK.
+
+    python tools/analysis/score_layers.py sd21 data/SPair-71k --timestep 261 --size 768 --ensemble 8
+    python tools/analysis/score_layers.py demo/tiny-sd data/SPair-toy --timestep 0 50 100 200 --layers 'up-*' --seeds 3
+
+With several timesteps the first figures of an activation are those at its best one, and those at each one follow.
+
+The data are laid out as SPair-71k is; `tools/toy/make_data.py OUT --pairs N` draws a toy set.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.images import read_image
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
+from diffseg.evaluation import correct_keypoints, pck
+from diffseg.models.correspondence import match_points
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', help='preset, hub id, diffusers folder or checkpoint file')
+    parser.add_argument('data', type=Path, help='folder with JPEGImages, PairAnnotation and so on')
+    parser.add_argument('--split', default='test', choices=['trn', 'val', 'test'])
+    parser.add_argument('--layers', nargs='+', help='names, patterns and sets (default: all but attention maps)')
+    parser.add_argument('--timestep', type=int, nargs='+', default=[50], help='one or several (default: 50)')
+    parser.add_argument('--size', type=int, help='resize images to SIZE x SIZE (default: as they are)')
+    parser.add_argument('--prompt', default='')
+    parser.add_argument('--ensemble', type=int, default=1)
+    parser.add_argument('--seeds', type=int, default=1, help='draw the noise anew so often; figures are means')
+    parser.add_argument('--random', action='store_true', help='a UNet of the same architecture with random weights')
+    parser.add_argument('--best', type=int, default=10, help='how many of the best activations to print')
+    args = parser.parse_args(argv)
+    try:
+        score(args)
+    except (OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def score(args: argparse.Namespace) -> None:
+    available = sites(meta_unet(args.model))
+    extractor = DiffusionExtractor(
+        args.model,
+        expand(args.layers, available) if args.layers else [s.name for s in available.values() if s.kind != 'map'],
+        args.timestep,
+        prompt=args.prompt,
+        ensemble=args.ensemble,
+        random=['unet'] if args.random else [],
+    )
+    paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
+    if not paths:
+        raise FileNotFoundError(
+            f'no pairs in {args.data / "PairAnnotation" / args.split}; tools/toy/make_data.py draws some'
+        )
+    pairs = [json.loads(path.read_text()) for path in paths]
+    scores = {layer: [[] for _ in args.timestep] for layer in extractor.layers}  # (image, point) of every seed
+    for seed in range(args.seeds):
+        extractor.seed = seed
+        correct = {layer: [] for layer in extractor.layers}  # of every pair (T, N)
+        for pair in tqdm(pairs, desc=f'pairs, seed {seed}'):
+            for layer, hits in match_pair(extractor, args.data, pair, args.size).items():
+                correct[layer].append(hits)
+        for layer, by_timestep in scores.items():
+            for i, each in enumerate(by_timestep):
+                hits = [pair[i] for pair in correct[layer]]
+                each.append((pck(hits, 'image'), pck(hits, 'point')))
+    print(table(scores, args.timestep, args.best))
+
+
+@torch.no_grad()
+def match_pair(extractor: DiffusionExtractor, data: Path, pair: dict, size: int | None) -> dict[str, torch.Tensor]:
+    """For each activation, which keypoints are matched correctly at 0.1 of the target's box: bool (T, N)."""
+    found, shapes = [], []
+    for side in ('src', 'trg'):
+        path = data / 'JPEGImages' / pair['category'] / pair[f'{side}_imname']
+        image = read_image(path, size and (size, size))
+        found.append(extractor(image[None]))  # {layer: (1, T, C, h, w)}
+        width, height, _ = pair[f'{side}_imsize']
+        shapes.append((height, width))
+    points, truth = torch.tensor(pair['src_kps']), torch.tensor(pair['trg_kps'])
+    x1, y1, x2, y2 = pair['trg_bndbox']
+    return {
+        layer: torch.stack(
+            [
+                correct_keypoints(match_points(*maps, points, *shapes), truth, max(x2 - x1, y2 - y1))
+                for maps in zip(source[0], found[1][layer][0], strict=True)
+            ]
+        )
+        for layer, source in found[0].items()
+    }
+
+
+def table(scores: Mapping[str, Sequence[Sequence[tuple[float, float]]]], timesteps: Sequence[int], best: int) -> str:
+    """The best activations at their best timestep, and the image means at each.
+
+    Args:
+        scores: for each activation and timestep, (image, point) of every seed.
+        timesteps: T labels.
+        best: how many activations.
+    """
+    grid = {
+        layer: [statistics.mean(image for image, _ in seeds) for seeds in by_timestep]
+        for layer, by_timestep in scores.items()
+    }
+    several = len(timesteps) > 1
+    head = f'{"at t":>6} |' + ''.join(f'{t:>7}' for t in timesteps)
+    lines = [f'{"activation":40} {"PCK@0.1-bbox/image":>20} {"/point":>14} {head if several else ""}']
+    for layer in sorted(grid, key=lambda layer: max(grid[layer]), reverse=True)[:best]:
+        index = grid[layer].index(max(grid[layer]))
+        image, point = zip(*scores[layer][index], strict=True)
+        tail = f'{timesteps[index]:>6} |' + ''.join(f'{value:7.2f}' for value in grid[layer])
+        lines.append(f'{layer:40} {summary(image):>20} {summary(point):>14} {tail if several else ""}')
+    if several:
+        highest = ''.join(f'{max(column):7.2f}' for column in zip(*grid.values(), strict=True))
+        lines.append(f'{"best of all activations":40} {"":>42} |{highest}')
+    return '\n'.join(map(str.rstrip, lines))
+
+
+def summary(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of a sample; the mean alone of a single value."""
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""Draw the principal components of chosen layers as a grid: a row for each image, a column for each layer.
+
+    python tools/analysis/visualize.py a.jpg b.jpg --model sd15 --layers practical --timesteps 50 --out pca.png
+
+The components of a layer are those of all images together, so that a colour means the same in each of them;
+`--separate` takes every image for itself instead. With several timesteps each layer has a column for each of them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from diffseg.command_line import default_device
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.images import SUFFIXES, read_image
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import sites
+from diffseg.visualization import grid, pca_rgb, to_picture
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('images', nargs='+', type=Path, help='image files, or folders of them')
+    parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
+    parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
+    parser.add_argument('--timesteps', nargs='+', type=int, required=True)
+    parser.add_argument('--out', type=Path, required=True, help='the PNG to write')
+    parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
+    parser.add_argument('--prompt', default='')
+    parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    parser.add_argument('--device', default=default_device())
+    parser.add_argument('--cell', type=int, default=192, help='longer side of a picture in the grid, pixels')
+    parser.add_argument('--smooth', action='store_true', help='enlarge maps bilinearly instead of showing their cells')
+    parser.add_argument('--separate', action='store_true', help='components of each image for itself')
+    args = parser.parse_args(argv)
+    if args.size and len(args.size) > 2:
+        parser.error('--size takes one number or two')
+    args.size = tuple(args.size * 2)[:2] if args.size else None
+    return args
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Replace each folder by the images directly in it, sorted."""
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    paths = find_images(args.images)
+    images = [read_image(path, args.size) for path in paths]
+    layers = expand(args.layers, sites(meta_unet(args.model)))
+    extractor = DiffusionExtractor(
+        args.model,
+        layers,
+        args.timesteps,
+        prompt=args.prompt,
+        ensemble=args.ensemble,
+        seed=args.seed,
+        dtype=args.dtype,
+    ).to(args.device)
+    rows = [[to_picture(image)] for image in images]
+    with torch.inference_mode():
+        activations = [extractor(image[None].to(args.device)) for image in images]  # one by one: sizes may differ
+    columns = ['image']
+    for layer in layers:
+        for step, timestep in enumerate(args.timesteps):
+            maps = [each[layer][0, step] for each in activations]  # (C, h, w) of each image
+            pictures = [pca_rgb([one])[0] for one in maps] if args.separate else pca_rgb(maps)
+            for row, picture in zip(rows, pictures, strict=True):
+                row.append(picture)
+            columns.append(f'{layer} t={timestep}')
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, [path.name for path in paths], columns, args.cell, args.smooth).save(args.out, 'PNG')
+    print(f'{len(rows)} images x {len(columns) - 1} maps: {args.out}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""Generate images from prompts, and write the activations along the way beside them.
+
+    python tools/apply/generate.py sd15 --prompt 'a photo of a horse' 'a photo of a dog' --seed 0 1 --out generated \\
+        --layers dhf --timesteps 0 80 180 280 380 480 580 680 780 880 980
+
+`generated/a-photo-of-a-horse-0.png` is the image, and `generated/a-photo-of-a-horse-0.png.safetensors` holds a tensor
+(T, C, h, w) for each layer from the same DDIM trajectory, as those that `extract_features.py` makes of given images;
+with classifier-free guidance they are the conditional call's. `generated/config.json` says how the files were made, and
+a run with another configuration is refused there.
+
+Timesteps are those of the grid 0, 20, ..., 980 (with 50 steps). Diffusion Hyperfeatures takes the ones above; the same
+noise levels of a given image, by inversion, are called -1, 60, 160, ..., 960. Give both in the same order, and what was
+trained on given images can be applied to generated ones (`match.py --features generated`).
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from diffseg.command_line import default_device
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.images import decode
+from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import load_vae, meta_unet
+from diffseg.diffusion.sites import sites
+from diffseg.feature_files import DTYPES, check_configuration, write_features
+from diffseg.visualization import to_picture, to_pil
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', help='preset, hub id, diffusers folder or checkpoint file')
+    parser.add_argument('--prompt', nargs='+', default=[''])
+    parser.add_argument('--seed', nargs='+', type=int, default=[0], help='an image of each prompt for each')
+    parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
+    parser.add_argument('--timesteps', nargs='+', type=int, required=True)
+    parser.add_argument('--out', type=Path, required=True, help='folder')
+    parser.add_argument('--size', nargs='+', type=int, help="S x S or H x W pixels (default: the model's own)")
+    parser.add_argument(
+        '--guidance', type=float, help='scale of classifier-free guidance; 1 is none (default: 7.5, without prompts 1)'
+    )
+    parser.add_argument('--negative-prompt', default='')
+    parser.add_argument('--steps', type=int, default=50, help='DDIM steps')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
+    parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store activations in')
+    parser.add_argument('--device', default=default_device())
+    args = parser.parse_args(argv)
+    if args.size and len(args.size) > 2:
+        parser.error('--size takes one number or two')
+    args.size = tuple(args.size * 2)[:2] if args.size else None
+    return args
+
+
+def file_name(prompt: str, seed: int) -> str:
+    """The prompt's letters and digits, and the seed."""
+    return f'{re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:100] or "image"}-{seed}.png'
+
+
+def run(args: argparse.Namespace) -> None:
+    images = {file_name(prompt, seed): (prompt, seed) for prompt in args.prompt for seed in args.seed}
+    if len(images) < len(args.prompt) * len(args.seed):
+        raise ValueError(f'prompts or seeds would give files of the same name: {args.prompt}, {args.seed}')
+    unet = meta_unet(args.model)
+    guidance = {} if args.guidance is None else {'guidance': args.guidance}
+    extractor = DiffusionExtractor(
+        args.model,
+        expand(args.layers, sites(unet)),
+        args.timesteps,
+        trajectory={
+            'type': 'generation',
+            'steps': args.steps,
+            'negative_prompt': args.negative_prompt,
+            **guidance,
+        },
+        prompt=args.prompt,
+        dtype=args.dtype,
+    ).to(args.device)
+    vae = None if extractor.vae is None else load_vae(args.model, dtype=extractor.vae.dtype).to(args.device)
+    size = args.size or (unet.config.sample_size * extractor.parts.vae_scale_factor,) * 2
+    own = ('prompt', 'seed')  # each image has its own
+    configuration = {key: value for key, value in extractor.fingerprint.items() if key not in own}
+    configuration |= {'size': size, 'save_dtype': args.save_dtype}
+    check_configuration(args.out, configuration)
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+    for name, (prompt, seed) in tqdm(images.items(), unit='image', disable=None):
+        extractor.seed = seed
+        with torch.inference_mode():
+            activations, latent = extractor.generate(size, prompt)
+            image = decode(vae, latent)[0]
+        stored = {
+            layer: x[0].to('cpu', DTYPES[args.save_dtype]).contiguous()  # (T, C, h, w)
+            for layer, x in activations.items()
+        }
+        if not all(x.isfinite().all() for x in stored.values()):
+            raise ValueError(f'activations do not fit {args.save_dtype}; store them with --save-dtype float32')
+        to_pil(to_picture(image)).save(args.out / name)
+        metadata = {
+            'source': name,
+            'prompt': prompt,
+            'seed': str(seed),
+            'timesteps': json.dumps(args.timesteps),
+            'configuration': digest,
+            'input_size': 'x'.join(map(str, size)),
+        }
+        write_features(args.out / f'{name}.safetensors', stored, metadata)
+        print(args.out / name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""Find in one image what lies at given points of another, and draw it.
+
+    python tools/apply/match.py a.jpg b.jpg --points 120,80 33,200 --out matches.png --heatmap similarity.png \\
+        --model sd21 --layers dift --timesteps 261 --size 768
+    python tools/apply/match.py a.jpg b.jpg --points points.csv --out matches.png --config CONFIG --checkpoint PTH
+
+The first form compares activations of a diffusion model, those of several layers and timesteps concatenated; the second
+uses what was trained, and prepares images as its config does for tests. Points are (x, y) in pixels of the image file:
+on the command line, or in a file, a line for each (or JSON or .npy). The matches are printed as CSV or JSON, with their
+cosine similarity. The picture of `--heatmap` has a row for each point: the source, and its similarity with every pixel
+of the target, from the lowest (dark, its value in brackets) to the highest.
+
+With `--features FOLDER` the activations of an image NAME are read from FOLDER/NAME.safetensors, if there is such a
+file, instead of being computed: `generate.py` writes them for the images that it generates, `extract_features.py` for
+others. Of the timesteps in a file the wanted ones are taken; or if it has others, but as many, these in their order. So
+a model that was trained on inverted images can match generated ones:
+
+    python tools/apply/match.py generated/a-0.png generated/b-0.png --features generated --config CONFIG ...
+"""
+
+import argparse
+import csv
+import json
+import pickle
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
+from diffseg.apis import descriptors_of, load_matcher, prepare_pair
+from diffseg.command_line import add_model_arguments, check_model_arguments
+from diffseg.diffusion.images import read_image
+from diffseg.keypoints import read_keypoints
+from diffseg.models.correspondence import UpsampledSimilarity, descriptors_at
+from diffseg.visualization import grid, heat_map, match_lines, overlay, to_picture
+
+COLUMNS = 'source_x', 'source_y', 'target_x', 'target_y', 'similarity'
+MARK = (0.0, 1.0, 0.0)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', type=Path)
+    parser.add_argument('target', type=Path)
+    parser.add_argument('--points', nargs='+', required=True, metavar='X,Y', help='in the source, or a file of them')
+    add_model_arguments(parser)
+    parser.add_argument('--features', type=Path, metavar='FOLDER', help='activations to read instead of computing them')
+    parser.add_argument('--out', type=Path, required=True, metavar='PNG', help='the picture of both images and lines')
+    parser.add_argument('--heatmap', type=Path, metavar='PNG', help='the picture of similarities')
+    parser.add_argument('--format', choices=('csv', 'json'), default='csv', help='of what is printed')
+    args = parser.parse_args(argv)
+    check_model_arguments(parser, args)
+    return args
+
+
+def read_points(given: Sequence[str]) -> np.ndarray:
+    """Points as they are given, or from a file, with shape (N, 2), float32.
+
+    Raises:
+        ValueError: something is not a pair of numbers.
+    """
+    if len(given) == 1 and ',' not in given[0]:
+        return read_keypoints(given[0])
+    try:
+        points = np.array([text.split(',') for text in given], dtype=np.float32)
+    except ValueError:
+        points = np.empty(0)
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+        raise ValueError(f'{" ".join(given)} are not points; give X,Y X,Y ..., or a file with a line X,Y for each')
+    return points
+
+
+def marked(picture: Tensor, point: Sequence[float]) -> Tensor:
+    """A picture with a ring of MARK's colour around a point."""
+    rows, columns = (torch.arange(side, dtype=torch.float) for side in picture.shape[1:])
+    radius = max(2.0, max(picture.shape[1:]) / 40)
+    distance = torch.hypot(columns - point[0], (rows - point[1])[:, None])
+    ring = (distance - radius).abs() <= max(0.5, radius / 4)
+    return picture.where(~ring, torch.tensor(MARK)[:, None, None])
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> None:
+    paths = args.source, args.target
+    points = read_points(args.points)
+    pictures = [to_picture(read_image(path)) for path in paths]
+    model, pipeline = load_matcher(args)
+    model.to(args.device).eval()
+    data = model.data_preprocessor(prepare_pair(paths, points, pipeline, args.category))
+    (sample,) = data['data_samples']
+    maps = [descriptors_of(model, data['inputs'][f'image{view}'][0], sample, view, args.features) for view in (0, 1)]
+    matches = model.match(*maps, sample)  # (N, 2)
+
+    queries = descriptors_at(maps[0], sample.keypoints0.round(), sample.ori_shape0)  # (N, C)
+    rows, names, table = [], [], []
+    for point, match, query in zip(points.tolist(), matches.tolist(), queries, strict=True):
+        similarity = UpsampledSimilarity.of(query[None], maps[1], sample.ori_shape1)
+        values = similarity.rows(0, sample.ori_shape1[0])[0].cpu()  # (H, W)
+        x, y = (min(max(round(c), 0), side - 1) for c, side in zip(match, sample.ori_shape1[::-1], strict=True))
+        table.append([round(value, 4) for value in (*point, *match, values[y, x].item())])
+        if args.heatmap is not None:
+            warm = overlay(pictures[1], heat_map(values), alpha=0.7)
+            rows.append([marked(pictures[0], point), marked(warm, match)])
+            names.append(f'{point[0]:g}, {point[1]:g} ({values.min():.2f} to {values.max():.2f})')
+
+    for path in (args.out, args.heatmap):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    match_lines(tuple(pictures), (torch.from_numpy(points), matches.float())).save(args.out, 'PNG')
+    if args.heatmap is not None:
+        grid(rows, names, [path.name for path in paths], cell=256, smooth=True).save(args.heatmap, 'PNG')
+    if args.format == 'json':
+        print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in table], indent=1))
+    else:
+        csv.writer(sys.stdout, lineterminator='\n').writerows([COLUMNS, *table])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (OSError, ValueError, FloatingPointError, SafetensorError, pickle.UnpicklingError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,269 @@
+"""Keep the pairs of layer and timestep to which an AggregationNeck has learned to give the most weight.
+
+    python tools/convert/prune.py CONFIG CHECKPOINT --keep 3 --out work_dirs/pruned
+
+From a trained model of a DiffusionBackbone and an AggregationNeck, of whatever kind, this makes a config and a
+checkpoint. The backbone of the new config reads the layers and timesteps that are left; where these are not all
+combined, the neck's option `kept` says which pairs are mixed. Levels keep their sizes. The checkpoint has the
+bottlenecks of the layers that are left, and the mixing weights of the pairs that are left, renormalised; all else is as
+it was. So the model can be tested at once, or trained further with `load_from`.
+
+What is printed: of each level the share of the weight that is kept, and how many floating-point operations the backbone
+and the neck take for an image, before and after (counted on the meta device, as `benchmark.py --count-only` does).
+"""
+
+import argparse
+import json
+import pickle
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
+from diffseg.benchmarking import executed, placeholder_conditioning
+from diffseg.command_line import parse_size
+from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.sites import resolve
+from diffseg.inspection import aggregation_necks, available_sites
+from diffseg.models.necks import AggregationNeck
+
+Pair = tuple[int, int]  # indices of a timestep and of a layer of its level
+# options of the backbone that change weights, but not how many operations there are, or hardly
+WEIGHTS = ('cache', 'conditioner', 'frozen', 'lora', 'lora_weights', 'textual_inversion', 'trainable', 'unet_weights')
+
+
+def find_neck(model: Mapping[str, Any]) -> str:
+    """The name, in the model, of the AggregationNeck right behind a DiffusionBackbone.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+    backbone = model.get('backbone', {})
+    if backbone.get('type') != 'DiffusionBackbone':
+        raise ValueError(f'only a DiffusionBackbone can be pruned; the backbone of the model is {backbone.get("type")}')
+    if own := [layer for layer in backbone['layers'] if '@' in layer]:
+        raise ValueError(f'layers with timesteps of their own cannot be pruned: {", ".join(own)}')
+    names = [name for name, _ in aggregation_necks(model) if name in ('neck', 'neck.necks.0')]
+    if not names:
+        raise ValueError('the model has no AggregationNeck right behind its backbone')
+    return names[0]
+
+
+def choose(weights: Sequence[Tensor], keep: int, overall: bool = False) -> list[list[Pair]]:
+    """The pairs of the largest weights, of each level in order of timesteps, and of layers within a timestep.
+
+    Args:
+        weights: of each level, with shape (T, L); zero where there is no pair.
+        keep: how many pairs to keep.
+        overall: of all levels together, among them the best one of each; or else of every level.
+
+    Raises:
+        ValueError: there are fewer pairs, or fewer are to be kept than there are levels.
+    """
+    ranked = []  # of each level (weight, (timestep, layer)), the best first
+    for table in weights:
+        pairs = [(value, (t, i)) for t, row in enumerate(table.tolist()) for i, value in enumerate(row) if value > 0]
+        ranked.append(sorted(pairs, key=lambda pair: -pair[0]))
+    fewest, most = (len(ranked), sum(map(len, ranked))) if overall else (1, min(map(len, ranked)))
+    if not fewest <= keep <= most:
+        where = f'{len(ranked)} levels together' if overall else 'the smallest level'
+        raise ValueError(f'cannot keep {keep} pairs: {where} can have {fewest} to {most}')
+    if not overall:
+        return [sorted(pair for _, pair in pairs[:keep]) for pairs in ranked]
+    rest = [(value, level, pair) for level, pairs in enumerate(ranked) for value, pair in pairs[1:]]
+    kept = [[pairs[0][1]] for pairs in ranked]
+    for _, level, pair in sorted(rest, key=lambda entry: -entry[0])[: keep - len(ranked)]:
+        kept[level].append(pair)
+    return [sorted(pairs) for pairs in kept]
+
+
+def prune_backbone(backbone: Mapping[str, Any], layers: Sequence[int], steps: Sequence[int]) -> dict[str, Any]:
+    """The config of a backbone that reads only these of its layers and timesteps."""
+    backbone = dict(backbone)
+    for key, indices in (('layers', layers), ('channels', layers), ('timesteps', steps)):
+        if backbone.get(key) is not None:
+            backbone[key] = [backbone[key][i] for i in indices]
+    return backbone
+
+
+def prune_neck(
+    neck: Mapping[str, Any], pairs: Sequence[Sequence[Pair]], strides: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """The config of a neck that mixes only these pairs of each level, and gets no layer or timestep in vain.
+
+    Args:
+        neck: config of the one before.
+        pairs: of each level.
+        strides: of the maps of each level before.
+    """
+    neck = dict(neck)
+    steps = used(0, chain(*pairs))
+    for key in ('levels', 'layer_names'):
+        if neck.get(key) is not None:
+            neck[key] = [[level[i] for i in used(1, kept)] for level, kept in zip(neck[key], pairs, strict=True)]
+    if neck.get('timestep_names') is not None:
+        neck['timestep_names'] = [neck['timestep_names'][t] for t in steps]
+    neck['timesteps'] = len(steps)
+    neck['kept'] = [[[steps.index(t) for t, i in kept if i == layer] for layer in used(1, kept)] for kept in pairs]
+    if all(len(indices) == len(steps) for indices in chain(*neck['kept'])):
+        del neck['kept']
+    if not neck.get('output_sizes'):
+        factors = neck.get('enlarge') or [1] * len(pairs)
+        neck['enlarge'] = [
+            factor * min(level[i] for i in used(1, kept)) // min(level)
+            for factor, level, kept in zip(factors, strides, pairs, strict=True)
+        ]
+        if set(neck['enlarge']) == {1}:
+            del neck['enlarge']
+    return neck
+
+
+def used(position: int, pairs: Iterable[Pair]) -> list[int]:
+    """The timesteps (position 0) or layers (position 1) in some pairs."""
+    return sorted({pair[position] for pair in pairs})
+
+
+def prune_neck_weights(
+    old: AggregationNeck, new: AggregationNeck, pairs: Sequence[Sequence[Pair]]
+) -> dict[str, Tensor]:
+    """The state of the new neck, from that of the old one."""
+    for source, target, kept in zip(old.levels, new.levels, pairs, strict=True):
+        order = [tuple(pair) for pair in source.held.nonzero().tolist()]
+        target.mixing_weights.data = source.mixing_weights.data[[order.index(pair) for pair in kept]]
+        for bottleneck, layer in zip(target.bottleneck_layers, used(1, kept), strict=True):
+            bottleneck.load_state_dict(source.bottleneck_layers[layer].state_dict())
+    return new.state_dict()
+
+
+def prune_backbone_weights(
+    state: Mapping[str, Tensor], backbone: Mapping[str, Any], layers: Sequence[int], steps: Sequence[int]
+) -> dict[str, Tensor]:
+    """What a checkpoint holds of a backbone: its fingerprint, and what of it is trained and still needed."""
+    fingerprint = json.loads(bytes(state['_extra_state'].tolist()))
+    fingerprint['layers'] = [fingerprint['layers'][i] for i in layers]
+    fingerprint['timesteps'] = [fingerprint['timesteps'][t] for t in steps]
+    told = torch.tensor(list(json.dumps(fingerprint).encode()), dtype=torch.uint8)
+    trained = {name: tensor for name, tensor in state.items() if name != '_extra_state'}
+    if trained:  # which of it is still needed is known to the backbone alone
+        needed = MODELS.build(dict(backbone)).state_dict()
+        trained = {name: tensor for name, tensor in trained.items() if name in needed}
+    return {'_extra_state': told, **trained}
+
+
+def operations(backbone: Mapping[str, Any], neck: Mapping[str, Any], size: tuple[int, int]) -> int:
+    """Floating-point operations for one image of `size` (height, width), without weights."""
+    options = {key: value for key, value in backbone.items() if key not in WEIGHTS}
+    unet = meta_unet(backbone['model'], revision=backbone.get('revision'), config=backbone.get('config'))
+    options |= {'random': ['unet', 'vae'], 'prompt': placeholder_conditioning(unet)}
+    with torch.device('meta'):
+        network = nn.Sequential(MODELS.build(options), MODELS.build(dict(neck)))
+    images = torch.empty(1, 3, *size, device='meta')
+    with torch.no_grad():
+        return executed(lambda: network(images))
+
+
+def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Of a model's state that of the part with this name."""
+    prefix = f'{name}.'
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_neck(config: Mapping[str, Any], state: Mapping[str, Tensor], layers: int) -> AggregationNeck:
+    """The trained neck behind a backbone of some layers."""
+    neck = MODELS.build(dict(config))
+    if (maps := sum(map(len, neck.channels))) != layers:
+        raise ValueError(
+            f'the neck mixes {maps} maps, and the backbone has {layers} layers; maps of aggregated attention cannot be '
+            f'pruned'
+        )
+    try:
+        neck.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f'the checkpoint does not fit the config: {error}') from error
+    return neck
+
+
+def run(args: argparse.Namespace) -> None:
+    init_default_scope('mmseg')
+    cfg = Config.fromfile(args.config)
+    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu', logger='silent')
+    state = checkpoint.get('state_dict', checkpoint)
+    name = find_neck(cfg.model)
+    configs = {'backbone': dict(cfg.model.backbone), name: dict(aggregation_necks(cfg.model))[name]}
+    all_layers, all_steps = (configs['backbone'][key] for key in ('layers', 'timesteps'))
+    neck = load_neck(configs[name], part_of(state, name), len(all_layers))
+    available, trained_size = available_sites(configs['backbone']['model'], configs['backbone'].get('revision'))
+
+    tables = [table.weights for table in neck.mixing_weights()]
+    pairs = choose(tables, args.keep, args.overall)
+    places = iter(range(len(all_layers)))
+    places = [[next(places) for _ in level] for level in neck.channels]  # of each level's layers among the backbone's
+    layers = [level[i] for level, kept in zip(places, pairs, strict=True) for i in used(1, kept)]
+    steps = used(0, chain(*pairs))
+    sites = [available[layer] for layer in resolve(all_layers, available)]
+    strides = [[sites[place].stride for place in level] for level in places]
+
+    backbone = prune_backbone(configs['backbone'], layers, steps)
+    pruned_configs = {'backbone': backbone, name: prune_neck(configs[name], pairs, strides)}
+    pruned_neck = MODELS.build(pruned_configs[name])
+    parts = {
+        'backbone': prune_backbone_weights(part_of(state, 'backbone'), backbone, layers, steps),
+        name: prune_neck_weights(neck, pruned_neck, pairs),
+    }
+    pruned = {key: value for key, value in state.items() if not key.startswith(tuple(f'{part}.' for part in parts))}
+    pruned |= {f'{part}.{key}': value for part, found in parts.items() for key, value in found.items()}
+    for variable in ('layers', 'levels', 'timesteps'):  # from which the model was written, and which it no longer has
+        cfg.pop(variable, None)
+    cfg.model.backbone = backbone
+    if name == 'neck':
+        cfg.model.neck = pruned_configs[name]
+    else:
+        cfg.model.neck.necks[0] = pruned_configs[name]
+
+    for level, (table, kept) in enumerate(zip(tables, pairs, strict=True)):
+        share = sum(table[pair].item() for pair in kept)
+        print(f'level {level}: {len(kept)} of {int((table > 0).sum())} pairs, with {share:.1%} of the weight')
+    for table in pruned_neck.mixing_weights():
+        print(table)
+    print(f'{len(all_layers)} layers -> {len(layers)}, {len(all_steps)} timesteps -> {len(steps)}')
+    size = args.size or trained_size
+    before, after = (operations(each['backbone'], each[name], size) for each in (configs, pruned_configs))
+    print(
+        f'backbone and neck at {size[0]} x {size[1]} pixels: {before / 1e9:.4g} GFLOP -> {after / 1e9:.4g} GFLOP '
+        f'({after / before:.1%})'
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f'{Path(args.config).stem}-keep{args.keep}'
+    cfg.dump(f'{stem}.py')
+    torch.save({'meta': {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}, 'state_dict': pruned}, f'{stem}.pth')
+    print(f'{stem}.py\n{stem}.pth')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--keep', type=int, required=True, metavar='K', help='pairs of every level')
+    parser.add_argument('--overall', action='store_true', help='K pairs of all levels together, one or more of each')
+    parser.add_argument('--out', type=Path, required=True, help='folder to write config and checkpoint to')
+    parser.add_argument('--size', type=parse_size, metavar='H[xW]', help="of the image (default: the model's own)")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
