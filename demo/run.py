@@ -17,13 +17,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 import diffseg  # noqa: F401  registers its parts
+from diffseg.datasets.toy import PALETTE, SPECIES
 from diffseg.diffusion.images import read_image
 from diffseg.visualization import colour_labels, grid, mixing_figure, pca_rgb, to_picture
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools/toy'))
-from quadrupeds import PALETTE, SPECIES  # noqa: E402
-
 CONFIG = ROOT / 'configs/scarce/tiny-sd-t50+150+300_agg-fcn_1xb8-300_toy-64x64.py'
 
 

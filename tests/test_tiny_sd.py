@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from quadrupeds import SPECIES, draw_sample
+from quadrupeds import draw_sample
 
+from diffseg.datasets.toy import SPECIES
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.sites import sites

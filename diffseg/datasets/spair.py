@@ -168,8 +168,8 @@ class ToyPairDataset(SPairDataset):
 
     `tools/toy/make_data.py OUT --pairs N --across N` draws them into OUT/SPair-toy and OUT/SPair-toy-across. The
     categories are the species, across them "SOURCE_TARGET", e.g. "horse_giraffe". All animals are seen from the side
-    and have the same fourteen keypoints, whose names (`KEYPOINTS` in `tools/toy/quadrupeds.py`) speak of near and
-    far, not of left and right: mirroring exchanges none.
+    and have the same fourteen keypoints, whose names (`diffseg.datasets.toy.KEYPOINTS`) speak of near and far,
+    not of left and right: mirroring exchanges none.
     """
 
     METAINFO: ClassVar[dict] = {

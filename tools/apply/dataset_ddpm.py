@@ -40,6 +40,7 @@ from diffseg.datasets.scarce import find_pictures
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode, read_image
 from diffseg.diffusion.loading import load_vae, meta_unet
+from diffseg.diffusion.sites import sites
 from diffseg.feature_files import check_configuration
 from diffseg.models.decode_heads.pixel_classifier import js_uncertainty, most_uncertain, vote
 from diffseg.visualization import colour_labels, grid, to_picture, to_pil

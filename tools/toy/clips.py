@@ -9,18 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from quadrupeds import (
-    KEYPOINTS,
-    SPECIES,
-    SUPERSAMPLING,
-    Pose,
-    draw_pose,
-    paint_background,
-    paint_coat,
-    paint_eye,
-    paint_limbs,
-    skeleton,
-)
+from quadrupeds import SUPERSAMPLING, Pose, draw_pose, paint_background, paint_coat, paint_eye, paint_limbs, skeleton
+
+from diffseg.datasets.toy import KEYPOINTS, SPECIES
 
 SPRITE_EXTENT = 4.0  # of the square that an animal is painted in, in units of its torso's length; the hip in its middle
 PANORAMA = 1.5  # side of the square background over the longer side of a frame

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from quadrupeds import SPECIES, ToySample, draw_harness, draw_sample
+from quadrupeds import ToySample, draw_harness, draw_sample
 from tqdm import tqdm
+
+from diffseg.datasets.toy import SPECIES
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
 PART_SPLITS = {'train': 0, 'test': 1_000_000}

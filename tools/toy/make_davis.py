@@ -4,7 +4,7 @@
     python tools/toy/make_davis.py OUT --jhmdb          writes OUT/JHMDB-toy
 
 JHMDB annotates fifteen joints of one person. The toy set has one animal in each clip, and as its joints the fourteen
-keypoints in the order of `quadrupeds.KEYPOINTS`, then the middle of the torso, between back and belly; all in
+keypoints in the order of `diffseg.datasets.toy.KEYPOINTS`, then the middle of the torso, between back and belly; all in
 every frame, hidden or not.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from clips import ToyClip, draw_clip
 from PIL import Image
-from quadrupeds import KEYPOINTS
 from scipy.io import savemat
 from tqdm import tqdm
 
+from diffseg.datasets.toy import KEYPOINTS
 from diffseg.masks import write_mask
 
 # First clip number of every split: disjoint ranges, so that no clip is in two of them.

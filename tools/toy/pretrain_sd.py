@@ -22,9 +22,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
-from quadrupeds import SPECIES, draw_sample
+from quadrupeds import draw_sample
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffseg.datasets.toy import SPECIES
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

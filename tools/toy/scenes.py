@@ -9,7 +9,9 @@ import math
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw
-from quadrupeds import SPECIES, draw_pose, paint_background, paint_coat, paint_eye, paint_limbs, skeleton
+from quadrupeds import draw_pose, paint_background, paint_coat, paint_eye, paint_limbs, skeleton
+
+from diffseg.datasets.toy import SPECIES
 
 SAMPLING = 2  # pixels of the scene per pixel of its first view
 EXTENT = 2  # of the scene over that of its first view

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 from clips import draw_clip
-from quadrupeds import KEYPOINTS, SPECIES, draw_sample
+from quadrupeds import draw_sample
+
+from diffseg.datasets.toy import KEYPOINTS, SPECIES
 
 
 @pytest.fixture(scope='module')

@@ -8,9 +8,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS
 from PIL import Image
-from quadrupeds import SPECIES
 
 import diffseg  # noqa: F401
+from diffseg.datasets.toy import SPECIES
 
 
 def digest(folder):

@@ -2,9 +2,9 @@ import hashlib
 
 import numpy as np
 import pytest
-from quadrupeds import KEYPOINTS
 
 from diffseg.datasets import DAVISDataset, JHMDBDataset, LoadVideo
+from diffseg.datasets.toy import KEYPOINTS
 from diffseg.masks import read_mask
 
 SMALL = ['--frames', '3', '--size', '32', '48', '--train', '1', '--val', '2']

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
-from quadrupeds import KEYPOINTS, PARTS, SPECIES, draw_sample
+from quadrupeds import draw_sample
+
+from diffseg.datasets.toy import KEYPOINTS, PARTS, SPECIES
 
 
 @pytest.mark.parametrize('species', SPECIES)
