@@ -1,6 +1,6 @@
 # the segmentor of DatasetDDPM (arXiv 2112.03126, section 4), trained on generated images that
-# tools/apply/dataset_ddpm.py labelled; the checkpoint is chosen on the real training pictures. The published backbone has
-# weights from ImageNet, which are downloaded with
+# tools/apply/dataset_ddpm.py labelled; the checkpoint is chosen on the real training pictures. The published backbone
+# has weights from ImageNet, which are downloaded with
 # --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=torchvision://resnet101
 # What is left to differ is the order of layers behind the pyramid: torchvision projects it by a 1 x 1 convolution,
 # drops out and convolves by 3 x 3, mmseg's ASPPHead projects by 3 x 3 and drops out.

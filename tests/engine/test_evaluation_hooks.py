@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, IterTimerHook
 
-from diffseg.evaluation import PCKMetric, ResultFileHook, ScarceIoUMetric, SelectionGuardHook
+from diffseg.engine import ResultFileHook, SelectionGuardHook
+from diffseg.evaluation import PCKMetric, ScarceIoUMetric
 
 SAVE_BEST = CheckpointHook(save_best='PCK@0.1-bbox/point', rule='greater')
 STOP = EarlyStoppingHook('PCK@0.1-bbox/point', rule='greater')

@@ -8,8 +8,8 @@ import videos
 from PIL import Image
 
 from diffseg.datasets import DAVISDataset, JHMDBDataset, LoadVideo
+from diffseg.engine import VideoResultHook
 from diffseg.engine.hooks.video_results import draw_joints, write_video
-from diffseg.evaluation import VideoResultHook
 from diffseg.masks import davis_palette, read_mask
 
 

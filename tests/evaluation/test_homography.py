@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffseg.evaluation import HomographyMetric, ResultFileHook, corner_error, estimate_homography
+from diffseg.engine import ResultFileHook
+from diffseg.evaluation import HomographyMetric, corner_error, estimate_homography
 from diffseg.evaluation.homography import METHODS, transform
 from diffseg.structures import HomographySample
 
