@@ -14,14 +14,13 @@ from mmseg.structures import SegDataSample
 from simulated_device import DEVICE, SimulatedTensor, simulated_device
 
 from diffseg.datasets import DAVISDataset, JHMDBDataset, LoadVideo
+from diffseg.engine import ResumableTestHook, VideoResultHook
 from diffseg.evaluation import (
     DAVISMetric,
     HomographyMetric,
     JHMDBMetric,
     PCKMetric,
-    ResumableTestHook,
     ScarceIoUMetric,
-    VideoResultHook,
 )
 from diffseg.structures import HomographySample, PairSample, VideoSample
 from diffseg.visualization import colour_labels, grid, heat_map, match_lines, mixing_figure, outline, overlay, pca_rgb
