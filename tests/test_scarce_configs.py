@@ -37,15 +37,17 @@ TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 23
+    assert len(CONFIGS) == 24
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_what_its_name_says(path):
     cfg, name = Config.fromfile(path), NAME.fullmatch(path.stem)
-    category = name['dataset'].replace('-', '_')
-    for split, loader in (('train', cfg.train_dataloader), ('test', cfg.test_dataloader)):
-        assert (loader.dataset.category, loader.dataset.split) == (category, f'real/{split}')
+    generated = name['dataset'].startswith('dataset-ddpm-')
+    category = name['dataset'].removeprefix('dataset-ddpm-').replace('-', '_')
+    splits = ['ddpm' if generated else 'real/train', 'real/test']
+    for split, loader in zip(splits, (cfg.train_dataloader, cfg.test_dataloader), strict=True):
+        assert (loader.dataset.category, loader.dataset.split) == (category, split)
         assert loader.dataset.data_root == f'data/{category}'
         assert (loader.sampler.type, loader.sampler.shuffle) == ('DefaultSampler', False)
     assert cfg.model.decode_head.num_classes == len(DATASETS.get('ScarceDataset').CATEGORIES[category]['classes'])

@@ -5,11 +5,21 @@
         --out data/horse_21/generated
     python tools/train.py configs/scarce/deeplabv3-r101_1xb8-20e_dataset-ddpm-horse-21-256x256.py
 
-The config's own diffusion model, with its weights and dtype, generates images (DDIM), the ensemble of pixel classifiers
-of the checkpoint labels them from the activations that it reads of them as of any image, and of all images a tenth is
-left out: the 30 whose labels are most certain, which show next to nothing, and those that are most uncertain. An
-image's uncertainty is the mean of the Jensen-Shannon divergence between the classifiers over the tenth of its pixels
-where it is largest. OUT then holds
+The published row trains the classifiers on the folder `ddpm` and samples as the model was trained (8 GPUs with batches
+of 100 in the released code):
+
+    P=ddpm-lsun-horse-t50+150+250_pixel-classifier_1xb64-100e_dataset-ddpm-horse-21-256x256
+    python tools/train.py configs/scarce/$P.py
+    python tools/apply/dataset_ddpm.py configs/scarce/$P.py work_dirs/$P/CHECKPOINT --count 50000 --sampler ancestral \\
+        --steps 1000 --batch-size 100 --out data/horse_21/generated
+    python tools/train.py configs/scarce/deeplabv3-r101_1xb8-20e_dataset-ddpm-horse-21-256x256.py --cfg-options \\
+        model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=torchvision://resnet101
+
+The config's own diffusion model, with its weights and dtype, generates images (by DDIM unless told otherwise), the
+ensemble of pixel classifiers of the checkpoint labels them from the activations that it reads of them as of any image,
+and of all images a tenth is left out: the 30 whose labels are most certain, which show next to nothing, and those that
+are most uncertain. An image's uncertainty is the mean of the Jensen-Shannon divergence between the classifiers over
+the tenth of its pixels where it is largest. OUT then holds
 
     all/NAME.png        generated images; those that are there are not generated again
     kept/NAME.{png,npy} the data set, in the layout of `ScarceDataset`: `split='generated/kept'`
@@ -27,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from mmengine.config import Config, DictAction
 from mmengine.dataset import Compose
 from mmengine.device import get_device
@@ -59,7 +70,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--images', type=Path, help='label the images of this folder instead of generating some')
     parser.add_argument('--count', type=int, default=1000, help='images to generate (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of the first image; the next ones count on from it')
-    parser.add_argument('--steps', type=int, default=50, help='DDIM steps (default: %(default)s)')
+    parser.add_argument(
+        '--sampler',
+        choices=('ddim', 'ancestral'),
+        default='ddim',
+        help="'ancestral' draws from a model of pixel space as it was trained, with the variance that it learned, and "
+        'takes 1000 steps as published (default: %(default)s)',
+    )
+    parser.add_argument('--steps', type=int, default=50, help='of the sampler (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=1, help='images at once, with --sampler ancestral')
     parser.add_argument('--prompt', nargs='+', default=[''], help='prompts that the images take in turn')
     parser.add_argument('--guidance', type=float, help='classifier-free guidance (default: 7.5, without prompts 1)')
     parser.add_argument('--size', type=int, help="side of the images in pixels (default: the model's own)")
@@ -136,20 +155,54 @@ def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
     folder = args.out / 'all'
     folder.mkdir(parents=True, exist_ok=True)
     own = ('seed',)  # each image has its own
-    check_configuration(folder, {k: v for k, v in extractor.fingerprint.items() if k not in own} | {'size': side})
-    paths = []
-    for seed in tqdm(range(args.seed, args.seed + args.count), desc='generating', unit='image', disable=None):
-        paths.append(folder / f'{seed:06d}.png')
-        if paths[-1].exists():
-            continue
-        extractor.seed = seed
-        with torch.inference_mode():
-            _, latent = extractor.generate((side, side), args.prompt[seed % len(args.prompt)])
-            image = to_pil(to_picture(decode(vae, latent)[0]))
-        partial = paths[-1].with_suffix('.partial')
-        image.save(partial, 'PNG')
-        partial.replace(paths[-1])
-    return paths
+    settings = {'size': side, 'sampler': args.sampler}
+    check_configuration(folder, {k: v for k, v in extractor.fingerprint.items() if k not in own} | settings)
+    paths = {seed: folder / f'{seed:06d}.png' for seed in range(args.seed, args.seed + args.count)}
+    missing = [seed for seed, path in paths.items() if not path.exists()]
+    pipeline = ancestral_pipeline(extractor, side) if args.sampler == 'ancestral' else None
+    with tqdm(total=len(missing), desc='generating', unit='image', disable=None) as progress:
+        for seeds in batched(missing, args.batch_size if pipeline else 1):
+            if pipeline is None:
+                (extractor.seed,) = seeds
+                with torch.inference_mode():
+                    _, latent = extractor.generate((side, side), args.prompt[seeds[0] % len(args.prompt)])
+                    images = [to_pil(to_picture(decode(vae, latent)[0]))]
+            else:
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                images = pipeline(len(seeds), generators, num_inference_steps=args.steps).images
+            for seed, image in zip(seeds, images, strict=True):
+                partial = paths[seed].with_suffix('.partial')
+                image.save(partial, 'PNG')
+                partial.replace(paths[seed])
+            progress.update(len(seeds))
+    return list(paths.values())
+
+
+def batched(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Runs of as many items, the last one shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def ancestral_pipeline(extractor: DiffusionExtractor, side: int) -> DDPMPipeline:
+    """Ancestral sampling (DDPM, algorithm 2) with predictions clipped to [-1, 1], as guided-diffusion does.
+
+    Raises:
+        ValueError: the model is none of pixel space, or has another size.
+    """
+    unet = extractor.unet
+    if extractor.vae is not None:
+        raise ValueError('--sampler ancestral is for models of pixel space; leave it out for this one')
+    if side != unet.config.sample_size:
+        raise ValueError(f'--size is {side}; --sampler ancestral draws images of {unet.config.sample_size} pixels')
+    learned = unet.config.out_channels > unet.config.in_channels
+    scheduler = DDPMScheduler.from_config(
+        extractor.parts.scheduler_config,
+        variance_type='learned_range' if learned else 'fixed_small',
+        clip_sample=True,
+    )
+    pipeline = DDPMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @torch.inference_mode()
