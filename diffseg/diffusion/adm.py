@@ -54,7 +54,8 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
         state: guided-diffusion's state dict.
         settings: Its flags, as far as they are known, by name. Of what the weights do not tell, `num_head_channels`
             (64), `image_size` (that which has 8 x 8 cells on the coarsest level) and `dropout` (0) are taken from
-            them. Flags of what the weights tell must agree with these, and flags of no influence are passed over.
+            them. Flags of what the weights tell must agree with these, and flags of no influence are passed over, as
+            are strides and resolutions of attention that the network does not have.
 
     Raises:
         ValueError: Another kind of checkpoint, a network that depends on classes or on a second image, or settings that
@@ -101,8 +102,8 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
             'num_channels': channels[0],
             'channel_mult': [count / channels[0] for count in channels],
             'num_res_blocks': repeats - 1,
-            'attention_ds': {2**level for level, there in enumerate(attention) if there},
-            'attention_resolutions': {image_size / 2**level for level, there in enumerate(attention) if there},
+            'attention_ds': {2**level: there for level, there in enumerate(attention)},
+            'attention_resolutions': {image_size / 2**level: there for level, there in enumerate(attention)},
             'learn_sigma': out_channels == 6,
             'use_scale_shift_norm': shifted,
             'resblock_updown': updown,
@@ -232,17 +233,28 @@ def _upsampler(state: Mapping[str, Tensor], i: int) -> str | None:
     return None
 
 
-def _check_settings(settings: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a setting that is not as the checkpoint tells or the conversion needs it."""
-    for name, expected in told.items():
-        value = settings.get(name, expected)
-        found = value
-        if isinstance(expected, list | set):
-            if value == '':
-                continue  # guided-diffusion's way to leave channel_mult to the image size
+def _check_settings(settings: Mapping[str, Any], required: Mapping[str, Any]) -> None:
+    """Compare settings with what the checkpoint holds or the conversion needs.
+
+    Args:
+        settings: Flags by name.
+        required: The values by name; of a flag that names levels, all levels of the network and whether it names them.
+
+    Raises:
+        ValueError: A setting differs.
+    """
+    for name, expected in required.items():
+        if name not in settings or (settings[name] == '' and isinstance(expected, list)):
+            continue  # an empty channel_mult is guided-diffusion's way to leave it to the image size
+        value = given = settings[name]
+        if isinstance(expected, list | dict):
             try:
-                found = type(expected)(map(float, value.split(',') if isinstance(value, str) else value))
+                given = list(map(float, value.split(',') if isinstance(value, str) else value))
             except (TypeError, ValueError):
                 pass  # no numbers, so it differs
-        if found != expected:
+        if isinstance(expected, dict):
+            if isinstance(given, list):
+                given = [level for level in expected if level in given]
+            expected = [level for level, named in expected.items() if named]
+        if given != expected:
             raise ValueError(f'{name} is {value!r}, but the checkpoint has, or its conversion needs, {expected}')

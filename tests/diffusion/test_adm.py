@@ -104,10 +104,15 @@ def test_settings_are_taken_or_must_agree(state):
     }
     config = adm_config(state, flags)
     assert (config['attention_head_dim'], config['sample_size'], config['dropout']) == (16, 64, 0.1)
+    for more in ({'attention_ds': [2, 4, 8, 32]}, {'attention_ds': '32,4,2'}, {'attention_resolutions': '32,16,8'}):
+        assert adm_config(state, flags | more) == config  # of a network with strides 1, 2 and 4
     for wrong in (
         {'num_res_blocks': 3},
         {'channel_mult': [1, 2, 2]},
         {'attention_ds': [2]},
+        {'attention_ds': [1, 2, 4, 8]},
+        {'attention_ds': ''},
+        {'attention_resolutions': '64,32,16'},
         {'attention_ds': 'all'},
         {'channel_mult': 3},
         {'learn_sigma': False},
