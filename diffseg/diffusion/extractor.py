@@ -169,9 +169,11 @@ class DiffusionExtractor(nn.Module):
             prompt = '' if prompt is None else prompt
             if options.get('type') == 'generation':
                 options.setdefault('guidance', 1.0)
-        self._lora = [read_lora(source, self.unet.config, scale) for source, scale in map(_scaled, lora_weights)]
-        for weights in self._lora:
+        self._lora = []
+        for path, scale in map(_scaled, lora_weights):
+            weights = read_lora(path, self.unet.config, scale)
             fuse_lora(self.unet, weights)
+            self._lora.append(weights.without('unet'))  # what is left is for text encoders
         controlnets = [controlnet] if isinstance(controlnet, Mapping) else controlnet
         self.controls = nn.ModuleList(load_control(self.unet, **each, attention=attention) for each in controlnets)
         available = sites(self.unet, self.parts.vae_scale_factor)

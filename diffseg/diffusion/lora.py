@@ -1,9 +1,10 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685), through diffusers and peft: layers to train, and ready-made weights."""
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from diffseg.diffusion.loading import read_checkpoint, reason_of
 
 FILE_NAME = 'pytorch_lora_weights.safetensors'  # diffusers'
+DOWN, UP = r'(lora_A|lora_down|\w+\.down)', r'(lora_B|lora_up|\w+\.up)'  # the two matrices of a module
 UNSUPPORTED = {'.dora_scale': 'DoRA', '.hada_': 'LoHa', '.lokr_': 'LoKr'}  # parts of names that tell other methods
 TARGET_MODULES = ('to_q', 'to_k', 'to_v', 'to_out.0')  # the projections of attention, as in diffusers' training scripts
 
@@ -104,6 +106,10 @@ class LoraWeights:
         """The tensors for 'unet', 'text_encoder' or 'text_encoder_2'."""
         return {key: tensor for key, tensor in self.state.items() if key.startswith(f'{name}.')}
 
+    def without(self, name: str) -> 'LoraWeights':
+        """The weights except for the tensors of one part, which no longer take memory when they are fused."""
+        return replace(self, state={key: tensor for key, tensor in self.state.items() if not key.startswith(f'{name}.')})
+
 
 def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -> LoraWeights:
     """Read weights in diffusers' or kohya's format, for SD or SDXL.
@@ -132,14 +138,37 @@ def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -
         )
     except (ValueError, KeyError, IndexError) as error:  # names that the converter does not know
         raise ValueError(f'{path} has LoRA weights in an unknown format: {reason_of(error)}') from error
+    if any(name.endswith('.alpha') for name in state):
+        state = _apply_alphas(state, metadata, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return LoraWeights(str(path), scale, digest, state, alphas, metadata)
+
+
+def _apply_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, path: Path) -> dict[str, Tensor]:
+    """Weights whose alpha is their rank, as it is where no file says otherwise, of some with alphas among the tensors.
+
+    Raises:
+        ValueError: An alpha of no matrices, or beside a configuration, which has alphas as well.
+    """
+    if metadata:
+        raise ValueError(f'{path} has alphas among its tensors and in its metadata; remove the metadata')
+    scaled = {name: tensor for name, tensor in state.items() if not name.endswith('.alpha')}
+    for name in state.keys() - scaled.keys():
+        module = re.escape(name.removesuffix('.alpha'))
+        down, up = (
+            [key for key in scaled if re.fullmatch(rf'{module}\.{matrix}(\.default)?\.weight', key)]
+            for matrix in (DOWN, UP)
+        )
+        if len(down) != 1 or len(up) != 1:
+            raise ValueError(f'{path} has {name}, but not the two matrices of that module, as lora_A and lora_B')
+        scaled[up[0]] = scaled[up[0]] * (state[name].item() / len(scaled[down[0]]))
+    return scaled
 
 
 def _find(source: str | Path) -> Path:
     path, text = Path(source).expanduser(), str(source)
     if path.is_file():
-        if path.suffix != '.safetensors':
+        if path.suffix.lower() != '.safetensors':
             raise ValueError(f'{path} is no safetensors file; LoRA weights are read from such only')
         return path
     if path.is_dir():

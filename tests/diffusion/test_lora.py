@@ -1,6 +1,9 @@
 """Tests for diffseg.diffusion.lora: ready-made weights. Training has its tests with the backbone."""
 
 import copy
+import gc
+import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import diffseg.diffusion.extractor
 import diffseg.diffusion.lora
 from diffseg.diffusion.conditioning import PromptEncoder
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.lora import FILE_NAME, fuse_lora, fuse_text_lora, read_lora
+from diffseg.diffusion.lora import FILE_NAME, LoraWeights, fuse_lora, fuse_text_lora, read_lora
 
 TOKENS = torch.arange(10)[None]
 
@@ -69,6 +73,19 @@ def write_kohya(path: Path, unet: nn.Module, encoder: nn.Module) -> Path:
     return path
 
 
+def write_alphas(path: Path, unet: nn.Module, encoder: nn.Module, matrices: tuple[str, str]) -> Path:
+    """The same weights under diffusers' names, with alphas in tensors instead of a configuration."""
+    state = {}
+    for prefix, model in (('unet', unet), ('text_encoder', encoder)):
+        for name, tensor in get_peft_model_state_dict(model).items():
+            module, _, matrix = name.removesuffix('.weight').rpartition('.')
+            kind = matrices[matrix == 'lora_B'].replace('lora.', 'lora_linear_layer.' if model is encoder else 'lora.')
+            state[f'{prefix}.{module}.{kind}.weight'] = tensor.contiguous()
+            state[f'{prefix}.{module}.alpha'] = torch.tensor(8.0)
+    save_file(state, path)
+    return path
+
+
 @torch.no_grad()
 def predict(unet: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(2)
@@ -80,10 +97,13 @@ def encode(encoder: nn.Module) -> Tensor:
     return encoder(TOKENS).last_hidden_state
 
 
-@pytest.mark.parametrize('kind', ['file', 'folder', 'kohya'])
+@pytest.mark.parametrize('kind', ['file', 'folder', 'kohya', 'peft with alphas', 'diffusers with alphas'])
 def test_fused_weights_do_what_the_layers_did(kind: str, folder: Path, unet, encoder, tmp_path: Path):
     if kind == 'kohya':
         source = write_kohya(tmp_path / 'kohya.safetensors', unet, encoder)
+    elif 'alphas' in kind:
+        matrices = ('lora_A', 'lora_B') if 'peft' in kind else ('lora.down', 'lora.up')
+        source = write_alphas(tmp_path / 'alphas.safetensors', unet, encoder, matrices)
     else:
         source = folder / FILE_NAME if kind == 'file' else str(folder)
     fused, text = tiny.unet(), tiny.text_encoder(tiny.tokenizer())
@@ -151,8 +171,33 @@ def test_an_extractor_reads_the_fused_unet(folder: Path, tiny_pipeline: Path):
     assert told == [[], [[digest, 1.0]], [[digest, 0.5]]]
 
 
+def test_fused_tensors_take_no_memory(folder: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch):
+    references = []
+
+    def read(*args) -> LoraWeights:
+        weights = read_lora(*args)
+        references.extend(map(weakref.ref, weights.part('unet').values()))
+        return weights
+
+    monkeypatch.setattr(diffseg.diffusion.extractor, 'read_lora', read)
+    extractor = DiffusionExtractor(tiny_pipeline, ['up-level1-upsampler-out'], [50], lora_weights=[folder])
+    gc.collect()
+    assert references and not any(reference() is not None for reference in references)
+    assert extractor.fingerprint['lora_weights']
+
+
 # ---- errors
 
+
+def test_alphas_without_their_matrices(unet, encoder, tmp_path: Path):
+    path = write_alphas(tmp_path / 'alphas.safetensors', unet, encoder, ('lora_A', 'lora_B'))
+    state, config = load_file(path), tiny.unet().config
+    save_file({**state, 'unet.conv_in.alpha': torch.tensor(8.0)}, tmp_path / 'more.safetensors')
+    with pytest.raises(ValueError, match=r'more.safetensors has unet\.conv_in\.alpha, but not the two matrices'):
+        read_lora(tmp_path / 'more.safetensors', config)
+    save_file(state, path, {'lora_adapter_metadata': json.dumps({'unet.lora_alpha': 8})})
+    with pytest.raises(ValueError, match='alphas among its tensors and in its metadata'):
+        read_lora(path, config)
 
 def test_another_model(folder: Path):
     for other in (tiny.sdxl_unet(), tiny.unet(block_out_channels=(32, 64, 64, 64)), tiny.unet(layers_per_block=1)):
