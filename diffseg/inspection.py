@@ -3,10 +3,13 @@
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmengine.runner import CheckpointLoader
+
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
-from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.loading import load_config, meta_unet, reason_of
 from diffseg.diffusion.sites import Site, aggregates, default_scale_factor, resolve, sites
 
 if TYPE_CHECKING:
@@ -59,6 +62,25 @@ def count_tokens(conditioner: Mapping[str, Any]) -> int | None:
     if 'dataset' in conditioner:
         return len(class_names(conditioner['dataset']))
     return conditioner.get('num_prompts') or len(conditioner.get('classes', ())) or None
+
+
+def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What mmengine wrote while it trained, with tensors on the CPU.
+
+    Raises:
+        OSError: no such file, or one that holds something else.
+    """
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'no checkpoint at {path}') from error
+    except Exception as error:  # damaged files let torch raise many types
+        raise OSError(
+            f'{path} is no checkpoint, or a damaged one: torch.load reads no tensors in it ({reason_of(error)})'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise OSError(f'{path} is no checkpoint: it holds a {type(checkpoint).__name__} instead of a state dict')
+    return checkpoint
 
 
 def stored_model(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

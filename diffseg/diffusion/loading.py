@@ -9,6 +9,8 @@ A model whose UNet is a `UNet2DModel` works on pixels and has nothing but a UNet
 
 import hashlib
 import inspect
+import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +29,7 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffseg.diffusion.adm import convert_adm_unet, is_adm_checkpoint
@@ -42,6 +45,8 @@ FOLDER_LAYOUT = (
 # whether their UNet predicts noise or velocity.
 SINGLE_FILE_PRESETS = {'v1': ('sd15',), 'v2': ('sd21', 'sd21-base'), 'xl_base': ('sdxl',)}
 FINGERPRINT_SAMPLES = 64
+REFUSED_CLASS = re.compile(r'unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)', re.IGNORECASE)  # in torch's errors
+VARIANT = re.compile(r'\w+\.(?P<variant>[\w-]+?)(-\d+-of-\d+)?\.(safetensors|bin)')  # of a file of weights
 
 # The first one unless a configuration names another.
 _CLASSES: dict[str, tuple[type, ...]] = {
@@ -168,10 +173,11 @@ def find_source(
     if path.is_dir():
         return ModelSource('folder', str(path), variant=variant, config=config)
     if path.is_file():
-        if path.suffix not in CHECKPOINT_SUFFIXES:
+        if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
             raise ValueError(f'{path} is no checkpoint; files may end in {", ".join(CHECKPOINT_SUFFIXES)}')
         return ModelSource('file', str(path), config=config)
-    if isinstance(model, Path) or path.suffix in CHECKPOINT_SUFFIXES or text.count('/') > 1 or text[:1] in './~':
+    is_path = isinstance(model, Path) or text.count('/') > 1 or text[:1] in './~'
+    if is_path or path.suffix.lower() in CHECKPOINT_SUFFIXES:
         raise FileNotFoundError(f'no model at {path}; give {FOLDER_LAYOUT}, a checkpoint file, a hub id or a preset')
     if '/' not in text:
         try:
@@ -331,11 +337,15 @@ def explain(source: ModelSource, part: str, error: Exception) -> OSError:
         return OSError(f'cannot read {part} from {source.location}: {reason}')
     if source.kind == 'folder':
         folder = Path(source.location, part)
-        found = ', '.join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else 'nothing'
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         variant = f' (variant {source.variant!r})' if source.variant else ''
+        remedy = f'Copy or download it again; expected {FOLDER_LAYOUT}'
+        matches = [VARIANT.fullmatch(name) for name in names if name.endswith(('.safetensors', '.bin'))]
+        if source.variant is None and 'config.json' in names and matches and all(matches):
+            variants = sorted({match['variant'] for match in matches})
+            remedy = f'Its weights are of a variant: pass {" or ".join(f"variant={name!r}" for name in variants)}'
         return OSError(
-            f'cannot read {folder}{variant}: {reason}. The folder holds: {found}. Copy or download it again; expected '
-            f'{FOLDER_LAYOUT}'
+            f'cannot read {folder}{variant}: {reason}. The folder holds: {", ".join(names) or "nothing"}. {remedy}'
         )
     preset = source.preset
     gone = preset.gone if preset else ()
@@ -350,11 +360,13 @@ def explain(source: ModelSource, part: str, error: Exception) -> OSError:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error, or what is behind it if that is a hub that cannot be reached."""
+    """The first line of an error, or its cause if that is a hub that cannot be reached or an object of a class."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, LocalEntryNotFoundError):
             return 'the hub cannot be reached, and the file has not been downloaded before'
+        if isinstance(cause, pickle.UnpicklingError) and (match := REFUSED_CLASS.search(str(cause))):
+            return f'it holds an object of the class {match[1].rstrip(".")}, and objects but for tensors are refused'
         cause = cause.__cause__ or cause.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
 
@@ -543,7 +555,9 @@ def _convert(
             raise _misfit(part, source.location, f'no {error}') from error
     if part == 'unet' and 'conv_in.weight' in checkpoint:
         return checkpoint
-    remedy = '; pass vae=False, or load it as unet_weights of a whole model' if part == 'vae' else ''
+    remedy = ''
+    if part == 'vae':
+        remedy = '. To use its UNet, give a model with a VAE (folder, hub id or preset), and this file as unet_weights'
     raise ValueError(f'{source.location} has no {part}: no key begins with {" or ".join(_PREFIXES[part])}{remedy}')
 
 
@@ -556,12 +570,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f'no checkpoint file at {path}')
     try:
-        return load_single_file_checkpoint(str(path))
+        safe = Path(path).suffix.lower() == '.safetensors'
+        return load_file(path) if safe else load_single_file_checkpoint(str(path))
     except Exception as error:  # diffusers and safetensors raise many kinds
-        raise OSError(
-            f'cannot read {path}: {reason_of(error)}. It is truncated, no checkpoint, or holds more than tensors '
-            '(pickled objects are refused); get it again, as .safetensors'
-        ) from error
+        reason = reason_of(error)
+        remedy = 'It is truncated or no checkpoint; get it again, as .safetensors'
+        if 'an object of the class' in reason:
+            remedy = (
+                'Get the weights as .safetensors; or, if you trust the file and the class is installed, write its '
+                "tensors to another one: torch.save(torch.load(FILE, weights_only=False)['state_dict'], OTHER)"
+            )
+        raise OSError(f'cannot read {path}: {reason}. {remedy}') from error
 
 
 def _download(repo_id: str, filename: str) -> str:

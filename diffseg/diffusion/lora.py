@@ -108,7 +108,8 @@ class LoraWeights:
 
     def without(self, name: str) -> 'LoraWeights':
         """The weights except for the tensors of one part, which no longer take memory when they are fused."""
-        return replace(self, state={key: tensor for key, tensor in self.state.items() if not key.startswith(f'{name}.')})
+        rest = {key: tensor for key, tensor in self.state.items() if not key.startswith(f'{name}.')}
+        return replace(self, state=rest)
 
 
 def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -> LoraWeights:

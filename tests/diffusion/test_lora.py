@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -97,10 +98,12 @@ def encode(encoder: nn.Module) -> Tensor:
     return encoder(TOKENS).last_hidden_state
 
 
-@pytest.mark.parametrize('kind', ['file', 'folder', 'kohya', 'peft with alphas', 'diffusers with alphas'])
+@pytest.mark.parametrize('kind', ['file', 'folder', 'capitals', 'kohya', 'peft with alphas', 'diffusers with alphas'])
 def test_fused_weights_do_what_the_layers_did(kind: str, folder: Path, unet, encoder, tmp_path: Path):
     if kind == 'kohya':
         source = write_kohya(tmp_path / 'kohya.safetensors', unet, encoder)
+    elif kind == 'capitals':
+        source = shutil.copy(folder / FILE_NAME, tmp_path / 'LORA.SAFETENSORS')
     elif 'alphas' in kind:
         matrices = ('lora_A', 'lora_B') if 'peft' in kind else ('lora.down', 'lora.up')
         source = write_alphas(tmp_path / 'alphas.safetensors', unet, encoder, matrices)

@@ -7,7 +7,6 @@ run. No model but the neck is built.
 """
 
 import argparse
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 from PIL import Image
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.inspection import read_mixing_weights, stored_model
+from diffseg.inspection import read_mixing_weights, read_training_checkpoint, stored_model
 from diffseg.visualization import mixing_figure, render
 
 
@@ -32,7 +30,7 @@ def below_each_other(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 def run(args: argparse.Namespace) -> None:
     init_default_scope('mmseg')
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu', logger='silent')
+    checkpoint = read_training_checkpoint(args.checkpoint)
     model = stored_model(checkpoint) if args.config is None else Config.fromfile(args.config).model
     pictures = []
     for title, table in read_mixing_weights(checkpoint, model):
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-import diffseg  # noqa: F401  lets checkpoints be read
-from diffseg.diffusion.loading import reason_of
+from diffseg.inspection import read_training_checkpoint
 
 LAYER = re.compile(r'(?P<backbone>.*)extractor\.unet\.(?P<module>.+)\.(?P<matrix>lora_[AB])\.default\.weight')
 
@@ -23,10 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--backbone', help="where there are several: the beginning of its tensors' names")
     args = parser.parse_args(argv)
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
+        checkpoint = read_training_checkpoint(args.checkpoint)
         layers = convert(checkpoint.get('state_dict', checkpoint), args.backbone)
-    except Exception as error:  # damaged files let many types escape
-        print(f'error: {args.checkpoint}: {reason_of(error)}', file=sys.stderr)
+    except OSError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f'error: {args.checkpoint}: {error}', file=sys.stderr)
         return 2
     StableDiffusionLoraLoaderMixin.save_lora_weights(args.out, unet_lora_layers=layers)
     return 0
@@ -42,6 +43,8 @@ def convert(state: Mapping[str, Tensor], backbone: str | None = None) -> dict[st
     if len(chosen) != 1:
         raise ValueError(f'LoRA layers belong to {" and ".join(known)}; choose one of them with --backbone')
     (backbone,) = chosen
+    if f'{backbone}_extra_state' not in state:
+        raise ValueError(f'the checkpoint lacks {backbone}_extra_state, which has the rank and alpha of its LoRA')
     lora = json.loads(bytes(state[f'{backbone}_extra_state'].tolist()))['lora']
     scales = {'lora_A': 1, 'lora_B': lora['lora_alpha'] / lora['r']}
     return {

@@ -14,7 +14,6 @@ and the neck take for an image, before and after (counted on the meta device, as
 
 import argparse
 import json
-import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -33,7 +31,7 @@ from diffseg.benchmarking import executed, placeholder_conditioning
 from diffseg.command_line import parse_size
 from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.sites import resolve
-from diffseg.inspection import aggregation_necks, available_sites
+from diffseg.inspection import aggregation_necks, available_sites, read_training_checkpoint
 from diffseg.models.necks import AggregationNeck
 
 Pair = tuple[int, int]  # indices of a timestep and of a layer of its level
@@ -195,7 +193,7 @@ def load_neck(config: Mapping[str, Any], state: Mapping[str, Tensor], layers: in
 def run(args: argparse.Namespace) -> None:
     init_default_scope('mmseg')
     cfg = Config.fromfile(args.config)
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu', logger='silent')
+    checkpoint = read_training_checkpoint(args.checkpoint)
     state = checkpoint.get('state_dict', checkpoint)
     name = find_neck(cfg.model)
     configs = {'backbone': dict(cfg.model.backbone), name: dict(aggregation_necks(cfg.model))[name]}
@@ -259,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0

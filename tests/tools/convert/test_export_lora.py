@@ -1,5 +1,6 @@
 """Tests for tools/convert/export_lora.py."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -56,10 +57,27 @@ def test_several_backbones_and_none(tool: ModuleType, make: Callable):
         tool.convert(make().state_dict())
 
 
-def test_errors_are_told(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_checkpoint_without_rank_and_alpha(tool: ModuleType, make: Callable):
+    state = nn.ModuleDict({'backbone': make(lora={'r': 2})}).state_dict()
+    del state['backbone._extra_state']
+    with pytest.raises(ValueError, match=r'lacks backbone\._extra_state'):
+        tool.convert(state)
+
+
+def test_errors(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture):
     torch.save({'state_dict': {}}, tmp_path / 'no_lora.pth')
+    torch.save(Path('x'), tmp_path / 'object.pth')
+    torch.save([], tmp_path / 'list.pth')
     (tmp_path / 'text.pth').write_text('text')
-    for name, message in (('no_lora', 'has no LoRA layers'), ('text', ''), ('none', 'can not be found')):
+    (tmp_path / 'empty.pth').touch()
+    for name, message in {
+        'no_lora': 'no_lora.pth: the checkpoint has no LoRA layers',
+        'object': r'object.pth is no checkpoint, .* an object of the class pathlib\.',
+        'list': 'list.pth is no checkpoint: it holds a list',
+        'text': 'text.pth is no checkpoint, or a damaged one',
+        'empty': 'empty.pth is no checkpoint, or a damaged one',
+        'none': 'no checkpoint at .*none.pth',
+    }.items():
         assert tool.main([str(tmp_path / f'{name}.pth'), str(tmp_path / 'lora')]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f'error: {tmp_path / name}.pth: ') and message in line
+        assert re.match(f'error: .*{message}', line), line
