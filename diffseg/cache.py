@@ -3,8 +3,8 @@
 ```text
 FOLDER/ab/abcd....safetensors    the maps of one image, under the digest of the image and of all else they depend on
 FOLDER/.size                     bytes of all entries, never less than there are
-FOLDER/.lock                     held by the process that writes
-FOLDER/.writing                  what it writes, until it is whole
+FOLDER/.lock                     held while an entry is counted and put in its place
+FOLDER/.partial/                 what processes write, until it is whole
 ```
 """
 
@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
@@ -27,10 +28,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffseg import __version__
+from diffseg.files import whole_file
 
 DTYPES = {name: getattr(torch, name) for name in ('float16', 'bfloat16', 'int8', 'float32')}
 UNITS = {'B': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
 LOW_WATER = 0.9  # eviction frees a tenth of the limit at once, since it has to look at every entry
+ABANDONED = 3600  # seconds after which a file that is not whole is that of a killed process
 POLL = 0.005  # seconds between attempts to get the lock
 HEADER = 128, 96  # bytes that an entry's header takes, and each tensor's description in it; about
 SCALE = '{}.scale'  # name of the scales of the int8 map of that number
@@ -86,6 +89,7 @@ class FeatureCache:
         self.dtype = dtype
         self.max_size = None if max_size is None else parse_size(max_size)
         self.counts = CacheCounts()
+        self._cleaned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'FeatureCache':
         """A copied model uses the same folder, and the same counts."""
@@ -209,15 +213,28 @@ class FeatureCache:
         data = save(dict(entry), {'checksum': _checksum(path.stem, entry)})
         if self.max_size is not None and len(data) > self.max_size:
             raise ValueError(f'an entry of {format_size(len(data))} exceeds max_size={format_size(self.max_size)}')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock():
-            used = self._used()
-            if self.max_size is not None and used + len(data) > self.max_size:
-                used = self._evict(max(0, int(LOW_WATER * self.max_size) - len(data)))
-            self._set_used(used + len(data))  # beforehand: a writer that is killed leaves it too large, not too small
-            partial = self.path / '.writing'
-            partial.write_bytes(data)
-            os.replace(partial, path)
+        with ExitStack() as locked:
+            with whole_file(path, self._partial) as partial:
+                partial.write_bytes(data)  # without the lock, so that several processes write at a time
+                locked.enter_context(self._lock())
+                used = self._used()
+                if self.max_size is not None and used + len(data) > self.max_size:
+                    used = self._evict(max(0, int(LOW_WATER * self.max_size) - len(data)))
+                self._set_used(used + len(data))  # beforehand: who is killed now leaves it too large, not too small
+        if not self._cleaned:
+            self._clean()
+
+    @property
+    def _partial(self) -> Path:
+        return self.path / '.partial'
+
+    def _clean(self) -> None:
+        """Delete what killed processes have left, once in a process."""
+        self._cleaned = True
+        for path in self._partial.iterdir():
+            with suppress(FileNotFoundError):  # whole by now, or deleted by another process
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
     def _lock(self) -> Any:
         """A context in which no other process writes or evicts. The system frees the lock of a killed process."""

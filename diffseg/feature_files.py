@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffseg.diffusion.images import SUFFIXES
+from diffseg.files import whole_file
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
 
@@ -124,10 +125,5 @@ def is_complete(path: Path, expected: Mapping[str, str]) -> bool:
 
 def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that is seen under its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
+    with whole_file(path) as partial:
         save_file(dict(tensors), partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -316,10 +317,34 @@ def test_killed_before_an_entry_is_in_its_place(processes, tmp_path: Path):
     worker.join(timeout=120)
     assert worker.exitcode == -signal.SIGKILL
     cache = FeatureCache(tmp_path)
-    assert (tmp_path / '.writing').stat().st_size > 0 and not list(cache.entries())
+    (partial,) = (tmp_path / '.partial').iterdir()
+    assert partial.stat().st_size > 0 and not list(cache.entries())
     cache.fetch(make_images(1), {}, compute)
     cache.fetch(make_images(1), {}, never)
-    assert not (tmp_path / '.writing').exists() and cache.counts.damaged == 0
+    assert partial.exists() and cache.counts.damaged == 0  # its process might still be writing
+    os.utime(partial, (time.time() - 4000,) * 2)
+    FeatureCache(tmp_path).fetch(make_images(2), {}, compute)
+    assert not list((tmp_path / '.partial').iterdir())
+
+
+def test_entries_are_written_without_the_lock_and_put_in_place_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    locked, states = [], []
+
+    @contextmanager
+    def lock():
+        locked.append(True)
+        yield
+        locked.clear()
+
+    def record(name: str, function: Callable) -> Callable:
+        return lambda *args: (states.append((name, bool(locked))), function(*args))[1]
+
+    cache = FeatureCache(tmp_path)
+    monkeypatch.setattr(cache, '_lock', lock)
+    monkeypatch.setattr(Path, 'write_bytes', record('write', Path.write_bytes))
+    monkeypatch.setattr('os.replace', record('replace', os.replace))
+    cache.fetch(make_images(2), {}, compute)
+    assert states == [('write', False), ('replace', True)] * 2
 
 
 # ---- in the backbone

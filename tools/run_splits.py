@@ -16,7 +16,6 @@ import argparse
 import gc
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
@@ -30,6 +29,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 import diffseg  # registers its parts
+from diffseg.files import whole_file
 
 PACKAGES = ('torch', 'diffusers', 'transformers', 'mmengine')
 
@@ -122,10 +122,8 @@ def check(found: str, expected: str, where: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a file at once, so that it is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_file(path) as partial:
+        partial.write_text(text)
 
 
 def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +34,7 @@ from diffseg.diffusion.loading import (
 )
 from diffseg.diffusion.lora import LoraWeights, fuse_text_lora
 from diffseg.diffusion.textual_inversion import add_tokens, read_inversion, spell_out
+from diffseg.files import whole_file
 
 T = TypeVar('T')
 
@@ -419,15 +419,8 @@ def _read(path: Path, read: Callable[[Path], T] = _tensors) -> T | None:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file that is there as a whole or not at all, whoever else writes it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.tmp', delete=False) as file:
-        try:
-            file.write(save(dict(tensors), metadata))
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(path) as partial:
+        partial.write_bytes(save(dict(tensors), metadata))
 
 
 def _identity(source: ModelSource, encoders: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ A figure is named by threshold, base and mean, `PCK@0.1-bbox/point`:
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +26,7 @@ from prettytable import PrettyTable
 from torch import Tensor
 
 from diffseg import __version__
+from diffseg.files import whole_file
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.15)
 BASES = ('bbox', 'img')
@@ -282,8 +282,5 @@ def versions() -> dict[str, str]:
 
 def write_result(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'{path.name}.partial')
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))

@@ -10,7 +10,6 @@ which order, in how many runs and by how many processes they are written.
 """
 
 import json
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffseg.files import whole_file
 from diffseg.models.backbones import DiffusionBackbone
 
 from .grid import Candidate, Measure, Reduction
@@ -173,10 +173,8 @@ class Store(Sequence[Reduction]):
         for group, numbers in enumerate(groups.values()):
             tensors[f'{group}.numbers'] = torch.tensor(numbers)
             tensors[f'{group}.values'] = torch.stack([reduction[self.candidates[number]] for number in numbers])
-        path = self._path(place)
-        partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        with whole_file(self._path(place)) as partial:
+            save_file(tensors, partial)
 
     def _path(self, place: Place) -> Path:
         return self.folder / f'{place}.safetensors'
@@ -362,11 +360,9 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         ValueError: they differ; says in what.
     """
     settings = json.loads(json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-        partial.write_text(json.dumps(settings, indent=2) + '\n')
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + '\n')
         return
     there = json.loads(path.read_text())
     if different := [key for key in {**there, **settings} if there.get(key) != settings.get(key)]:

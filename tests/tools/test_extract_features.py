@@ -104,7 +104,7 @@ def test_nothing_is_seen_of_an_interrupted_write(run, tool, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tool, 'save_file', interrupted)
+        patch.setattr('diffseg.feature_files.save_file', interrupted)
         run()
     assert outputs(tmp_path / 'out') == ['config.json']
     assert run() == 0
