@@ -39,13 +39,14 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _what_takes_mmengine_longer_than_tiny_models() -> Iterator[None]:
     """In each run, it lists the environment, and searches mmcv for compiled operators once for every module.
 
-    For every data set, it collects garbage; for every `mmseg::` in a config, it parses the descriptions of all of
-    mmseg's models.
+    For every data set, it collects garbage; for every `mmseg::` in a config, it imports `pkg_resources` anew and parses
+    the descriptions of all of mmseg's models.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=int))
         patch.setattr('mmengine.runner.runner.collect_env', dict)
         patch.setattr(mmengine.model.utils, 'mmcv_full_available', cache(mmengine.model.utils.mmcv_full_available))
+        patch.setattr(mmengine.config.config, 'is_installed', cache(mmengine.config.config.is_installed))
         patch.setattr(mmengine.config.utils, 'load', cache(mmengine.config.utils.load))
         yield
 

@@ -47,6 +47,7 @@ def shrink(
             for key in ('scale', 'scales', 'max_size', 'crop_size'):
                 if key in step:
                     step[key] = divide(step[key])
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.train_dataloader.batch_size = 2  # batch norm needs two, where a map is one cell
 
     cfg.train_cfg.max_iters, cfg.train_cfg.val_begin = max_iters, max_iters + 1  # no validation

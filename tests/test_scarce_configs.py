@@ -53,7 +53,7 @@ def test_a_config_is_what_its_name_says(path):
     assert cfg.model.decode_head.num_classes == len(DATASETS.get('ScarceDataset').CATEGORIES[category]['classes'])
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('PixelClassifierLoop', int(name['epochs']))
     assert cfg.optim_wrapper.optimizer == {'type': 'Adam', 'lr': 1e-3}
-    assert [each.type for each in cfg.test_evaluator] == ['IoUMetric', 'ScarceIoUMetric']
+    assert cfg.test_evaluator == {'type': 'ScarceIoUMetric', 'iou_metrics': ['mIoU']}
     assert (cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std) == ([127.5] * 3, [127.5] * 3)
 
     parts = members(cfg.model.backbone)

@@ -1,11 +1,16 @@
-"""Train what an mmengine config describes, in ./work_dirs/CONFIG unless told otherwise."""
+"""Train what an mmengine config describes, in ./work_dirs/CONFIG unless told otherwise.
+
+The arguments are those of mmseg's tools/train.py.
+"""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+from mmseg.registry import RUNNERS
 
 import diffseg  # noqa: F401  registers its parts
 
@@ -15,10 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('config')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint in the work dir, if any')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision; needs an accelerator')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local-rank', '--local_rank', help=argparse.SUPPRESS)  # passed by torch.distributed.launch
     args = parser.parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault('LOCAL_RANK', args.local_rank)
 
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -28,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # mmengine would go on from `load_from`, the weights that the first start of this run was given
         cfg.resume = Path(cfg.work_dir, 'last_checkpoint').is_file()
         cfg.load_from = None if cfg.resume else cfg.get('load_from')
-    Runner.from_cfg(cfg).train()
+    if args.amp:
+        if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
+            parser.error(f'--amp replaces OptimWrapper, but optim_wrapper is {cfg.optim_wrapper.type}')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
 
 
 if __name__ == '__main__':

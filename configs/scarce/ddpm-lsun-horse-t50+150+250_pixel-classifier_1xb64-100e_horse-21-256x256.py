@@ -3,7 +3,7 @@
 # another order (block by block, not timestep by timestep), which makes no difference to networks that are yet to learn.
 _base_ = [
     '../_base_/datasets/scarce_256.py',
-    '../_base_/default_runtime.py',
+    '../_base_/pixel_classifier_runtime.py',
     '../_base_/schedules/schedule_pixel_classifier.py',
 ]
 

@@ -19,8 +19,10 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
 )
-pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadLabelArray'), dict(type='PackSegInputs')]
-toy = dict(category='toy', data_root='data/toy', pipeline=pipeline)
+labels = dict(type='LoadLabelArray')
+test_pipeline = [_base_.load, labels, _base_.pack]
+tta_pipeline = [_base_.load, dict(type='TestTimeAug', transforms=[_base_.flips, [labels], [_base_.pack]])]
+toy = dict(category='toy', data_root='data/toy', pipeline=test_pipeline)
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=toy)
 val_dataloader = dict(num_workers=0, dataset=toy)
 test_dataloader = dict(num_workers=0, dataset=toy)

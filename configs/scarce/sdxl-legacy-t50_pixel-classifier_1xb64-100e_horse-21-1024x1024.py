@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/diffusion_sdxl_legacy.py',
     '../_base_/datasets/scarce_1024.py',
-    '../_base_/default_runtime.py',
+    '../_base_/pixel_classifier_runtime.py',
     '../_base_/schedules/schedule_pixel_classifier.py',
 ]
 

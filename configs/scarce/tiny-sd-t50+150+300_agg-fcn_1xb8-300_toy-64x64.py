@@ -13,4 +13,5 @@ param_scheduler = [dict(type='PolyLR', power=1.0, eta_min=0, begin=0, end=max_it
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=max_iters),
+    visualization=dict(type='SegVisualizationHook', interval=1),
 )

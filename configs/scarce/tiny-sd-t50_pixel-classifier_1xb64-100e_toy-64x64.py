@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/diffusion_tiny_sd.py',
     '../_base_/datasets/toy.py',
-    '../_base_/default_runtime.py',
+    '../_base_/pixel_classifier_runtime.py',
     '../_base_/schedules/schedule_pixel_classifier.py',
 ]
 
@@ -21,4 +21,4 @@ train_dataloader = dict(
 )
 val_dataloader = None
 val_evaluator = None
-test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='ScarceIoUMetric')]
+test_evaluator = dict(type='ScarceIoUMetric')

@@ -133,11 +133,13 @@ def redraw(train: Sequence[Path], test: Sequence[Path], seed: int) -> tuple[list
 class LoadLabelArray(BaseTransform):
     """Read `seg_map_path`, an .npy file of integer class indices (H, W), into `gt_seg_map`, uint8.
 
-    The data set's `ignore_label` becomes 255.
+    The data set's `ignore_label` becomes 255. Images without `seg_map_path`, which mmseg's inference functions give to
+    the test pipeline, have no labels; they pass unchanged.
 
     Args:
         size: side or (height, width) to which labels are resized (nearest), whatever the size of the picture.
             Predictions are brought to the same size (`ori_shape`) and compared there: 256 in the published tables.
+            Those of an image without labels have the image's size.
 
     Raises:
         ValueError: when the array is not two-dimensional and integer, or holds values outside 0..255.
@@ -148,6 +150,8 @@ class LoadLabelArray(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Add `gt_seg_map` to `results`."""
+        if 'seg_map_path' not in results:
+            return results
         labels = np.load(results['seg_map_path'], allow_pickle=False)
         if labels.ndim != 2 or labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() > 255:
             raise ValueError(

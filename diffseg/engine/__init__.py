@@ -1,4 +1,4 @@
-"""Loops and hooks of training and testing."""
+"""Loops and hooks of training and testing, and what draws their results."""
 
 from .hooks import (
     CheckpointFallbackHook,
@@ -10,10 +10,12 @@ from .hooks import (
     VideoResultHook,
 )
 from .loops import PixelClassifierLoop
+from .visualizer import LabelSizeVisualizer
 
 __all__ = [
     'CheckpointFallbackHook',
     'IterationSeedHook',
+    'LabelSizeVisualizer',
     'MixingWeightsHook',
     'PixelClassifierLoop',
     'ResultFileHook',

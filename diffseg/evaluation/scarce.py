@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from mmengine.evaluator import BaseMetric
+from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from torch import Tensor
 
@@ -42,32 +42,30 @@ def class_iou(totals: Tensor) -> Tensor:
 
 
 @METRICS.register_module()
-class ScarceIoUMetric(BaseMetric):
-    """Mean IoU as the label-scarce tables have it; `scarce/mIoU` in percent.
+class ScarceIoUMetric(IoUMetric):
+    """Mean IoU as the label-scarce tables have it, `scarce/mIoU` in percent, beside all that `IoUMetric` gives.
 
-    It differs from mmseg's `IoUMetric` in that an absent class counts as 0 instead of being left out, and that
-    predictions on pixels of ignored truth count as wrong. The data set's `ignore_label`, if it is a class, has no part
-    in the mean.
+    It differs from mmseg's in that an absent class counts as 0 instead of being left out, and that predictions on
+    pixels of ignored truth count as wrong. The data set's `ignore_label`, if it is a class, has no part in the mean.
 
     Args:
-        collect_device: where results of several processes are gathered, 'cpu' or 'gpu'.
-        prefix: first part of the name.
+        **kwargs: what `IoUMetric` takes.
     """
-
-    default_prefix = 'scarce'
-
-    def __init__(self, collect_device: str = 'cpu', prefix: str | None = None) -> None:
-        super().__init__(collect_device, prefix)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Keep the areas of a batch's pictures."""
         num_classes = len(self.dataset_meta['classes'])
         for sample in data_samples:
-            prediction, truth = (sample[key]['data'].squeeze(0).cpu() for key in ('pred_sem_seg', 'gt_sem_seg'))
-            self.results.append(areas(prediction, truth, num_classes))
+            super().process(data_batch, [sample])
+            if not self.format_only:
+                prediction, truth = (sample[key]['data'].squeeze(0).cpu() for key in ('pred_sem_seg', 'gt_sem_seg'))
+                self.results[-1] = (*self.results[-1], areas(prediction, truth, num_classes))
 
-    def compute_metrics(self, results: list[Tensor]) -> dict[str, float]:
-        """The mean over classes."""
-        iou = class_iou(torch.stack(results).sum(dim=0))
+    def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
+        """Those of `IoUMetric`, and the mean over classes."""
+        metrics = super().compute_metrics([areas_of_mmseg for *areas_of_mmseg, _ in results])
+        if self.format_only:
+            return metrics
+        iou = class_iou(torch.stack([result[-1] for result in results]).sum(dim=0))
         scored = torch.arange(len(iou)) != self.dataset_meta.get('ignore_label', 255)
-        return {'mIoU': 100 * iou[scored].mean().item()}
+        return {**metrics, 'scarce/mIoU': 100 * iou[scored].mean().item()}

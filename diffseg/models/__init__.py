@@ -14,6 +14,7 @@ from .correspondence import CorrespondenceModel, SparseMatcher
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 from .propagation import LabelPropagator
+from .tta import VoteTTAModel
 
 __all__ = [
     'AggregationNeck',
@@ -30,4 +31,5 @@ __all__ = [
     'SparseMatcher',
     'TextAdapter',
     'VisionBackbone',
+    'VoteTTAModel',
 ]

@@ -23,14 +23,13 @@ def test_by_hand():
     # class 0: 3 of 4; class 1: 2 of 5, where the pixel of ignored truth is in the union; class 2: predicted once
     assert areas(PREDICTION, TRUTH, 4).tolist() == [[3, 2, 0, 0], [4, 5, 1, 0]]
     assert class_iou(areas(PREDICTION, TRUTH, 4)).tolist() == [0.75, 0.4, 0, 0]
-    assert evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH)) == {
-        'scarce/mIoU': pytest.approx(100 * (0.75 + 0.4) / 3)
-    }
+    metrics = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH))
+    assert metrics['scarce/mIoU'] == pytest.approx(100 * (0.75 + 0.4) / 3)
 
 
 def test_absent_classes_count_and_the_ignored_one_does_not():
     found = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), classes=4, ignore_label=0)
-    assert found == {'scarce/mIoU': pytest.approx(100 * 0.4 / 3)}
+    assert found['scarce/mIoU'] == pytest.approx(100 * 0.4 / 3)
 
 
 def test_whole_data_set_not_mean_over_pictures():
@@ -43,11 +42,22 @@ def test_whole_data_set_not_mean_over_pictures():
 def test_identity_is_one():
     truth = torch.arange(12).view(3, 4) % 3
     assert class_iou(areas(truth, truth, 3)).tolist() == [1, 1, 1]
-    assert evaluate({'type': 'ScarceIoUMetric'}, (truth, truth)) == {'scarce/mIoU': 100}
+    metrics = evaluate({'type': 'ScarceIoUMetric'}, (truth, truth))
+    assert metrics == {'aAcc': 100, 'mIoU': 100, 'mAcc': 100, 'scarce/mIoU': 100}
 
 
 def test_equals_mmseg_where_all_classes_are_present_and_none_is_ignored():
     generator = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randint(5, (2, 8, 8), generator=generator)) for _ in range(3)]
-    ours = evaluate({'type': 'ScarceIoUMetric'}, *pairs, classes=5)['scarce/mIoU']
-    assert ours == pytest.approx(evaluate({'type': IoUMetric}, *pairs, classes=5)['mIoU'], abs=0.005)
+    metrics, expected = (evaluate({'type': kind}, *pairs, classes=5) for kind in ('ScarceIoUMetric', IoUMetric))
+    assert metrics['scarce/mIoU'] == pytest.approx(expected['mIoU'], abs=0.005)
+
+
+def test_the_metrics_of_mmseg_are_given_as_well():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(5, (8, 8), generator=generator)
+    pair = truth.flip(0), torch.where(truth == 4, 255, truth)  # a class is absent, and its pixels are ignored
+    metrics = evaluate({'type': 'ScarceIoUMetric', 'iou_metrics': ['mDice']}, pair, classes=6)
+    expected = evaluate({'type': IoUMetric, 'iou_metrics': ['mDice']}, pair, classes=6)
+    assert metrics == {**expected, 'scarce/mIoU': metrics['scarce/mIoU']}
+    assert 'mDice' in metrics

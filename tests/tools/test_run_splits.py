@@ -61,7 +61,7 @@ def configs(tiny_pipeline, tmp_path):
                     'sampler': {'type': 'DefaultSampler', 'shuffle': False},
                     'dataset': test,
                 },
-                'test_evaluator': [{'type': 'IoUMetric'}, {'type': 'ScarceIoUMetric'}][: 2 if name == 'scarce' else 1],
+                'test_evaluator': {'type': 'ScarceIoUMetric' if name == 'scarce' else 'IoUMetric'},
                 'optim_wrapper': {'type': 'OptimWrapper', 'optimizer': {'type': 'AdamW', 'lr': 1e-3}},
                 'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': 2},
                 'test_cfg': {'type': 'TestLoop'},

@@ -3,20 +3,21 @@ dataset_type = 'ScarceDataset'
 load = dict(type='LoadImageFromFile', imdecode_backend='pillow')
 resize = dict(type='Resize', scale=(512, 512), keep_ratio=False, backend='pillow', interpolation='bicubic')
 labels = dict(type='LoadLabelArray', size=256)
+pack = dict(type='PackSegInputs')
+train_pipeline = [load, resize, labels, dict(type='IgnoreSmallClasses', min_pixels=20), pack]
+test_pipeline = [load, resize, labels, pack]
+flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0, direction='horizontal')]
+tta_pipeline = [load, dict(type='TestTimeAug', transforms=[[resize], flips, [labels], [pack]])]
 train_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type=dataset_type,
-        split='real/train',
-        pipeline=[load, resize, labels, dict(type='IgnoreSmallClasses', min_pixels=20), dict(type='PackSegInputs')],
-    ),
+    dataset=dict(type=dataset_type, split='real/train', pipeline=train_pipeline),
 )
 test_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type=dataset_type, split='real/test', pipeline=[load, resize, labels, dict(type='PackSegInputs')]),
+    dataset=dict(type=dataset_type, split='real/test', pipeline=test_pipeline),
 )
-test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='ScarceIoUMetric')]
+test_evaluator = dict(type='ScarceIoUMetric', iou_metrics=['mIoU'])

@@ -6,4 +6,5 @@ optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=1e-3))
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=1000, log_metric_by_epoch=True),
     checkpoint=dict(type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2),
+    visualization=dict(type='SegVisualizationHook', interval=1),
 )

@@ -1,0 +1,3 @@
+_base_ = './scarce_runtime.py'
+
+tta_model = dict(type='VoteTTAModel')
