@@ -57,25 +57,10 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
         self.patient_epochs = patient_epochs
         self.patience = patience
         self.dtype = getattr(torch, dtype)
-        if is_model_wrapper(runner.model):
-            raise ValueError('PixelClassifierLoop trains in one process; start it without a launcher')
-        self.head = runner.model.decode_head
-        if not isinstance(self.head, PixelClassifierHead):
-            raise ValueError(
-                f'PixelClassifierLoop trains a PixelClassifierHead, not {type(self.head).__name__}; take '
-                'IterBasedTrainLoop'
-            )
-        trained = [name for name, parameter in runner.model.named_parameters() if parameter.requires_grad]
-        if others := [name for name in trained if not name.startswith('decode_head.')]:
-            raise ValueError(
-                f'PixelClassifierLoop trains the head alone, but {len(others)} other parameters would be trained, such '
-                f'as {others[0]}; freeze them, take ConcatNeck or no neck, or IterBasedTrainLoop'
-            )
-        if isinstance(self.dataloader.sampler, InfiniteSampler):
-            raise ValueError("InfiniteSampler has no end; take sampler=dict(type='DefaultSampler', shuffle=False)")
 
     def run(self) -> torch.nn.Module:
         """Extract, then train."""
+        self.check()
         maps, resize, labels = self.extract()
         head = self.head
         self.data = LabelledPixels(maps, labels, head.num_classes, head.ignore_index, resize)
@@ -90,6 +75,25 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
         if head.early_stop.stopped.all():
             self._max_epochs, self._max_iters = self._epoch, self._iter
         return super().run()
+
+    def check(self) -> None:
+        """See that this loop can train the model. A loop is also built for tests, which ask for the iteration."""
+        if is_model_wrapper(self.runner.model):
+            raise ValueError('PixelClassifierLoop trains in one process; start it without a launcher')
+        self.head = self.runner.model.decode_head
+        if not isinstance(self.head, PixelClassifierHead):
+            raise ValueError(
+                f'PixelClassifierLoop trains a PixelClassifierHead, not {type(self.head).__name__}; take '
+                'IterBasedTrainLoop'
+            )
+        trained = [name for name, parameter in self.runner.model.named_parameters() if parameter.requires_grad]
+        if others := [name for name in trained if not name.startswith('decode_head.')]:
+            raise ValueError(
+                f'PixelClassifierLoop trains the head alone, but {len(others)} other parameters would be trained, such '
+                f'as {others[0]}; freeze them, take ConcatNeck or no neck, or IterBasedTrainLoop'
+            )
+        if isinstance(self.dataloader.sampler, InfiniteSampler):
+            raise ValueError("InfiniteSampler has no end; take sampler=dict(type='DefaultSampler', shuffle=False)")
 
     @torch.no_grad()
     def extract(self) -> tuple[list[Tensor], list[Resize], Tensor]:
