@@ -34,7 +34,8 @@ model = dict(
     backbone=dict(_delete_=True, type='EnsembleBackbone', backbones=backbones, offload='sequential'),
     decode_head=dict(in_channels=[*sdxl.values(), *sd15.values(), *playground.values()]),
 )
-load, _, *labels = _base_.train_dataloader.dataset.pipeline
-train_dataloader = dict(dataset=dict(pipeline=[load, *labels]))
-load, _, *labels = _base_.test_dataloader.dataset.pipeline
-test_dataloader = dict(dataset=dict(pipeline=[load, *labels]))
+train_pipeline = [_base_.load, *_base_.train_pipeline[2:]]  # without `Resize`
+test_pipeline = [_base_.load, *_base_.test_pipeline[2:]]
+tta_pipeline = [_base_.load, dict(type='TestTimeAug', transforms=_base_.tta_pipeline[1].transforms[1:])]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
