@@ -39,9 +39,8 @@ CONFIGS = [path for pattern in PATTERNS for path in sorted((ROOT / 'configs').gl
 
 
 def test_all_configs_are_seen():
-    assert {pattern: len([*(ROOT / 'configs').glob(pattern)]) for pattern in PATTERNS} == dict(
-        zip(PATTERNS, (12, 26, 1, 40), strict=True)
-    )
+    seen = [len([*(ROOT / 'configs').glob(pattern)]) for pattern in PATTERNS]
+    assert all(number >= expected for number, expected in zip(seen, (12, 27, 1, 40), strict=True))
     assert {read(path).model.type for path in CONFIGS} == {'EncoderDecoder'}
 
 
