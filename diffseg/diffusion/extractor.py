@@ -59,7 +59,8 @@ class DiffusionExtractor(nn.Module):
         timesteps: Where on the trajectory to read, as the UNet's own timesteps.
         trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
             trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance; there is none
-            by default in pixel space.
+            by default in pixel space. A prompt that is the negative prompt itself is not guided, which would change
+            nothing and take twice as long.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
             embedding; or None, if each call brings its own.
         ensemble: Number of draws over which activations are averaged.
@@ -179,7 +180,13 @@ class DiffusionExtractor(nn.Module):
         available = sites(self.unet, self.parts.vae_scale_factor)
         attention_names = [site.name for site, _ in aggregates(available, attention_maps, attention_mode)]
         self._order = list(dict.fromkeys([*resolve(layers, [*available, *attention_names]), *attention_names]))
-        schedule = NoiseSchedule(self.parts.alphas_cumprod, self.parts.prediction_type)
+        sampling = self.parts.scheduler_config
+        schedule = NoiseSchedule(
+            self.parts.alphas_cumprod,
+            self.parts.prediction_type,
+            sampling.get('timestep_spacing', 'leading'),
+            sampling.get('steps_offset', 0),
+        )
         self.trajectory = build_trajectory(options, timesteps, schedule)
         if self.vae is None and self.trajectory.needs_negative:
             raise ValueError(f'{model} reads no prompt, so there is nothing to guide it from; set guidance=1')
@@ -350,12 +357,13 @@ class DiffusionExtractor(nn.Module):
             latents = latents.unsqueeze(1).expand(-1, self.ensemble, -1, -1, -1)  # (B, E, 4, h, w)
         b, e = latents.shape[:2]
         conditioning, rows = self._choose(prompts, b)
+        guided = self._is_guided(prompts)
         views = {str(i): control.view(images) for i, control in enumerate(self.controls)}  # (B, 3, 8h, 8w) each
         fit = e if self.micro_batch is None else max(1, self.micro_batch // (b * len(self.timesteps)))
         total: Activations = {}
         with torch.set_grad_enabled(_wants_grad(self.unet, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
-                found = self._read_members(latents[:, first : first + fit], first, conditioning, rows, views)
+                found = self._read_members(latents[:, first : first + fit], first, conditioning, rows, views, guided)
                 for name, x in found.items():  # (m, B, T, C, h, w)
                     part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
                     total[name] = total[name] + part if name in total else part
@@ -392,7 +400,7 @@ class DiffusionExtractor(nn.Module):
         noise = self._draw('noise', 0, shape, device)
         condition = self._condition(*self._choose(prompt, 1), noise)
         negative = None
-        if self._negative is not None:
+        if self._is_guided(prompt):
             negative = self._condition(self._negative, torch.zeros(1, dtype=torch.long), noise)
         with torch.set_grad_enabled(_wants_grad(self.unet)):
             found, latent = self.trajectory.generate(self._denoiser, noise, condition, negative=negative)
@@ -400,7 +408,13 @@ class DiffusionExtractor(nn.Module):
         return found, latent
 
     def _read_members(
-        self, latents: Tensor, first: int, conditioning: Conditioning, rows: Tensor, views: Mapping[str, Tensor]
+        self,
+        latents: Tensor,
+        first: int,
+        conditioning: Conditioning,
+        rows: Tensor,
+        views: Mapping[str, Tensor],
+        guided: bool,
     ) -> Activations:
         """Activations (m, B, T, C, h, w) of the ensemble members from `first` on, with latents (B, m, 4, h, w)."""
         b, m = latents.shape[:2]
@@ -410,7 +424,7 @@ class DiffusionExtractor(nn.Module):
         if self.trajectory.adds_noise:
             shape = (b, 1 if self.noise == 'seeded' else len(self.timesteps), *latents.shape[2:])
             noise = torch.cat([self._draw('noise', first + i, shape, latents.device) for i in range(m)])
-        if self._negative is not None:
+        if guided:
             negative = self._condition(self._negative, torch.zeros_like(rows), latents) | {'views': views}
         found = self.trajectory(
             self._denoiser,
@@ -478,6 +492,11 @@ class DiffusionExtractor(nn.Module):
         if len(rows) not in (1, batch):
             raise ValueError(f'{len(rows)} prompts for a batch of {batch}; give one for all or one for each')
         return conditioning, torch.tensor(rows).expand(batch)
+
+    def _is_guided(self, prompts: Prompts | None) -> bool:
+        """Whether guidance changes anything: not where the prompts of a call are the negative prompt itself."""
+        texts = set(_texts(self._prompt if prompts is None else prompts))  # none of embeddings
+        return self._negative is not None and not (texts and texts == set(_texts(self._negative_prompt)))
 
     def _condition(self, conditioning: Conditioning, rows: Tensor, latents: Tensor) -> Condition:
         factor = self.parts.vae_scale_factor

@@ -66,7 +66,10 @@ SCHEDULER = {
     'beta_end': 0.012,
     'num_train_timesteps': 1000,
     'prediction_type': 'epsilon',
+    'steps_offset': 1,
+    'timestep_spacing': 'leading',
 }
+TURBO_SCHEDULER = {**SCHEDULER, 'timestep_spacing': 'trailing'}
 ADM_SCHEDULER = {
     'beta_schedule': 'linear',
     'beta_start': 0.0001,
@@ -88,7 +91,7 @@ class Preset:
         image_size: Side of the square images, in pixels, that it was trained on.
         unet_config: What differs from the defaults of `UNet2DConditionModel`, or of the class that it names.
         vae_config: What differs from `AutoencoderKL`'s defaults; None for models of pixel space.
-        scheduler_config: Betas and prediction type.
+        scheduler_config: Betas, prediction type, and which timesteps a sampler takes.
         mirrors: Other ids of the same weights. Ids that are gone from the hub are among them, so that they are known.
         gone: Those ids that have been removed from the hub.
         revision: Commit that is read unless another is asked for.
@@ -194,6 +197,7 @@ _PRESETS = (
         revision='b261bac6fd2cf515557d5d0707481eafa0485ec2',
         variant='fp16',
         license='Stability AI Community License',
+        scheduler_config=TURBO_SCHEDULER,
     ),
     replace(
         _SDXL,
@@ -203,6 +207,7 @@ _PRESETS = (
         license='Stability AI Community License',
         image_size=512,
         unet_config={**SDXL_UNET, 'sample_size': 64},
+        scheduler_config=TURBO_SCHEDULER,
     ),
     # Stracke et al., "CleanDIFT: Diffusion Features without Noise" (2412.03439): a UNet for the base model's other
     # parts. Its timestep is a learned scalar that starts at 261 and hardly moves.

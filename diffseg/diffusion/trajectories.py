@@ -21,6 +21,7 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from diffseg.diffusion.sites import AttentionMode, Network
 CLEAN = -1  # the timestep of a latent without noise
 PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
 
+SPACINGS = ('leading', 'trailing', 'linspace')  # of the timesteps of a sampler
 SHARED = ('schedule', 'timesteps')  # what every trajectory is made of; other fields are options of one kind
 
 # Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. Two among them are none of its
@@ -58,29 +60,69 @@ def add_noise(latent: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tenso
     return alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
 
 
-def ddim_grid(steps: int, training_steps: int = 1000) -> list[int]:
-    """The ascending timesteps of a DDIM run with 'leading' spacing and no offset: 0, 20, ..., 980 for 50 steps."""
+def sampling_timesteps(
+    steps: int, training_steps: int = 1000, spacing: str = 'leading', steps_offset: int = 0
+) -> list[int]:
+    """The descending timesteps at which a sampler calls the UNet, as diffusers' schedulers space them.
+
+    >>> sampling_timesteps(4), sampling_timesteps(4, steps_offset=1)
+    ([750, 500, 250, 0], [751, 501, 251, 1])
+    >>> sampling_timesteps(4, spacing='trailing'), sampling_timesteps(4, spacing='linspace')
+    ([999, 749, 499, 249], [999, 666, 333, 0])
+
+    Args:
+        steps: Number of calls.
+        training_steps: Number of timesteps that the model was trained with.
+        spacing: 'leading', 'trailing' or 'linspace' (arXiv 2305.08891, table 2).
+        steps_offset: What is added to all of them, with 'leading' alone.
+
+    Raises:
+        ValueError: More steps than there are, another spacing, or an offset beyond the last timestep.
+    """
     if not 1 <= steps <= training_steps:
         raise ValueError(f'{steps} steps; a schedule of {training_steps} timesteps allows 1 to {training_steps}')
-    return [i * (training_steps // steps) for i in range(steps)]
+    if spacing == 'leading':
+        timesteps = np.arange(steps)[::-1] * (training_steps // steps) + steps_offset
+    elif spacing == 'trailing':
+        timesteps = np.arange(training_steps, 0, -training_steps / steps).round() - 1
+    elif spacing == 'linspace':
+        timesteps = np.linspace(0, training_steps - 1, steps).round()[::-1]
+    else:
+        raise ValueError(f'spacing is {spacing!r}; it is {", ".join(map(repr, SPACINGS))}')
+    if timesteps[0] >= training_steps:
+        raise ValueError(
+            f'steps={steps} with steps_offset={steps_offset} begins at t = {timesteps[0]}, but the last timestep is '
+            f'{training_steps - 1}; set steps_offset=0'
+        )
+    return [int(t) for t in timesteps]
 
 
 class NoiseSchedule:
-    """The cumulative alphas that a model was trained with, and what it was trained to predict.
+    """The cumulative alphas that a model was trained with, what it was trained to predict, and how it is sampled.
 
     Args:
         alphas_cumprod: abar of timesteps 0, 1, ..., with shape (training steps,).
         prediction_type: 'epsilon' or 'v_prediction'.
+        spacing: Of the timesteps of a sampler, see `sampling_timesteps`.
+        steps_offset: Of the timesteps of a sampler, likewise.
 
     Raises:
         ValueError: The prediction type is another one.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = 'epsilon'):
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        prediction_type: str = 'epsilon',
+        spacing: str = 'leading',
+        steps_offset: int = 0,
+    ):
         if prediction_type not in ('epsilon', 'v_prediction'):
             raise ValueError(f"prediction type {prediction_type!r}; known are 'epsilon' and 'v_prediction'")
         self.alphas_cumprod = alphas_cumprod.double().cpu()
         self.prediction_type = prediction_type
+        self.spacing = spacing
+        self.steps_offset = steps_offset
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -261,7 +303,7 @@ class Trajectory(ABC):
 
     @property
     def needs_negative(self) -> bool:
-        """Whether `__call__` needs `negative`."""
+        """Whether `__call__` needs `negative`, unless that is the same as the condition."""
         return False
 
     @abstractmethod
@@ -285,7 +327,7 @@ class Trajectory(ABC):
             latent: Where the trajectory starts, with shape (N, 4, h, w).
             condition: Keyword arguments of the UNet for these latents.
             noise: Standard normal, with shape (N, T, 4, h, w) or, the same for all timesteps, (N, 1, 4, h, w).
-            negative: Like `condition`, for the prediction that guidance leads away from.
+            negative: Like `condition`, for the prediction that guidance leads away from; None where it is the same.
 
         Returns:
             {name: (N, T, C, h, w)}, T in the order of `timesteps`.
@@ -366,7 +408,7 @@ class _DDIM(Trajectory):
                 found[t], prediction = denoiser.read_and_predict(x_t, t, condition)
             else:
                 prediction = denoiser.predict(x_t, t, condition)
-            if self.needs_negative:
+            if negative is not None and self.needs_negative:
                 unconditional = denoiser.predict(x_t, t, negative)
                 prediction = unconditional + self.guidance * (prediction - unconditional)
             x_t = self.schedule.ddim_step(x_t, prediction, t, t_next)
@@ -379,23 +421,52 @@ class _DDIM(Trajectory):
 
 @dataclass(frozen=True)
 class Inversion(_DDIM):
-    """DDIM inversion as Hyperfeatures runs it: the first UNet call is on the clean latent at t = -1."""
+    """DDIM inversion as Hyperfeatures runs it: the first UNet call is on the clean latent at t = -1.
+
+    The others are at 0, 20, ..., whatever timesteps the model is sampled at.
+    """
 
     def allowed(self) -> Sequence[int]:
         """-1, 0, 20, ..., 960 with 50 steps."""
-        return [CLEAN, *ddim_grid(self.steps, len(self.schedule))[:-1]]
+        return [CLEAN, *sampling_timesteps(self.steps, len(self.schedule))[:0:-1]]
 
 
 @dataclass(frozen=True)
 class Generation(_DDIM):
-    """DDIM sampling from noise, the `latent` it starts from."""
+    """DDIM sampling from noise, the `latent` it starts from.
+
+    Hyperfeatures has `spacing='leading', steps_offset=0`, where Stable Diffusion's own configurations say an offset of
+    1 and those of its turbo models 'trailing'.
+
+    Args:
+        guidance: Scale of classifier-free guidance.
+        spacing: Of the timesteps, 'leading', 'trailing' or 'linspace', see `sampling_timesteps`; None is the model's
+            own.
+        steps_offset: Of the timesteps with 'leading' spacing; None is the model's own.
+
+    Raises:
+        ValueError: The UNet would be told that noise is nearly clean, as with a single 'leading' step.
+    """
 
     guidance: float = 7.5
+    spacing: str | None = None
+    steps_offset: int | None = None
     from_image = False
 
+    def __post_init__(self):
+        for name in ('spacing', 'steps_offset'):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.schedule, name))
+        if (first := self.allowed()[0]) < len(self.schedule) // 2:
+            raise ValueError(
+                f'generation of {self.steps} step(s) with spacing={self.spacing!r} begins at t = {first}, where the '
+                f"UNet expects a nearly clean latent, not noise; set spacing='trailing', or more steps"
+            )
+        super().__post_init__()
+
     def allowed(self) -> Sequence[int]:
-        """980, 960, ..., 0 with 50 steps."""
-        return ddim_grid(self.steps, len(self.schedule))[::-1]
+        """With 50 steps 981, 961, ..., 1 for Stable Diffusion, 999, 979, ..., 19 for its turbo models."""
+        return sampling_timesteps(self.steps, len(self.schedule), self.spacing, self.steps_offset)
 
     def generate(
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, negative: Condition | None = None
@@ -455,12 +526,14 @@ def build_trajectory(
 def dhf_timesteps(save_timestep: Sequence[int], trajectory: str = 'inversion', steps: int = 50) -> list[int]:
     """Translate the step indices of Hyperfeatures' `save_timestep` (49 clean, 0 noise) into timesteps of the UNet.
 
+    They are for the inversion as it is here, and for generation with `spacing='leading', steps_offset=0`.
+
     >>> dhf_timesteps([49, 45, 40, 0])
     [-1, 60, 160, 960]
     >>> dhf_timesteps([49, 45, 40, 0], 'generation')
     [0, 80, 180, 980]
     """
-    grid = ddim_grid(steps)
+    grid = sampling_timesteps(steps)[::-1]
     towards_noise = {'inversion': [CLEAN, *grid[:-1]], 'generation': grid}
     if trajectory not in towards_noise:
         raise ValueError(f'step indices exist for {" and ".join(towards_noise)}, not for {trajectory!r}')

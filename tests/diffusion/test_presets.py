@@ -49,6 +49,14 @@ def test_a_preset_agrees_with_itself(preset):
     assert (preset.unet_weights is None) == (preset.clean_timestep is None)
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_samplers_take_the_timesteps_of_the_repositories(name):
+    """As their scheduler/scheduler_config.json say; guided-diffusion counts from 0."""
+    scheduler = load_config(name).scheduler
+    expected = ('trailing', 1) if 'turbo' in name else ('leading', 0 if name in PIXELS else 1)
+    assert (scheduler.get('timestep_spacing', 'leading'), scheduler.get('steps_offset', 0)) == expected
+
+
 def test_all_presets_are_there():
     assert list(PRESETS) == NAMES
     assert all(get_preset(name).name == name for name in NAMES)

@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffseg.diffusion.trajectories import (
+    SPACINGS,
     TRAJECTORIES,
     Denoiser,
     NoiseSchedule,
     add_noise,
     build_trajectory,
     dhf_timesteps,
+    sampling_timesteps,
     seeded_noise,
 )
 
@@ -163,6 +165,46 @@ def test_a_v_prediction_walk_is_the_schedulers(tiny_unet, schedule, condition):
     torch.testing.assert_close(found, x_t, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('steps', [1, 3, 4, 30, 50, 1000])
+@pytest.mark.parametrize('spacing', SPACINGS)
+@pytest.mark.parametrize('offset', [0, 1])
+def test_sampling_timesteps_are_the_schedulers(steps, spacing, offset):
+    theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    theirs.set_timesteps(steps)
+    if theirs.timesteps[0] > 999:  # which has no alpha
+        with pytest.raises(ValueError, match='begins at t = 1000, but the last timestep is 999; set steps_offset=0'):
+            sampling_timesteps(steps, 1000, spacing, offset)
+    else:
+        assert sampling_timesteps(steps, 1000, spacing, offset) == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize('steps', [1, 4])
+@torch.no_grad()
+def test_trailing_steps_are_eulers(tiny_unet, schedule, condition, steps):
+    """Of turbo models; DDIM is Euler's method in coordinates that keep the variance."""
+    unet, noise = tiny_unet(), torch.randn(2, 4, 8, 8)
+    euler = EulerDiscreteScheduler.from_config(SCHEDULER.config, timestep_spacing='trailing')
+    euler.set_timesteps(steps)
+    x_t = noise * euler.init_noise_sigma
+    for t in euler.timesteps:
+        prediction = unet(euler.scale_model_input(x_t, t), t, **condition).sample
+        x_t = euler.step(prediction, t, x_t).prev_sample
+    schedule = NoiseSchedule(schedule.alphas_cumprod, spacing='trailing')
+    last = int(euler.timesteps[-1])
+    trajectory = build_trajectory({'type': 'generation', 'steps': steps, 'guidance': 1}, [last], schedule)
+    start = noise * (1 - schedule.alpha_bar(999)) ** 0.5  # where Euler starts, of nearly the same norm
+    _, latent = trajectory.generate(Denoiser(unet, LAYERS), start, condition)
+    torch.testing.assert_close(latent, x_t, rtol=1e-3, atol=1e-3)
+
+
+def test_the_models_own_timesteps_can_be_replaced(schedule):
+    own = NoiseSchedule(schedule.alphas_cumprod, spacing='trailing')
+    assert build_trajectory('generation', [999], own).options['spacing'] == 'trailing'
+    leading = {'type': 'generation', 'spacing': 'leading', 'steps_offset': 1}
+    assert build_trajectory(leading, [981], own).allowed()[-1] == 1
+    assert build_trajectory('inversion', [960], own).allowed()[:3] == [-1, 0, 20]
+
+
 def test_unet_out_is_read_along_with_the_prediction(tiny_unet, schedule, condition):
     trajectory = build_trajectory('inversion', [-1, 0, 20], schedule)
     with torch.no_grad():
@@ -190,6 +232,8 @@ def test_seeded_noise_depends_on_its_key_and_on_nothing_else():
         ('inversion', [-1, 50], r'\[50\].*-1, 0, \.\.\., 960'),
         ('generation', [-1], r'980, 960, \.\.\., 0'),
         ({'type': 'inversion', 'steps': 2}, [1], r'-1, 0$'),
+        ({'type': 'generation', 'steps': 1}, [0], "begins at t = 0, .* set spacing='trailing', or more steps"),
+        ({'type': 'generation', 'spacing': 'middle'}, [0], "'middle'; it is 'leading', 'trailing', 'linspace'"),
         ({'type': 'inversion', 'steps': 0}, [-1], '1 to 1000'),
         ('noise', [], 'no timesteps'),
         ('ddpm', [1], 'noise, clean, inversion, generation'),

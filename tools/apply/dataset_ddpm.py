@@ -143,7 +143,7 @@ def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
         backbone.model,
         [first],  # none is wanted
         [0],
-        trajectory={'type': 'generation', 'steps': args.steps, **guidance},
+        trajectory={'type': 'generation', 'steps': args.steps, 'spacing': 'leading', 'steps_offset': 0, **guidance},
         prompt=args.prompt,
         **files,
         **options,

@@ -1,16 +1,18 @@
 """Generate images from prompts, and write the activations along the way beside them.
 
     python tools/apply/generate.py sd15 --prompt 'a photo of a horse' 'a photo of a dog' --seed 0 1 --out generated \\
-        --layers dhf --timesteps 0 80 180 280 380 480 580 680 780 880 980
+        --layers dhf --timesteps 0 80 180 280 380 480 580 680 780 880 980 --spacing leading --steps-offset 0
 
 `generated/a-photo-of-a-horse-0.png` is the image, and `generated/a-photo-of-a-horse-0.png.safetensors` holds a tensor
 (T, C, h, w) for each layer from the same DDIM trajectory, as those that `extract_features.py` makes of given images;
 with classifier-free guidance they are the conditional call's. `generated/config.json` says how the files were made, and
 a run with another configuration is refused there.
 
-Timesteps are those of the grid 0, 20, ..., 980 (with 50 steps). Diffusion Hyperfeatures takes the ones above; the same
-noise levels of a given image, by inversion, are called -1, 60, 160, ..., 960. Give both in the same order, and what was
-trained on given images can be applied to generated ones (`match.py --features generated`).
+Timesteps are those at which the model is sampled: with 50 steps 981, 961, ..., 1 for Stable Diffusion; for its turbo
+models, which take one to four steps, 999 with `--steps 1 --guidance 1`. Diffusion Hyperfeatures has 980, 960, ..., 0
+and takes the ones above; the same noise levels of a given image, by inversion, are called -1, 60, 160, ..., 960. Give
+both in the same order, and what was trained on given images can be applied to generated ones
+(`match.py --features generated`).
 """
 
 import argparse
@@ -31,6 +33,7 @@ from diffseg.diffusion.images import decode
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_vae, meta_unet
 from diffseg.diffusion.sites import sites
+from diffseg.diffusion.trajectories import SPACINGS
 from diffseg.feature_files import DTYPES, check_configuration, write_features
 from diffseg.visualization import to_picture, to_pil
 
@@ -49,6 +52,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--negative-prompt', default='')
     parser.add_argument('--steps', type=int, default=50, help='DDIM steps')
+    parser.add_argument('--spacing', choices=SPACINGS, help="of the DDIM steps (default: the model's own)")
+    parser.add_argument('--steps-offset', type=int, help="added to 'leading' steps (default: the model's own)")
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store activations in')
     parser.add_argument('--device', default=default_device())
@@ -77,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
         trajectory={
             'type': 'generation',
             'steps': args.steps,
+            'spacing': args.spacing,
+            'steps_offset': args.steps_offset,
             'negative_prompt': args.negative_prompt,
             **guidance,
         },

@@ -128,7 +128,7 @@ def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained,
     options = Config(
         {'model': str(tiny_pipeline), 'layers': ['dift-1'], 'timesteps': [50], 'prompt': 'a horse', **read}
     )
-    args = tool.parse_args(['', '', '--out', str(tmp_path), '--count', '1', '--steps', '1', '--size', '64'])
+    args = tool.parse_args(['', '', '--out', str(tmp_path), '--count', '1', '--steps', '2', '--size', '64'])
     (path,) = tool.generate(options, args)
     assert Image.open(path).size == (64, 64)
     network, extractor, decoder = seen

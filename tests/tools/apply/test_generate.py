@@ -15,7 +15,7 @@ from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode
 from diffseg.diffusion.loading import load_vae
 
-TIMESTEPS = [200, 600]
+TIMESTEPS = [201, 601]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run(load_tool: Callable, tiny_pipeline: Path, tmp_path: Path) -> Callable[..
     main = load_tool('apply/generate').main
 
     def run(*options: str, prompts: tuple[str, ...] = ('A horse, red!',)) -> int:
-        fixed = f'--layers dhf-1-1 up-level3-repeat2-vit-out --timesteps 200 600 --steps 5 --out {tmp_path}/out'
+        fixed = f'--layers dhf-1-1 up-level3-repeat2-vit-out --timesteps 201 601 --steps 5 --out {tmp_path}/out'
         return main([str(tiny_pipeline), *fixed.split(), '--device', 'cpu', '--prompt', *prompts, *options])
 
     return run
@@ -68,6 +68,14 @@ def test_guidance_and_negative_prompt_change_the_image_and_are_not_mixed(run: Ca
     for options in (['--guidance', '1'], ['--negative-prompt', 'blurred']):
         assert run('--out', str(tmp_path / options[0]), *options) == 0
         assert np.abs(np.asarray(Image.open(tmp_path / options[0] / 'a-horse-red-0.png')) - first).max() > 1
+
+
+def test_spacing_and_offset(run: Callable, tmp_path: Path, capsys):
+    assert run('--spacing', 'trailing', '--timesteps', '199', '999') == 0
+    trajectory = json.loads((tmp_path / 'out' / 'config.json').read_text())['trajectory']
+    assert (trajectory['spacing'], trajectory['steps_offset']) == ('trailing', 1)
+    assert run('--steps-offset', '0') == 2
+    assert 'generation trajectory, which has 800, 600, ..., 0' in capsys.readouterr().err
 
 
 def test_errors(run: Callable, capsys):
