@@ -64,6 +64,8 @@ class DiffusionBackbone(FrozenBackbone):
         cache: folder in which maps are kept, to be found again by the bytes of the image and all else that they depend
             on; or `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that
             dtype. Not with random noise, nor with anything trainable in the backbone.
+        check_fingerprint: what follows where a checkpoint was made with another network or other settings: 'error', or
+            'warn' where the difference does not matter, as float32 in place of bfloat16.
         extractor: further options of `DiffusionExtractor`: `trajectory`, `ensemble`, `noise`, `seed`, `dtype`, ...
 
     Attributes:
@@ -91,9 +93,10 @@ class DiffusionBackbone(FrozenBackbone):
         lora: Mapping[str, Any] | None = None,
         train_noise: Literal['seeded', 'random'] | None = None,
         cache: str | Mapping[str, Any] | None = None,
+        check_fingerprint: Literal['error', 'warn'] = 'error',
         **extractor: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(check_fingerprint)
         if frozen and trainable is not None:
             raise ValueError(f'trainable={list(trainable)} has no effect with frozen=True; set frozen=False')
         if lora is not None and not frozen:

@@ -154,4 +154,14 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
-        raise type(error)(f'{name}: {error}') from error
+        raise _prefixed(error, name) from error
+
+
+def _prefixed(error: Exception, name: str) -> Exception:
+    """An error of the same type, or, where a message alone does not make one (JSONDecodeError), of its nearest base."""
+    for kind in type(error).__mro__:
+        try:
+            return kind(f'{name}: {error}')
+        except TypeError:
+            continue
+    return error

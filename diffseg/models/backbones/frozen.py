@@ -4,9 +4,11 @@ import copy
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from logging import WARNING
+from typing import Any, Literal
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -83,6 +85,10 @@ class FrozenBackbone(BaseModule):
     Checkpoints hold the fingerprint of the network instead, and loading one compares the two. A deep copy shares the
     network's buffers, which is what `freeze` makes of its frozen tensors.
 
+    Args:
+        check_fingerprint: what follows where a checkpoint's fingerprint differs: 'error', or 'warn' where the
+            difference does not matter, as float32 in place of bfloat16.
+
     Attributes:
         network: the loaded network, a child module. It runs within `resident()`.
         fingerprint: what a head that was trained on the maps takes for granted, in types that JSON has.
@@ -97,6 +103,12 @@ class FrozenBackbone(BaseModule):
     label: str = 'backbone'
     captions: Captions | None = None
     optional: tuple[str, ...] = ()
+
+    def __init__(self, check_fingerprint: Literal['error', 'warn'] = 'error') -> None:
+        super().__init__()
+        if check_fingerprint not in ('error', 'warn'):
+            raise ValueError(f"check_fingerprint is {check_fingerprint!r}; it is 'error' or 'warn'")
+        self.check_fingerprint = check_fingerprint
 
     def offload(self) -> None:
         """From now on, keep the network's buffers where they are, and have copies on the device only within `resident`.
@@ -174,17 +186,21 @@ class FrozenBackbone(BaseModule):
         """Compare a checkpoint's fingerprint with the network at hand.
 
         Raises:
-            ValueError: they differ.
+            ValueError: they differ, unless `check_fingerprint` is 'warn'.
         """
         ours, theirs = self.fingerprint, json.loads(bytes(state.tolist()))
         required = [key for key in ours if key in theirs or key not in self.optional]
         different = [key for key in dict.fromkeys([*required, *theirs]) if ours.get(key) != theirs.get(key)]
         if different:
-            raise ValueError(
-                f'the checkpoint belongs to another {self.label}: '
-                + '; '.join(f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different)
-                + '. Build the backbone as it was, or train anew'
+            message = f'the checkpoint belongs to another {self.label}: ' + '; '.join(
+                f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different
             )
+            if self.check_fingerprint == 'error':
+                raise ValueError(
+                    f"{message}. Build the backbone as it was, train anew, or set check_fingerprint='warn' in the "
+                    f'backbone if the difference does not matter, as that of float32 and bfloat16'
+                )
+            print_log(f"{message}. It is loaded all the same, by check_fingerprint='warn'", 'current', WARNING)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'FrozenBackbone':
         """Copy all but the frozen tensors, which the copy shares."""

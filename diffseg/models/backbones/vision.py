@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmseg.registry import MODELS
@@ -320,6 +320,7 @@ class VisionBackbone(FrozenBackbone):
             still read.
         revision: commit, tag or branch of a hub model.
         cache: folder in which maps are kept, or options, see `FeatureCache`.
+        check_fingerprint: 'error' or 'warn', see `FrozenBackbone`.
 
     Attributes:
         channels: channels C of each layer.
@@ -341,8 +342,9 @@ class VisionBackbone(FrozenBackbone):
         random: bool = False,
         revision: str | None = None,
         cache: str | Mapping[str, Any] | None = None,
+        check_fingerprint: Literal['error', 'warn'] = 'error',
     ) -> None:
-        super().__init__()
+        super().__init__(check_fingerprint)
         config = load_vision_config(model, revision, from_preset=random)
         stages = stage_names(config)
         self.layers = resolve_layers(layers, stages)

@@ -250,6 +250,20 @@ def test_another_fingerprint_is_refused(make: Callable, options: dict):
         make(**options).load_state_dict(make().state_dict())
 
 
+def test_another_fingerprint_is_a_warning_where_it_is_told_not_to_matter(make: Callable, monkeypatch):
+    messages = []
+    monkeypatch.setattr('diffseg.models.backbones.frozen.print_log', lambda message, *_: messages.append(message))
+    state = make(dtype='bfloat16').state_dict()
+    backbone = make(check_fingerprint='warn')
+    backbone.load_state_dict(state)
+    (message,) = messages
+    assert "dtype was 'bfloat16' and is 'float32'" in message and 'loaded all the same' in message
+    backbone.load_state_dict(make().state_dict())
+    assert len(messages) == 1
+    with pytest.raises(ValueError, match="check_fingerprint is 'ignore'; it is 'error' or 'warn'"):
+        make(check_fingerprint='ignore')
+
+
 def test_another_folder_with_the_same_weights_is_the_same_model(make: Callable, tiny_pipeline: Path, tmp_path: Path):
     shutil.copytree(tiny_pipeline, tmp_path / 'copy')
     moved = make(model=str(tmp_path / 'copy'))

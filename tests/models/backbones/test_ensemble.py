@@ -1,6 +1,8 @@
 """Tests for diffseg.models.backbones.ensemble, and for the offloading of frozen networks."""
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -162,6 +164,20 @@ def test_backbones_of_others_are_refused():
 def test_images_that_cannot_be_name_the_member(members: list[dict]):
     with pytest.raises(ValueError, match=r'backbones\[0\] \(DiffusionBackbone\): images are in'):
         EnsembleBackbone(members)(make_images() * 200)
+
+
+@pytest.mark.parametrize(
+    'error', [json.JSONDecodeError('no JSON', 'x', 0), UnicodeDecodeError('utf8', b'x', 0, 1, 'bad')]
+)
+def test_errors_that_a_message_alone_does_not_make_name_the_member(members: list[dict], monkeypatch, error: ValueError):
+    ensemble = EnsembleBackbone(members)
+
+    def fail(images):
+        raise error
+
+    monkeypatch.setattr(ensemble.members[0], 'forward', fail)
+    with pytest.raises(ValueError, match=rf'backbones\[0\] \(DiffusionBackbone\): {re.escape(str(error))}'):
+        ensemble(make_images())
 
 
 # Offloading
