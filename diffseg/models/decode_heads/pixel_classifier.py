@@ -23,7 +23,11 @@ def vote(logits: Tensor) -> Tensor:
     Returns:
         Whole numbers with shape (..., n), in the dtype of `logits`.
     """
-    return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).sum(dim=-2).to(logits.dtype)
+    votes = torch.zeros_like(logits[..., 0, :])
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    for choice in logits.argmax(dim=-1).unbind(-1):  # one-hot votes of all members take 2 N times the memory of votes
+        votes += choice[..., None] == classes
+    return votes
 
 
 def js_uncertainty(logits: Tensor) -> Tensor:
@@ -255,7 +259,8 @@ class PixelClassifierHead(BaseDecodeHead):
         Returns:
             Shape (B, n, H, W).
         """
-        return vote(self.pixel_logits(inputs, size)).permute(0, 3, 1, 2)
+        votes = sum(vote(logits[..., None, :]) for logits in self.member_logits(inputs, size))  # (B, H, W, n)
+        return votes.permute(0, 3, 1, 2)
 
     def predict(self, inputs: Sequence[Tensor], batch_img_metas: list[dict], test_cfg: dict) -> Tensor:
         """Votes at the size of the picture, repeated (nearest) if the head has another `output_size`.
@@ -288,6 +293,13 @@ class PixelClassifierHead(BaseDecodeHead):
         Returns:
             Shape (B, H, W, N, n).
         """
+        return torch.stack(list(self.member_logits(inputs, size)), dim=-2)
+
+    def member_logits(self, inputs: Sequence[Tensor], size: Size | None = None) -> Iterator[Tensor]:
+        """Logits (B, H, W, n) of one member after the other, with the arguments of `pixel_logits`.
+
+        So only one hidden layer is held at full size, and, where each is used up at once, one member's logits.
+        """
         maps = self.select(inputs)
         finest = tuple(max(x.shape[dim] for x in maps) for dim in (2, 3))
         size = self.output_size or size or finest
@@ -295,12 +307,11 @@ class PixelClassifierHead(BaseDecodeHead):
         sums: dict[tuple[Size, Resize], Tensor | float] = defaultdict(float)
         for x, weight, resize in zip(maps, first.weight.split(self.in_channels, dim=1), self.resize, strict=True):
             sums[x.shape[2:], resize] += torch.einsum('bchw,nco->bnohw', x, weight)
-        logits = []
-        for member in range(self.ensemble.members):  # one by one, to hold the hidden layer of only one at full size
+        for member in range(self.ensemble.members):
             hidden = sum(upsample(x[:, member], size, finest, mode) for (_, mode), x in sums.items())  # (B, o, H, W)
             hidden = hidden.permute(0, 2, 3, 1).flatten(0, 2) + first.bias[member]  # (B*H*W, o)
-            logits.append(self.ensemble.after_first(hidden[:, None], slice(member, member + 1)))
-        return torch.cat(logits, dim=1).unflatten(0, (-1, *size))
+            logits = self.ensemble.after_first(hidden[:, None], slice(member, member + 1))  # (B*H*W, 1, n)
+            yield logits[:, 0].unflatten(0, (-1, *size))
 
 
 def member_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from mmseg.registry import MODELS
 from tiny_mmseg import CHANNELS, CLASSES, batch, build_segmentor
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffseg.models.decode_heads.pixel_classifier import (
     EarlyStop,
@@ -49,6 +51,29 @@ def test_vote_is_the_mode_and_ties_go_to_the_smallest():
     assert vote(logits).argmax(dim=-1).equal(logits.argmax(dim=-1).mode(dim=-1).values)
     choices = torch.tensor([3, 1, 1, 3])
     assert vote(F.one_hot(choices, 6).float()).tolist() == [0, 2, 0, 2, 0, 0]
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the bytes of the largest tensor that is made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.nbytes = max(self.nbytes, *(x.nbytes for x in tree_leaves(made) if isinstance(x, torch.Tensor)), 0)
+        return made
+
+
+def test_votes_take_no_more_memory_than_logits_and_all_logits_are_never_held():
+    logits = torch.randn(64, 10, 21)  # (P, N, n)
+    with Largest() as largest:
+        vote(logits)
+    assert largest.nbytes <= logits.nbytes
+    head = MODELS.build(head_config(in_channels=[4], num_members=10, num_classes=21, hidden=(4, 4))).eval()
+    with Largest() as largest, torch.no_grad():
+        votes = head([torch.randn(1, 4, 8, 8)], (16, 16))
+    assert votes.sum(dim=1).eq(10).all()
+    assert largest.nbytes <= votes.nbytes
 
 
 def test_uncertainty():
