@@ -9,7 +9,7 @@ import tiny
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, MODELS
 from parts import described, members, sites_of
 from PIL import Image
 from shrink import shrink_backbone
@@ -21,23 +21,30 @@ from diffseg.models.decode_heads import PixelClassifierHead
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs/scarce').glob('*_pixel-classifier*.py'))
 NAME = re.compile(
-    r'(?P<model>.+?)(?P<legacy>-legacy)?(-t(?P<timesteps>[\d+]+))?_pixel-classifier(?P<published>-published)?_1xb(?P<pixels>\d+)-(?P<epochs>\d+)e_'
+    r'(?P<model>.+?)(?P<legacy>-legacy)?(-t(?P<timesteps>[\d+]+))?_pixel-classifier(?P<published>-published)?_'
+    r'1xb(?P<pixels>\d+)-(?P<epochs>\d+)e_'
     r'(?P<dataset>.+)-(?P<size>\d+)x\d+'
 )
 PUBLISHED = {  # GDF and DDPM: channels of a pixel
     'ddpm-lsun-horse-t50+150+250': 8448,
+    'mae-l8-lsun-horse': 12288,
+    'swav-w2-lsun-horse': 13440,
     'sd15-legacy-t51': 3520,
     'sdxl-legacy-t50': 2240,
     'sd15-t51': 3520,
     'sdxl-t50': 3840,
     'sdxl+sd15+playground-v2': 8154,
 }
+OTHER_LAYERS = {
+    'mae-l8-lsun-horse': list(range(13, 25)),  # the last twelve of 24 blocks, counted from 1
+    'swav-w2-lsun-horse': [f'layer{i + 1}.{j}' for i, blocks in enumerate((3, 4, 6, 3)) for j in range(0, blocks, 2)],
+}
 SMALL = {'Resize': {'scale': (64, 64)}, 'LoadLabelArray': {'size': 32}, 'IgnoreSmallClasses': {'min_pixels': 2}}
 TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 24
+    assert len(CONFIGS) == 26
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -62,7 +69,7 @@ def test_a_config_is_what_its_name_says(path):
     if category == 'toy':
         assert Path(parts[0].model).resolve() == ROOT / 'demo' / name['model']
     else:
-        assert '+'.join(part.model for part in parts) == name['model']
+        assert '+'.join(Path(part.model).stem for part in parts) == name['model']
         size = int(name['size'])
         for loader in (cfg.train_dataloader, cfg.test_dataloader):
             steps = {step.type: step for step in loader.dataset.pipeline}
@@ -79,6 +86,13 @@ def test_a_config_is_what_its_name_says(path):
 def test_channels_are_those_of_the_model(path):
     cfg, found = Config.fromfile(path), []
     for part in members(cfg.model.backbone):
+        if part.type != 'DiffusionBackbone':
+            with torch.device('meta'):
+                backbone = MODELS.build({**part, 'random': True})
+                maps = backbone(torch.empty(1, 3, 256, 256))
+            found += [x.shape[1] for x in maps]
+            assert found == part.channels
+            continue
         available = sites_of(part.model)
         channels = [available[layer].channels for layer in resolve(part.layers, available)]
         channels += [154] * len(part.get('attention_maps', []))
@@ -92,9 +106,12 @@ def test_channels_are_those_of_the_model(path):
         assert sum(found) == PUBLISHED[path.stem.split('_')[0]]
 
 
-@pytest.mark.parametrize('path', CONFIGS[:-2], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [path for path in CONFIGS if '_toy-' not in path.stem], ids=lambda path: path.stem)
 def test_layers_are_the_published_sets(path):
     cfg, name = Config.fromfile(path), NAME.fullmatch(path.stem)
+    if others := OTHER_LAYERS.get(name['model']):
+        assert cfg.model.backbone.layers == others
+        return
     sets = [['practical', 'amalgamation', 'amalgamation'][i] for i in range(len(members(cfg.model.backbone)))]
     sets = ['legacy'] if name['legacy'] else ['ddpm-seg'] if name['model'].startswith('ddpm') else sets
     for part, wanted in zip(members(cfg.model.backbone), sets, strict=True):

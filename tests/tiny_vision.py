@@ -14,8 +14,10 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
     PreTrainedModel,
+    ViTConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
+    ViTModel,
 )
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -30,14 +32,16 @@ CONFIG = {
     'initializer_range': 0.5,  # so that the blocks do something
 }
 TEXT = {'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16}
-KINDS = ('dinov2', 'dinov2_with_registers', 'dinov3_vit', 'vit_mae', 'clip')
+KINDS = ('dinov2', 'dinov2_with_registers', 'dinov3_vit', 'vit', 'vit_mae', 'clip')
 
 
 def model(kind: str, seed: int = 1) -> PreTrainedModel:
-    """What the hub has of each kind: MAE with its decoder, CLIP with its text model."""
+    """What the hub has of each kind: MAE with its decoder, CLIP with its text model, DINO (vit) without a pooler."""
     torch.manual_seed(seed)
     if kind == 'clip':
         return CLIPModel(CLIPConfig(vision_config=CONFIG, text_config=TEXT)).eval()
+    if kind == 'vit':
+        return ViTModel(ViTConfig(**CONFIG), add_pooling_layer=False).eval()
     cls, config = {
         'dinov2': (Dinov2Model, Dinov2Config(**CONFIG)),
         'dinov2_with_registers': (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**CONFIG)),

@@ -4,6 +4,7 @@ from .conditioners import LearnedPrompts, MetaPrompts, TextAdapter
 from .diffusion import DiffusionBackbone
 from .ensemble import EnsembleBackbone
 from .meta_prompts import MetaPromptsBackbone
+from .resnet import ResNetBackbone
 from .vision import VisionBackbone
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     'LearnedPrompts',
     'MetaPrompts',
     'MetaPromptsBackbone',
+    'ResNetBackbone',
     'TextAdapter',
     'VisionBackbone',
 ]

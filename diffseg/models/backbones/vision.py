@@ -1,4 +1,4 @@
-"""Pretrained vision transformers (DINOv2, DINOv3, MAE, CLIP) as mmseg backbones."""
+"""Pretrained vision transformers (DINO, DINOv2, DINOv3, MAE, CLIP) as mmseg backbones."""
 
 import difflib
 import json
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ViTMAEModel,
+    ViTModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BackboneOutput
@@ -36,12 +37,14 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     'dinov2': Dinov2Backbone,
     'dinov2_with_registers': Dinov2WithRegistersBackbone,
     'dinov3_vit': DINOv3ViTBackbone,
+    'vit': ViTModel,
     'vit_mae': ViTMAEModel,
     'clip_vision_model': CLIPVisionModel,
 }
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
 FOLDER_FILES = 'config.json, preprocessor_config.json and model.safetensors'
-FINAL_NORMS = {'vit_mae': 'layernorm', 'clip_vision_model': 'post_layernorm'}  # of those without a backbone class
+# of those without a backbone class
+FINAL_NORMS = {'vit': 'layernorm', 'vit_mae': 'layernorm', 'clip_vision_model': 'post_layernorm'}
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -49,6 +52,7 @@ SIZES = {
     's': {'hidden_size': 384, 'num_hidden_layers': 12, 'num_attention_heads': 6},
     'b': {'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12},
     'l': {'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16},
+    'h': {'hidden_size': 1280, 'num_hidden_layers': 32, 'num_attention_heads': 16},
     'g': {'hidden_size': 1536, 'num_hidden_layers': 40, 'num_attention_heads': 24},
 }
 
@@ -58,18 +62,20 @@ class VisionPreset:
     """A published vision transformer.
 
     Attributes:
-        repo_id: Repository on the Hugging Face hub.
+        repo_id: Repository on the Hugging Face hub; None for what is only published as a checkpoint.
         license: Licence of the weights.
         config: Type, and what differs from the defaults of that type's configuration.
         normalization: Mean and standard deviation of RGB in [0, 1].
         gated: Whether the hub asks to accept the licence before it gives the weights.
+        remedy: How to get a folder of what is not on the hub.
     """
 
-    repo_id: str
+    repo_id: str | None
     license: str
     config: Mapping[str, Any]
     normalization: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
     gated: bool = False
+    remedy: str = ''
 
 
 def _width(size: str) -> dict[str, int]:
@@ -102,6 +108,15 @@ PRESETS: dict[str, VisionPreset] = {
         for size in 'sbl'
     },
     **{
+        f'dino-{size}{patch}': VisionPreset(
+            repo_id=f'facebook/dino-vit{size}{patch}',
+            license='Apache-2.0',
+            config={'model_type': 'vit', 'patch_size': patch, **_width(size)},
+        )
+        for size in 'sb'
+        for patch in (8, 16)
+    },
+    **{
         f'mae-{size}': VisionPreset(
             repo_id=f'facebook/vit-mae-{name}',
             license='Apache-2.0',
@@ -117,6 +132,28 @@ PRESETS: dict[str, VisionPreset] = {
             normalization=OPENAI_CLIP,
         )
         for size, name, patch in [('b', 'base', 16), ('l', 'large', 14)]
+    },
+    'openclip-h14': VisionPreset(
+        repo_id='laion/CLIP-ViT-H-14-laion2B-s32B-b79K',
+        license='MIT',
+        config={'model_type': 'clip_vision_model', 'patch_size': 14, 'hidden_act': 'gelu', **_width('h')},
+        normalization=OPENAI_CLIP,
+    ),
+    **{
+        f'mae-l8-{name.replace("_", "-")}': VisionPreset(
+            repo_id=None,
+            license='MIT',
+            config={
+                'model_type': 'vit_mae',
+                'image_size': 256,
+                'patch_size': 8,
+                'layer_norm_eps': 1e-6,
+                **_width('l'),
+            },
+            remedy=f'convert mae_checkpoints/{name}.pth of yandex-research/ddpm-segmentation by tools/convert/mae.py '
+            'and give the folder',
+        )
+        for name in ('lsun_bedroom', 'lsun_cat', 'lsun_horse', 'ffhq')
     },
 }
 
@@ -214,7 +251,7 @@ def load_vision_config(model: str | Path, revision: str | None = None, *, from_p
         OSError: the configuration cannot be read.
     """
     preset = find_preset(model)
-    if preset is not None and from_preset:
+    if preset is not None and (from_preset or preset.repo_id is None):
         options = dict(preset.config)
         config = CLASSES[options.pop('model_type')].config_class(**options)
     else:
@@ -266,13 +303,17 @@ def load_vision_model(
         OSError: weights cannot be read, or some are missing.
     """
     cls = CLASSES[config.model_type]
+    options = {'add_pooling_layer': False} if cls is ViTModel else {}  # a layer of classifiers, which DINO lacks
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            return cls(config).to(dtype).eval()
+            return cls(config, **options).to(dtype).eval()
+    preset = find_preset(model)
+    if preset is not None and preset.repo_id is None:
+        raise OSError(f'{model} is not on the hub; {preset.remedy}')
     try:
         network, info = cls.from_pretrained(
-            _location(model), config=config, revision=revision, dtype=dtype, output_loading_info=True
+            _location(model), config=config, revision=revision, dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _explain(model, error) from error
@@ -308,7 +349,7 @@ class VisionBackbone(FrozenBackbone):
     interpolated.
 
     Args:
-        model: preset ('dinov2-b', 'mae-l', 'clip-b16', ..., see `PRESETS`), hub id, or folder.
+        model: preset ('dinov2-b', 'dino-b8', 'mae-l', 'clip-b16', ..., see `PRESETS`), hub id, or folder.
         layers: hidden states, in the order of the maps: n or 'stage{n}' after the n-th block, 0 or 'stem' before the
             first, -1 after the last.
         channels: what the config expects for each layer; verified if given.
