@@ -30,8 +30,7 @@ from diffseg.command_line import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import image_size, read_image
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_unet
-from diffseg.diffusion.sites import Site, sites
+from diffseg.diffusion.sites import Site
 from diffseg.feature_files import (
     DTYPES,
     Item,
@@ -42,6 +41,7 @@ from diffseg.feature_files import (
     is_complete,
     write_features,
 )
+from diffseg.inspection import available_sites
 
 TOKENS = 77  # keys of a cross-attention map, for the estimate
 
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     if others:
         print(f'passing over {count_suffixes(others)}')
 
-    available = sites(meta_unet(args.model))
+    available, _ = available_sites(args.model)
     layers = expand(args.layers, available)
     todo = [item for item in items if not item.output(args.out).exists()]
     itemsize = DTYPES[args.save_dtype].itemsize

@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 
+DEMO = Path(__file__).resolve().parents[2] / 'demo/tiny-sd'
 LAYERS = ['up-level1-repeat1-vit-block0-cross-q', 'up-level2-repeat0-res-out']
 
 
@@ -80,6 +81,14 @@ def test_the_estimate_is_what_is_written(run, tool, tmp_path, capsys):
     written = sum(value.nbytes for each in tensors for value in each.values())
     dry, wet = (line for line in capsys.readouterr().out.splitlines() if 'to write' in line)
     assert tool._bytes(written) in dry and tool._bytes(written) in wet
+
+
+def test_the_estimate_knows_the_vae(tool, photos, tmp_path, capsys):
+    """The VAE of the demo's model has a factor of 4, and Stable Diffusion's one of 8."""
+    options = '--layers up-level2-repeat0-res-out --timesteps 50 --dry-run --device cpu'
+    assert tool.main([str(photos), '--model', str(DEMO), '--out', str(tmp_path / 'out'), *options.split()]) == 0
+    channels, cells, images = 64, 8 * 8, 5  # of 64 x 64 pixels at a stride of 8
+    assert f'{tool._bytes(images * channels * cells * 2)} in float16' in capsys.readouterr().out
 
 
 def test_resumes_and_ignores_halves(run, tmp_path, capsys):
