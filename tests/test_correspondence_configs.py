@@ -40,11 +40,12 @@ DESCRIPTORS = {  # channels, by the beginning of the config's name, without the 
     'sd21-t261_dift': 1280,
     'adm-imagenet-256-t101_dift': 1024,
     'cleandift-': 1280,
-    'sd15-clean_layer-4': 1280,
+    'sd15-clean_layer-': 1280,
     'sd15-clean_concat-all': 10560,
     'sdxl-t50_up-level0': 1280,
     'sdxl-t50_up-level1': 640,
-    'dinov': 768,
+    'dino': 768,
+    'openclip': 1280,
     'sd21+dinov2-b-t261_concat': 2048,
     'sd15-t51_conv-published': 3520,
     'sd15-legacy-t51_conv-published': 3520,
@@ -76,7 +77,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (39, 7)
+    assert (len(CONFIGS), len(TOY)) == (48, 7)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -110,14 +111,20 @@ def test_a_config_is_what_its_name_says(path):
 
     assert all((part.get('noise') == 'random') == bool(name['published']) for part in diffusion)
     lists = model.get('match_size') == 512
-    assert lists == (name['published'] is not None or name['method'] in ('layer-4', 'concat-all'))
-    assert lists == (cfg.test_dataloader.dataset.get('ann_file') is not None)
+    assert lists == (name['published'] is not None or name['method'] in ('layer-4', 'layer-pruned', 'concat-all'))
+    assert (lists and name['dataset'] == 'spair') == (cfg.test_dataloader.dataset.get('ann_file') is not None)
     selected_on_what_is_scored = name['method'] == 'conv'  # GDF, published
     assert cfg.test_evaluator.get('allow_selection_on_test', False) == selected_on_what_is_scored
     assert cfg.test_evaluator.out_file == 'pck.json'
     if trains:
         assert (cfg.test_dataloader.dataset == cfg.val_dataloader.dataset) == selected_on_what_is_scored
         assert cfg.default_hooks.checkpoint.save_best
+
+
+@pytest.mark.parametrize('path', [path for path in CONFIGS if '_cub-512' in path.stem], ids=lambda path: path.stem)
+def test_models_are_the_same_on_cub_as_on_spair(path):
+    spair = path.stem.replace('1xb1-spair-5k', '1xb1-5k').replace('_cub-', '_spair-')
+    assert read(path.stem).model == read(spair).model
 
 
 def stamp(cfg: Config) -> str:

@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/correspondence_dhf.py',
+    '../_base_/datasets/cub_random.py',
+    '../_base_/correspondence_runtime.py',
+    '../_base_/schedules/test_only.py',
+]
+
+model = dict(backbone=dict(model='sd21-base'))
