@@ -1,16 +1,16 @@
 """Diffusion model activations as features for mmsegmentation.
 
 Importing the package fills the gaps that stop the installed mm packages from working with the installed torch
-(`diffseg.compat`), then registers its parts. Where mmengine is not installed, only `diffseg.diffusion` can be used.
+(`diffseg.compat`), and tells mmseg's registries where the package's parts are (`diffseg.registration`), which they
+import when something is first looked up. Without mmengine, mmcv or mmseg, `diffseg.diffusion` can be used.
 """
 
 from importlib.util import find_spec
 
 __version__ = '0.1.0'
 
-if find_spec('mmengine') is not None:
-    from diffseg import compat
+if all(find_spec(package) is not None for package in ('mmengine', 'mmcv', 'mmseg')):
+    from diffseg import compat, registration
 
     compat.apply()
-
-    from diffseg import datasets, engine, evaluation, models  # noqa: F401
+    registration.apply()
