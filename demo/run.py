@@ -1,4 +1,4 @@
-"""Train a decode head on a frozen diffusion model with 30 labelled pictures, and on the same network untrained.
+"""Train a decode head on a frozen diffusion model with 30 labelled pictures, and on the same UNet with random weights.
 
 Draws the data, trains and tests both segmentors with mmengine's runner and writes a page of pictures. Takes a few
 minutes on two CPU cores; nothing is downloaded.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def configure(args: argparse.Namespace, weights: str, random: list[str]) -> Config:
-    """The demo's config, with the parts of the network named by `random` not pretrained."""
+    """The demo's config, with random weights in the parts of the network named by `random`."""
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options)
     cfg.merge_from_dict(
@@ -68,7 +68,7 @@ def configure(args: argparse.Namespace, weights: str, random: list[str]) -> Conf
 
 @torch.no_grad()
 def write_page(out: Path, models: dict[str, nn.Module]) -> None:
-    """A page of test pictures, one of each species, and the mixing weights of the pretrained segmentor."""
+    """Write a page of test pictures, one of each species, and the mixing weights of the pretrained segmentor."""
     folder = out / 'data/toy/real/test'
     paths = [min(folder.glob(f'{species}_*.png')) for species in SPECIES]
     images = [read_image(path) for path in paths]

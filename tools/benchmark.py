@@ -5,10 +5,10 @@
     python tools/benchmark.py --model adm-imagenet-256 --random --sizes 256 --layers adm-4 --ensembles 8
     python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
 
-Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a process of its own, where both procedures use
+Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a separate process, where both procedures use
 the same modules in turn, ours, published, ours, ... The ratio is the median over these pairs.
 
-* **ours**: `DiffusionExtractor`. One VAE encoding; T * E UNet passes, each ended by the last wanted activation.
+* **ours**: `DiffusionExtractor`. One VAE encoding; T * E UNet passes, each ended by the last requested activation.
 * **published**: what the released code of GDF and DIFT does for each timestep: encode every ensemble member, add noise
   and run the UNet, here always to its end (DIFT's own code ends after a block).
 
@@ -18,10 +18,10 @@ Operations are floating-point operations (2 for a multiply-add) of matrix produc
 `torch.utils.flop_counter` counts them; text encoders do not run. Those of a case are compared with:
 
 * **full**: encode once, T * E whole UNet passes;
-* **least**: encode once, and of T * E UNet passes every operation on whose result a wanted activation depends. What is
-  executed before the last wanted activation but leads to none of them is the difference from ours.
+* **least**: encode once, and of T * E UNet passes every operation on which a requested activation depends. Ours also
+  runs the operations before the last requested activation on which none depends.
 
-The last column says how much of a UNet pass runs before it is ended.
+The last column is the share of a UNet pass that runs before it is stopped.
 
 Peak memory is that of the whole process while a procedure runs, weights included: the device's own count on CUDA, the
 kernel's high-water mark of the resident set on Linux.
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def steps(self) -> list[int]:
-        """Evenly spread UNet timesteps; which ones makes no difference to the cost."""
+        """Evenly spread UNet timesteps; the cost does not depend on their values."""
         return [50 + 900 * i // self.timesteps for i in range(self.timesteps)]
 
 
@@ -97,7 +97,7 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
 
     Returns:
         One VAE encoding (`encode`), and one UNet pass: a whole one (`unet`), one that ends with the last of the layers
-        (`stopped`), and what of it the layers depend on (`needed`).
+        (`stopped`), and the operations that the layers depend on (`needed`).
     """
     configs, unet = load_config(model), meta_unet(model)
     factor = 1 if configs.pixel_space else 2 ** (len(configs.vae['block_out_channels']) - 1)
@@ -112,19 +112,19 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
             if not configs.pixel_space:
                 encode(configs.vae, side)
         with Operations() as whole:
-            wanted = ActivationRecorder(unet, names, stop_early=False)(latent, timestep, **condition)
+            activations = ActivationRecorder(unet, names, stop_early=False)(latent, timestep, **condition)
         with Operations() as stopped:
             ActivationRecorder(unet, names)(latent, timestep, **condition)
     return {
         'encode': encoding.total(),
         'unet': whole.total(),
         'stopped': stopped.total(),
-        'needed': whole.needed(wanted.values()),
+        'needed': whole.needed(activations.values()),
     }
 
 
 def count(case: Case) -> dict[str, int]:
-    """FLOP of one image: the parts, and of them `ours`, `published`, `full` and `least` as defined above."""
+    """FLOP of one image: the parts, and the totals `ours`, `published`, `full` and `least` as defined above."""
     parts = count_parts(case.model, case.size, case.layers)
     passes = case.timesteps * case.ensemble
     return {
@@ -196,7 +196,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def titles(measured: bool) -> str:
-    """Head of the Markdown table."""
+    """Header of the Markdown table."""
     names = ['size', 'layers', 'T', 'E', 'dtype']
     if measured:
         names += ['ms/image', 'published ms', 'ratio', 'peak GB', 'published GB']
@@ -209,9 +209,9 @@ def line(row: Mapping[str, Any]) -> str:
     case, flop = row['case'], row['flop']
     cells = [case['size'], case['layers'], case['timesteps'], case['ensemble'], case['dtype']]
     if 'measured' in row:
-        ours, theirs = row['measured']['ours'], row['measured']['published']
-        cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{row["measured"]["ratio"]:.2f}']
-        cells += ['-' if each['peak'] is None else f'{each["peak"] / 1e9:.2f}' for each in (ours, theirs)]
+        procedures = row['measured']['ours'], row['measured']['published']
+        cells += [f'{procedure["ms"]:.0f}' for procedure in procedures] + [f'{row["measured"]["ratio"]:.2f}']
+        cells += ['-' if (peak := procedure['peak']) is None else f'{peak / 1e9:.2f}' for procedure in procedures]
     cells += [f'{flop["ours"] / 1e12:.3g}', f'{flop["ours"] / flop["published"]:.0%}']
     cells += [f'{flop["ours"] / flop["full"]:.0%}', f'{flop["ours"] / flop["least"] - 1:+.2%}']
     cells.append(f'{flop["stopped"] / flop["unet"]:.0%}')
@@ -228,7 +228,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--timesteps', nargs='+', type=int, default=[1], help='numbers of timesteps')
     parser.add_argument('--ensembles', nargs='+', type=int, default=[1], help='numbers of ensemble members')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'float16', 'bfloat16'))
-    parser.add_argument('--batch', type=int, default=1, help='images that are run together')
+    parser.add_argument('--batch', type=int, default=1, help='images in one forward pass')
     parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--count-only', action='store_true', help='count operations and measure nothing')
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each case's results, and its line."""
+    """Yield each case's results and its line of the table."""
     choices = itertools.product(args.sizes, args.layers, args.timesteps, args.ensembles, args.dtypes)
     for size, layers, timesteps, ensemble, dtype in choices:
         case = Case(

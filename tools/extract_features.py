@@ -3,12 +3,12 @@
     python tools/extract_features.py photos --model sd15 --layers practical --timesteps 50 --size 512 --out features
 
 `photos/a/b.jpg` becomes `features/a/b.jpg.safetensors`: a tensor (T, C, h, w) for each layer, and in the header where
-it comes from. The extension stays in the name, so that `b.jpg` and `b.png` do not meet. `features/config.json` says how
-the files were made, and a run with another configuration is refused there.
+it comes from. The extension stays in the name, so that `b.jpg` and `b.png` do not collide. `features/config.json`
+records the configuration, and a run with another one is refused there.
 
-An interrupted run continues where it stopped: a file appears under its name only when it is whole. Several runs can
-share the work with `--shard 0/4` ... `--shard 3/4`. Images that cannot be used are listed at the end, and the exit
-status is then 1; everything else is done. EXIF orientation is applied (see `diffseg.diffusion.images.read_image`).
+An interrupted run continues where it stopped: a file gets its name only when it is complete. Several runs can share the
+work with `--shard 0/4` ... `--shard 3/4`. Images that cannot be used are listed at the end, and the exit status is then
+1; all others are processed. EXIF orientation is applied (see `diffseg.diffusion.images.read_image`).
 """
 
 import argparse
@@ -61,10 +61,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store')
-    parser.add_argument('--batch', type=int, default=1, help='images of one size that are run together')
+    parser.add_argument('--batch', type=int, default=1, help='images of one size in one forward pass')
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--shard', default='0/1', metavar='I/N', help='do the I-th of N parts, 0 <= I < N')
-    parser.add_argument('--dry-run', action='store_true', help='only say what would be written')
+    parser.add_argument('--dry-run', action='store_true', help='only print what would be written')
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def estimate(
     items: Sequence[Item], size: tuple[int, int] | None, chosen: Sequence[Site], timesteps: int, itemsize: int
 ) -> int:
-    """Bytes that the activations of `items` take. Images without a readable header count nothing."""
+    """Bytes of the activations of `items`; images without a readable header are not counted."""
     total = 0
     for (height, width), count in _sizes(items, size).items():
         values = 0
@@ -97,19 +97,19 @@ def estimate(
 
 
 def _sizes(items: Sequence[Item], size: tuple[int, int] | None) -> collections.Counter[tuple[int, int]]:
-    found: collections.Counter[tuple[int, int]] = collections.Counter()
+    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
     for item in items:
         try:
-            found[size or image_size(item.path)] += 1
+            sizes[size or image_size(item.path)] += 1
         except ValueError:
-            continue  # reported when it is its turn
-    return found
+            continue  # reported when the image is processed
+    return sizes
 
 
 def batches(
     items: Sequence[Item], size: tuple[int, int] | None, length: int, failures: dict[str, str], bar: tqdm
 ) -> Iterator[tuple[list[Item], Tensor]]:
-    """Read images and put neighbours of one size together; those that cannot be read go to `failures`."""
+    """Read images and batch consecutive ones of one size; errors of unreadable images go to `failures`."""
 
     def read() -> Iterator[tuple[Item, Tensor]]:
         for item in items:
@@ -127,7 +127,7 @@ def batches(
 def extract(
     extractor: DiffusionExtractor, members: Sequence[Item], images: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[Item, dict[str, Tensor] | Exception]]:
-    """Yield each image's {layer: (T, C, h, w)}; if a batch is refused, find out by which of its images."""
+    """Yield each image's {layer: (T, C, h, w)}; if a batch fails, its images are run one by one."""
     try:
         activations = {name: value.to(dtype).cpu() for name, value in extractor(images).items()}  # (B, T, C, h, w)
         for name, value in activations.items():
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     index, count = args.shard
     items = items[index::count]
     if others:
-        print(f'passing over {count_suffixes(others)}')
+        print(f'skipping {count_suffixes(others)}')
 
     available, _ = available_sites(args.model)
     layers = expand(args.layers, available)
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         f'{_bytes(needed)} in {args.save_dtype}, {_bytes(free)} free at {args.out}'
     )
     if needed > free:
-        raise ValueError(f'{args.out} lacks space: {_bytes(needed)} are needed and {_bytes(free)} are free')
+        raise ValueError(f'not enough space at {args.out}: {_bytes(needed)} are needed, {_bytes(free)} are free')
     if args.dry_run:
         return 0
 

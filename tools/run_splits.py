@@ -3,11 +3,10 @@
     python tools/run_splits.py configs/scarce/CONFIG.py --seeds 5
     python tools/run_splits.py configs/scarce/*toy*.py --seeds 5 --cfg-options train_cfg.max_epochs=20
 
-The seeds are 0, 1, ... Each seeds the training and, for a `ScarceDataset`, draws the split into training and test
-pictures (`resplit`), so that all configs see the same splits. Runs are done one after the other in
-WORK_DIR/CONFIG/seedN, and each leaves WORK_DIR/CONFIG/seedN.json. A config without `train_cfg` is only tested. Called
-again, the tool skips finished runs and resumes one that was stopped. It refuses to mix results of a config with those
-of the same config before a change.
+The seeds are 0, 1, ... A seed is used for the training and, for a `ScarceDataset`, for the split into training and test
+pictures (`resplit`), so that all configs see the same splits. Runs follow one another in WORK_DIR/CONFIG/seedN, and
+each writes WORK_DIR/CONFIG/seedN.json. A config without `train_cfg` is only tested. When called again, the tool skips
+finished runs and resumes an interrupted one. It refuses to mix results of different versions of a config.
 
 The standard deviation is that of a sample (divided by the number of seeds - 1).
 """
@@ -44,39 +43,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     stems = [path.stem for path in args.configs]
     if len(set(stems)) < len(stems):
-        parser.error(f'configs are told apart by their file names, but these repeat: {", ".join(stems)}')
+        parser.error(f'configs need different file names, but these repeat: {", ".join(stems)}')
 
     rows = {}
     for path in args.configs:
-        runs = []
+        records = []
         for seed in range(args.seeds):
             cfg = Config.fromfile(path)
             cfg.merge_from_dict(args.cfg_options)
-            runs.append(run(cfg, path, seed, args.work_dir / path.stem, resplit=not args.no_resplit))
-        rows[path.stem] = [each['metrics'] for each in runs]
+            records.append(run(cfg, path, seed, args.work_dir / path.stem, resplit=not args.no_resplit))
+        rows[path.stem] = [record['metrics'] for record in records]
     print(table(rows))
 
 
 def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict[str, Any]:
-    """Train and test with one seed, unless that is done; returns what the JSON file holds."""
+    """Train and test with one seed, unless its result exists; returns the content of the JSON file."""
     datasets = list(scarce_datasets([cfg[key] for key in cfg])) if resplit else []
     for dataset in datasets:
         dataset['resplit'] = seed
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
     digest = hashlib.sha256(json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
     work_dir, result = folder / f'seed{seed}', folder / f'seed{seed}.json'
-    begun = work_dir / 'config.sha256'
+    digest_file = work_dir / 'config.sha256'
     if result.is_file():
-        content = json.loads(result.read_text())
-        check(content['config_sha256'], digest, result)
-        return content
-    if begun.is_file():
-        check(begun.read_text(), digest, work_dir)
-    write(begun, digest)
+        record = json.loads(result.read_text())
+        check(record['config_sha256'], digest, result)
+        return record
+    if digest_file.is_file():
+        check(digest_file.read_text(), digest, work_dir)
+    write(digest_file, digest)
 
     cfg.work_dir = str(work_dir)
     cfg.experiment_name = f'{path.stem}-seed{seed}'
-    cfg.get('visualizer', {}).pop('name', None)  # one for each run, named after the experiment
+    cfg.get('visualizer', {}).pop('name', None)  # each run has its own, named after the experiment
     if (work_dir / 'last_checkpoint').is_file():
         cfg.resume, cfg.load_from = True, None
     start = time.perf_counter()
@@ -84,7 +83,7 @@ def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict
     if cfg.get('train_cfg'):
         runner.train()
     metrics = {name: float(value) for name, value in runner.test().items()}
-    content = {
+    record = {
         'config': str(path),
         'config_sha256': digest,
         'seed': seed,
@@ -94,11 +93,11 @@ def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict
         'versions': {'python': platform.python_version(), 'diffseg': diffseg.__version__}
         | {name: version(name) for name in PACKAGES},
     }
-    write(result, json.dumps(content, indent=2) + '\n')
+    write(result, json.dumps(record, indent=2) + '\n')
     del runner
     gc.collect()
     torch.cuda.empty_cache()
-    return content
+    return record
 
 
 def scarce_datasets(node: Any) -> Iterator[dict]:
@@ -112,16 +111,16 @@ def scarce_datasets(node: Any) -> Iterator[dict]:
             yield from scarce_datasets(child)
 
 
-def check(found: str, expected: str, where: Path) -> None:
-    """Exit unless two digests are the same."""
-    if found != expected:
+def check(stored: str, current: str, path: Path) -> None:
+    """Exit unless the stored digest of the config is the current one."""
+    if stored != current:
         raise SystemExit(
-            f'error: {where} comes from the config before a change; delete it or choose another --work-dir'
+            f'error: {path} was made with another version of this config; delete it or choose another --work-dir'
         )
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file at once, so that it is whole or absent."""
+    """Write a file atomically, so that it is complete or absent."""
     with whole_file(path) as partial:
         partial.write_text(text)
 

@@ -3,16 +3,16 @@
     python tools/search.py configs/search/practical_t50_zero-shot.py --out work_dirs/search/pairs
     python tools/search.py CONFIG --layers 'up-*' --timesteps 50 261 --samples 100 --shard 0/4 --out OUT
 
-Every activation at every timestep is a candidate. For a config of semantic correspondence they are ranked by zero-shot
-PCK, for one of segmentation by the mIoU of a linear probe. Of the best ones those are selected, one by one, that raise
-the figure most when they are used together. OUT then holds
+Every activation at every timestep is a candidate. Candidates are ranked by zero-shot PCK for a config of semantic
+correspondence, and by the mIoU of a linear probe for one of segmentation. A greedy selection among the best then adds
+the candidate that raises the score of the set most. OUT then holds
 
-    ranking.csv, ranking.json   all candidates, the best first
+    ranking.csv, ranking.json   all candidates, best first
     heatmap.png                 activations x timesteps
-    selected.json               what was selected, step by step, and the figure of the config's own choice
-    selected.py                 the config with this selection, to be trained and tested as it is
+    selected.json               the selection step by step, and the score of the config's present layers
+    selected.py                 the config with this selection, ready to train and test
 
-and what is kept of samples. A search that was stopped goes on where it was. With --shard i/n it looks at the i-th of n
+and the results of single samples, from which an interrupted search resumes. With --shard i/n it processes the i-th of n
 parts of the samples; when all are done, the same command without --shard finishes.
 """
 
@@ -56,18 +56,18 @@ def run(args: argparse.Namespace) -> None:
     print(plan.text)
     if args.estimate:
         return
-    found = search.run(samples, args.out, plan.micro_batch, args.shard)
-    if isinstance(found, int):
-        print(f'{found} samples are left to other parts; when they are done, finish without --shard')
+    result = search.run(samples, args.out, plan.micro_batch, args.shard)
+    if isinstance(result, int):  # samples without results yet
+        print(f'{result} samples are left to other shards; when those are done, finish without --shard')
         return
-    write_results(args.out, cfg, found)
-    print(f'{"rank":>4}  {found.name:>20}  candidate')
-    for number, (candidate, score) in enumerate(found.ranking[: args.best], 1):
+    write_results(args.out, cfg, result)
+    print(f'{"rank":>4}  {result.name:>20}  candidate')
+    for number, (candidate, score) in enumerate(result.ranking[: args.best], 1):
         print(f'{number:4}  {score:20.2f}  {candidate}')
-    for chosen, score in found.steps:
+    for chosen, score in result.steps:
         print(f'{score:26.2f}  {" + ".join(map(str, chosen)) if len(chosen) == 1 else f"+ {chosen[-1]}"}')
-    if found.own is not None:
-        print(f"{found.own[1]:26.2f}  the config's own {len(found.own[0])}")
+    if result.own is not None:
+        print(f"{result.own[1]:26.2f}  the config's own {len(result.own[0])}")
     print(args.out / 'selected.py')
 
 
@@ -88,14 +88,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--samples', '--pairs', '--images', dest='count', type=int, metavar='N', help=f'(default: all, up to {counts})'
     )
     parser.add_argument('--seeds', type=int, default=1, help='draws of noise, each for all samples (default: 1)')
-    parser.add_argument('--k', type=int, default=4, help='how many to select (default: 4)')
-    parser.add_argument('--shortlist', type=int, default=60, help='of how many of the best (default: 60)')
+    parser.add_argument('--k', type=int, default=4, help='candidates to select (default: 4)')
+    parser.add_argument('--shortlist', type=int, default=60, help='best candidates to select from (default: 60)')
     parser.add_argument('--shard', type=parse_shard, default=(0, 1), metavar='I/N', help='do one of N parts')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/search'), help='(default: %(default)s)')
-    parser.add_argument('--estimate', action='store_true', help='only print what it will take')
+    parser.add_argument('--estimate', action='store_true', help='only print time and memory, as estimated')
     parser.add_argument('--size', type=parse_size, metavar='H[xW]', help='estimate for such images, without data')
-    parser.add_argument('--best', type=int, default=10, help='how many of the ranking to print (default: 10)')
-    parser.add_argument('--dim', type=int, help='project maps with more channels (default: what the measure wants)')
+    parser.add_argument('--best', type=int, default=10, help='candidates of the ranking to print (default: 10)')
+    parser.add_argument('--dim', type=int, help='project maps with more channels (default: as the score needs)')
     parser.add_argument('--dtype', choices=['float16', 'float32'], default='float16', help='of maps that are kept')
     parser.add_argument('--store-gb', type=float, default=8, help='maps to keep between pairs (default: 8)')
     parser.add_argument('--micro-batch', type=int, help='timesteps in one call of the UNet (default: by their size)')

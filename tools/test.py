@@ -1,7 +1,7 @@
-"""Test a checkpoint with the metrics of an mmengine config; results go to ./work_dirs/CONFIG unless told otherwise.
+"""Test a checkpoint with the metrics of an mmengine config; results go to ./work_dirs/CONFIG by default.
 
-A model without anything to train, such as one for zero-shot matching, needs no checkpoint. The arguments are those of
-mmseg's tools/test.py.
+A model without trainable parameters, such as one for zero-shot matching, needs no checkpoint. The arguments are those
+of mmseg's tools/test.py.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     runner = Runner.from_cfg(cfg)
     trained = next((name for name, parameter in runner.model.named_parameters() if parameter.requires_grad), None)
     if trained and not cfg.load_from:
-        parser.error(f'the model has parameters to train ({trained}, ...); give a checkpoint')
+        parser.error(f'the model has trainable parameters ({trained}, ...); give a checkpoint')
     return runner.test()
 
 

@@ -1,4 +1,4 @@
-"""Train what an mmengine config describes, in ./work_dirs/CONFIG unless told otherwise.
+"""Train the model of an mmengine config; logs and checkpoints go to ./work_dirs/CONFIG by default.
 
 The arguments are those of mmseg's tools/train.py.
 """
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint in the work dir, if any')
+    parser.add_argument('--resume', action='store_true', help='resume from the last checkpoint in the work dir, if any')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision; needs an accelerator')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     if args.resume:
-        # mmengine would go on from `load_from`, the weights that the first start of this run was given
+        # mmengine would resume from `load_from` of the config: the initial weights, not the work dir's checkpoint
         cfg.resume = Path(cfg.work_dir, 'last_checkpoint').is_file()
         cfg.load_from = None if cfg.resume else cfg.get('load_from')
     if args.amp:

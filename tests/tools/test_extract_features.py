@@ -70,7 +70,7 @@ def test_every_image_has_its_own_file_with_the_extractors_values(run, photos, tm
     config = json.loads((tmp_path / 'out/config.json').read_text())
     assert config['layers'] == LAYERS and config['save_dtype'] == 'float32'
     captured = capsys.readouterr()
-    assert 'passing over 1 .npy' in captured.out and '5 written, 0 already there, 0 failed' in captured.out
+    assert 'skipping 1 .npy' in captured.out and '5 written, 0 already there, 0 failed' in captured.out
 
 
 def test_the_estimate_is_what_is_written(run, tool, tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_list_files(run, photos, tmp_path, capsys):
 def test_lack_of_space_is_refused(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     assert run() == 2
-    assert 'lacks space' in capsys.readouterr().err
+    assert 'not enough space' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 

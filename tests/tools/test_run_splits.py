@@ -112,7 +112,7 @@ def test_runs_are_kept_skipped_resumed_and_not_mixed(tool, configs, tmp_path, ca
     assert capsys.readouterr().out.strip().splitlines()[-4:] == table
 
     for changed in (['--cfg-options', 'train_cfg.max_iters=3'], ['--no-resplit']):
-        with pytest.raises(SystemExit, match='before a change'):
+        with pytest.raises(SystemExit, match='another version of this config'):
             tool.main([*arguments, *changed])
 
 

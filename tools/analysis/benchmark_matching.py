@@ -1,4 +1,4 @@
-"""Measure time and memory of matching keypoints, beside the published procedure.
+"""Measure time and memory of keypoint matching against the published procedure.
 
     python tools/analysis/benchmark_matching.py 24 48
 
@@ -8,9 +8,9 @@ Keypoints are matched between random maps of CELLS x CELLS cells, at the size of
 * **published**: what DIFT's evaluation does: upsample both maps to the size of their image, and for every keypoint
   normalise the whole target map and multiply it with the keypoint's descriptor.
 
-Each case runs in a process of its own. The ratio is the median over pairs of measurements; memory is what a procedure
-takes on top of the maps. The last column says how many matches are the same; on random maps the outermost pixels, which
-are all alike, may be told apart by rounding errors.
+Each case runs in a separate process. The ratio is the median over pairs of measurements; memory is what a procedure
+needs in addition to the maps. The last column is the number of equal matches. On random maps the outermost pixels have
+equal descriptors, so that rounding errors decide which of them is the match.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def published_matches(source: Tensor, target: Tensor, points: Tensor, size: tupl
     Returns:
         (x, y) with shape (N, 2).
     """
-    source, target = (F.interpolate(each[None], size, mode='bilinear') for each in (source, target))
+    source, target = (F.interpolate(maps[None], size, mode='bilinear') for maps in (source, target))
     matches = []
     for x, y in points.tolist():
         query = F.normalize(source[0, :, y, x][None])  # (1, C)
@@ -69,8 +69,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Run both procedures in turn.
 
     Returns:
-        For each procedure its `ms` (median), the `memory` in bytes that it took at most on top of what there was (None
-        where it cannot be read), the `ratio` of their times, and how many of the matches are the `same`.
+        For each procedure its `ms` (median), its peak `memory` in bytes beyond that before the call (None where it
+        cannot be read), the `ratio` of their times, and how many of the matches are the `same`.
     """
     source, target = torch.randn(2, case.channels, case.cells, case.cells, device=case.device)
     size = case.height, case.width
@@ -80,7 +80,7 @@ def measure(case: Case) -> dict[str, Any]:
         'published': lambda: published_matches(source, target, points, size),
     }
     small = source[:2], target[:2], points[:1] * 0
-    match_points(*small, (8, 8), (8, 8)), published_matches(*small, (8, 8))  # loads what is loaded with the first call
+    match_points(*small, (8, 8), (8, 8)), published_matches(*small, (8, 8))  # warm-up: kernels load at the first call
     result, matches = in_turn(procedures, case.device, case.repeat)
     result['same'] = int((matches['ours'] == matches['published']).all(1).sum())
     return result
@@ -89,21 +89,21 @@ def measure(case: Case) -> dict[str, Any]:
 TITLES = 'cells', 'channels', 'image', 'keypoints', 'ms', 'published ms', 'ratio', 'MB', 'published MB', 'same'
 
 
-def line(case: Case, found: Mapping[str, Any]) -> str:
+def line(case: Case, measured: Mapping[str, Any]) -> str:
     """A case's line of the Markdown table."""
-    ours, theirs = found['ours'], found['published']
+    procedures = measured['ours'], measured['published']
     cells = [case.cells, case.channels, f'{case.height} x {case.width}', case.keypoints]
-    cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{found["ratio"]:.0f}']
-    cells += ['-' if each['memory'] is None else f'{each["memory"] / 1e6:.0f}' for each in (ours, theirs)]
-    return f'| {" | ".join(map(str, [*cells, found["same"]]))} |'
+    cells += [f'{procedure["ms"]:.0f}' for procedure in procedures] + [f'{measured["ratio"]:.0f}']
+    cells += ['-' if (memory := procedure['memory']) is None else f'{memory / 1e6:.0f}' for procedure in procedures]
+    return f'| {" | ".join(map(str, [*cells, measured["same"]]))} |'
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each case's results, and its line."""
+    """Yield each case's results and its line of the table."""
     for cells in args.cells:
         case = Case(cells, args.channels, *args.image_size, args.keypoints, args.device, args.repeat)
-        found = in_subprocess(__file__, case)
-        yield {'case': asdict(case), 'measured': found}, line(case, found)
+        measured = in_subprocess(__file__, case)
+        yield {'case': asdict(case), 'measured': measured}, line(case, measured)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

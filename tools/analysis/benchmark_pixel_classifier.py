@@ -3,8 +3,8 @@
     python tools/analysis/benchmark_pixel_classifier.py
     python tools/analysis/benchmark_pixel_classifier.py --images 50 --maps 1280@32 640@64 --classes 30
 
-Maps and labels are random, no diffusion model is loaded. *Published* is what the released code of DatasetDDPM and GDF
-holds: every map upsampled to the labels, in float32, once; it computes that, and in passing needs it a second time.
+Maps and labels are random, no diffusion model is loaded. *Published* is the size of the maps that the released code of
+DatasetDDPM and GDF stores: every map upsampled to the labels, in float32. It is computed; their peak is twice as much.
 Peak memory is that of the whole process on the CPU (the kernel's high-water mark of the resident set), or of tensors on
 CUDA. It includes the prediction of one picture.
 """

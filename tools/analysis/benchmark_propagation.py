@@ -1,4 +1,4 @@
-"""Measure time and memory of label propagation, beside the published procedure.
+"""Measure time and memory of label propagation against the published procedure.
 
     python tools/analysis/benchmark_propagation.py --repeat 1
 
@@ -6,14 +6,14 @@ The labels of FRAMES frames and the first one, of HEIGHT x WIDTH cells, are prop
 turn; by default 28 frames of 60 x 107 cells, which are DAVIS's 480 x 854 pixels, with DIFT's settings for it:
 
 * **ours**: `propagate_labels`;
-* **published**: what DIFT's evaluation does: multiply all cells of all frames with those of the target, zero what is
-  outside of windows, and find each column's highest values. Here in place and with one mask for all frames, so that it
-  takes less memory than the released code.
+* **published**: what DIFT's evaluation does: multiply all cells of all frames with those of the target, zero the
+  weights outside of the windows, and take the top-k of each column. Here in place and with one mask for all frames, so
+  that it needs less memory than the released code.
 
-The ratio is the median over pairs of measurements; memory is what a procedure takes on top of the maps. The last
+The ratio is the median over pairs of measurements; memory is what a procedure needs in addition to the maps. The last
 columns are the largest difference of soft labels, and the share of cells with the same highest label. Where the
-similarities of two cells differ by a rounding error, either may be the last one that counts, which shows as a
-difference of some hundredths.
+similarities of two cells differ by a rounding error, either may be the last of the top k, which shows as a difference
+of some hundredths.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def masked_matrix(
     Args:
         target: descriptors with shape (C, h, w).
         context: the same of n frames, shape (n, C, h, w).
-        labels: theirs, with shape (n, K, h, w).
+        labels: soft labels of these frames, with shape (n, K, h, w).
         topk: how many cells to average.
         radius: of the window, in cells.
         temperature: of the weights.
@@ -70,8 +70,8 @@ def masked_matrix(
     weights = torch.bmm(keys.transpose(1, 2), queries.expand(len(keys), -1, -1))  # (n, h*w, h*w)
     weights.div_(temperature).exp_()
     row, column = (
-        (each[:, None] - each).abs() <= radius  # (h*w, h*w)
-        for each in torch.cartesian_prod(*(torch.arange(side, device=target.device) for side in cells)).T
+        (position[:, None] - position).abs() <= radius  # (h*w, h*w)
+        for position in torch.cartesian_prod(*(torch.arange(side, device=target.device) for side in cells)).T
     )
     weights *= row & column
     weights = weights.flatten(0, 1)  # (n*h*w, h*w)
@@ -84,23 +84,24 @@ def measure(case: Case) -> dict[str, Any]:
     """Run both procedures in turn.
 
     Returns:
-        What `in_turn` does; the largest `difference` of soft labels, and the `same` highest labels, a fraction.
+        The results of `in_turn`, with the largest `difference` of soft labels, and the fraction `same` of cells whose
+        highest label is equal.
     """
     cells = case.height, case.width
     target = torch.randn(case.channels, *cells, device=case.device)
     context = target + torch.randn(case.frames + 1, *target.shape, device=case.device)
     labels = torch.randn(case.frames + 1, case.labels, *cells, device=case.device).softmax(1)
     settings = case.topk, case.radius, case.temperature
-    kept = list(context.to(memory_format=torch.channels_last))  # as the model keeps them
+    stored = list(context.to(memory_format=torch.channels_last))  # as the model stores them
     procedures = {
-        'ours': lambda: propagate_labels(target, kept, labels, *settings).cpu(),
+        'ours': lambda: propagate_labels(target, stored, labels, *settings).cpu(),
         'published': lambda: masked_matrix(target, context, labels, *settings).cpu(),
     }
     few = context[:2, :2, :4, :4]
-    propagate_labels(few[0], few, few, 2, 1, 1.0), masked_matrix(few[0], few, few, 2, 1, 1.0)  # loads what is loaded
-    result, found = in_turn(procedures, case.device, case.repeat)
-    result['difference'] = float((found['ours'] - found['published']).abs().max())
-    result['same'] = float((found['ours'].argmax(0) == found['published'].argmax(0)).float().mean())
+    propagate_labels(few[0], few, few, 2, 1, 1.0), masked_matrix(few[0], few, few, 2, 1, 1.0)  # warm-up
+    result, propagated = in_turn(procedures, case.device, case.repeat)
+    result['difference'] = float((propagated['ours'] - propagated['published']).abs().max())
+    result['same'] = float((propagated['ours'].argmax(0) == propagated['published'].argmax(0)).float().mean())
     return result
 
 
@@ -110,20 +111,20 @@ TITLES = (
 )
 
 
-def line(case: Case, found: Mapping[str, Any]) -> str:
+def line(case: Case, measured: Mapping[str, Any]) -> str:
     """A case's line of the Markdown table."""
-    ours, theirs = found['ours'], found['published']
+    procedures = measured['ours'], measured['published']
     cells = [f'{case.height} x {case.width}', f'{case.frames} + 1', case.channels]
-    cells += [f'{ours["ms"]:.0f}', f'{theirs["ms"]:.0f}', f'{found["ratio"]:.1f}']
-    cells += ['-' if each['memory'] is None else f'{each["memory"] / 1e6:.0f}' for each in (ours, theirs)]
-    return f'| {" | ".join(map(str, cells))} | {found["difference"]:.0e} | {found["same"]:.2%} |'
+    cells += [f'{procedure["ms"]:.0f}' for procedure in procedures] + [f'{measured["ratio"]:.1f}']
+    cells += ['-' if (memory := procedure['memory']) is None else f'{memory / 1e6:.0f}' for procedure in procedures]
+    return f'| {" | ".join(map(str, cells))} | {measured["difference"]:.0e} | {measured["same"]:.2%} |'
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    """The case's results, and its line."""
+    """Yield the case's results and its line of the table."""
     case = Case(*args.cells, args.frames, args.channels, args.device, args.repeat)
-    found = in_subprocess(__file__, case)
-    yield {'case': asdict(case), 'measured': found}, line(case, found)
+    measured = in_subprocess(__file__, case)
+    yield {'case': asdict(case), 'measured': measured}, line(case, measured)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Describe segmentation configs: what they read, how much they train, and what an image costs. Weights are not read.
+"""Describe segmentation configs: layers, trainable parameters and operations. Weights are not read.
 
     python tools/analysis/describe_configs.py configs/segmentation/sd15-t50_agg-upernet_1xb2-80k_ade20k-512x512.py
     python tools/analysis/describe_configs.py --write    # all of configs/segmentation, into the table of its README.md
@@ -6,9 +6,9 @@
 Models are built on the meta device and see one image of the crop's size. Everything but the published mIoU is computed:
 
 * layers, with the channels and the stride of their maps, in pixels of the image as the backbone sees it;
-* trainable parameters, of neck and heads and whatever is trained in the backbone;
+* trainable parameters, of neck, heads and trained parts of the backbone;
 * checkpoint: the size of the model's state dict, without the optimizer's state;
-* TFLOP of VAE, UNet, neck and decode head for one crop, where a multiplication and an addition count as two.
+* TFLOP of VAE, UNet, neck and decode head for one crop, 2 for a multiply-add.
 """
 
 import argparse
@@ -63,7 +63,7 @@ PUBLISHED = {
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Build models on the meta device, where zeros of the right shape stand for what text encoders give."""
+    """Build models on the meta device, where zeros of the right shape replace the output of text encoders."""
 
     def encode(self: PromptEncoder, prompts: Sequence[str]) -> Conditioning:
         unet = load_config(self.model, revision=self.revision, config=self.config).unet
@@ -99,12 +99,12 @@ def build(cfg: Config) -> nn.Module:
 
 
 def members(backbone: dict[str, Any]) -> list[dict[str, Any]]:
-    """The backbones that an ensemble is made of, or the one that there is."""
+    """Configs of the members of an ensemble, or of the single backbone."""
     return backbone.get('backbones', [backbone])
 
 
 def describe(path: Path) -> list[str]:
-    """The cells of a config's line.
+    """The cells of a config's row in the table.
 
     Raises:
         ImportError: it needs a package that is not installed.
@@ -138,7 +138,7 @@ def describe(path: Path) -> list[str]:
 
 
 def published(stem: str) -> str:
-    """The published mIoU and where it stands; nothing for what nobody has published."""
+    """The published mIoU and its source; an empty text if there is none."""
     method, dataset = NAME.fullmatch(stem).groups()
     figure, source = PUBLISHED.get((method, dataset), (None, None))
     return '' if figure is None else f'{figure:.2f} ({source})'
@@ -150,14 +150,14 @@ def line(cells: Sequence[str]) -> str:
 
 
 def table(lines: Sequence[str]) -> str:
-    """The table with its head."""
+    """The table with its header."""
     return '\n'.join([line(TITLES), '|' + '---|' * len(TITLES), *lines])
 
 
 def read_lines(text: str) -> dict[str, str]:
     """The lines of the table in a README, by the config's name."""
     lines = text.partition(BEGIN)[2].partition(END)[0].splitlines()
-    return {found[1]: line for line in lines if (found := re.match(r'\| \[(.+?)\]', line))}
+    return {title[1]: line for line in lines if (title := re.match(r'\| \[(.+?)\]', line))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in paths:
         try:
             lines[path.stem] = line(describe(path))
-        except (ImportError, RuntimeError) as error:  # Mask2Former reads values, which the meta device has not
+        except (ImportError, RuntimeError) as error:  # Mask2Former reads values, which do not exist on the meta device
             print(f'{path.stem} is left out: {error}', file=sys.stderr)
             failed = 1
     if not args.write:

@@ -1,13 +1,13 @@
-"""Look after a feature cache, the folder that `cache=` of a DiffusionBackbone names.
+"""Inspect and maintain a feature cache, the folder in `cache=` of a DiffusionBackbone.
 
-    python tools/analysis/feature_cache.py estimate CONFIG --images 20210    what it will take, without weights and data
-    python tools/analysis/feature_cache.py stats FOLDER                      what it takes
+    python tools/analysis/feature_cache.py estimate CONFIG --images 20210    size to expect, without weights and data
+    python tools/analysis/feature_cache.py stats FOLDER                      number and size of entries
     python tools/analysis/feature_cache.py verify FOLDER                     read every entry and compare its checksum
-    python tools/analysis/feature_cache.py prune FOLDER --max-size 50GB      delete what was used longest ago
+    python tools/analysis/feature_cache.py prune FOLDER --max-size 50GB      delete the least recently used entries
     python tools/analysis/feature_cache.py clear FOLDER                      delete all entries
     python tools/analysis/feature_cache.py benchmark CONFIG                  an epoch without cache, cold and warm
 
-Nothing but entries is deleted, and all of it may be done while a training uses the folder.
+Only entries are deleted, and every command may run while a training uses the folder.
 
 The benchmark reads, preprocesses and extracts the features of an epoch; necks and heads, whose time does not change, do
 not run. The epoch is the config's training data in its pipeline, with the same random augmentations each time, or a
@@ -50,24 +50,26 @@ from diffseg.models import DiffusionBackbone
 
 
 def map_shapes(config: Config, size: tuple[int, int] | None) -> list[tuple[int, int, int]]:
-    """Shapes (T*C, h, w) of the maps that a config's backbones give for an image, told without weights.
+    """Shapes (T*C, h, w) of the maps that a config's backbones give for an image; no weights are read.
 
     `size` is the image's (height, width); None is what the data preprocessor pads to, else what the model was trained
     on. A backbone's `input_size` overrides it.
 
     Raises:
-        ValueError: No DiffusionBackbone, or one with attention maps, whose channels are the keys.
+        ValueError: no DiffusionBackbone, or one with attention maps, whose number of channels is that of the keys.
     """
-    found = list(backbone_configs(config.get('model')))
-    if not found:
+    backbones = list(backbone_configs(config.get('model')))
+    if not backbones:
         raise ValueError(f'{config.filename}: no DiffusionBackbone in the model')
     padded = config.model.get('data_preprocessor', {}).get('size')
     shapes = []
-    for backbone in found:
+    for backbone in backbones:
         available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
         chosen = backbone_maps(backbone, available)
         if any(site.channels is None for site in chosen):
-            raise ValueError('attention maps have as many channels as there are keys; leave them out for an estimate')
+            raise ValueError(
+                'the channels of attention maps are their keys, whose number is unknown here; leave these layers out'
+            )
         resized = backbone.get('input_size')
         resized = (resized, resized) if isinstance(resized, int) else resized
         height, width = resized or size or padded or trained
@@ -108,7 +110,7 @@ def verify(args: argparse.Namespace) -> int:
         try:
             count += 1
             read_entry(path)
-        except FileNotFoundError:  # evicted since
+        except FileNotFoundError:  # evicted in the meantime
             count -= 1
         except DamagedEntryError as error:
             damaged += 1
@@ -134,7 +136,7 @@ def benchmark(args: argparse.Namespace) -> int:
     load = folder_loader(args) if args.images else config_loader(config)
     images = next(iter(load()))
     with torch.no_grad():
-        backbone(images[:1].to(args.device))  # what happens once only
+        backbone(images[:1].to(args.device))  # warm-up
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         results = {'without': run_epoch(backbone, load, args.device)}
         backbone.cache = FeatureCache(folder, args.dtype)
@@ -163,7 +165,7 @@ def build_backbone(config: Config, random: bool) -> DiffusionBackbone:
 
 
 def folder_loader(args: argparse.Namespace) -> Callable[[], Iterable[Tensor]]:
-    """Makes an epoch's batches (B, 3, H, W) of the images in a folder."""
+    """A function that yields an epoch's batches (B, 3, H, W) of the images in a folder."""
     paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f'no images in {args.images}')
@@ -176,7 +178,7 @@ def folder_loader(args: argparse.Namespace) -> Callable[[], Iterable[Tensor]]:
 
 
 def config_loader(config: Config) -> Callable[[], Iterable[Tensor]]:
-    """Makes an epoch's batches (B, 3, H, W) of the config's training data, the same each time."""
+    """A function that yields an epoch's batches (B, 3, H, W) of the config's training data, always the same."""
     preprocessor = MODELS.build(config.model.data_preprocessor)
 
     def load() -> Iterable[Tensor]:
@@ -190,7 +192,7 @@ def config_loader(config: Config) -> Callable[[], Iterable[Tensor]]:
 
 @torch.no_grad()
 def run_epoch(backbone: DiffusionBackbone, load: Callable[[], Iterable[Tensor]], device: str) -> tuple[float, float]:
-    """Seconds of an epoch: all of it, and in the backbone."""
+    """Seconds of an epoch: in total, and in the backbone."""
     batches = load()
     start, inside = time.perf_counter(), 0.0
     for images in batches:
@@ -213,19 +215,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument(target, type=parse_folder if target == 'folder' else str)
         return sub
 
-    sub = command(estimate, 'estimate', 'bytes that it will take', 'config')
+    sub = command(estimate, 'estimate', 'size to expect', 'config')
     sub.add_argument('--images', type=int, required=True, help='number of different inputs')
-    sub.add_argument('--size', type=parse_size, metavar='H[xW]', help='of the images that the backbone is given')
-    command(stats, 'stats', 'bytes that it takes', 'folder')
+    sub.add_argument('--size', type=parse_size, metavar='H[xW]', help='of the input images of the backbone')
+    command(stats, 'stats', 'number and size of entries', 'folder')
     sub = command(verify, 'verify', 'read every entry and compare its checksum', 'folder')
     sub.add_argument('--delete', action='store_true', help='delete damaged entries')
-    sub = command(prune, 'prune', 'delete what was used longest ago', 'folder')
+    sub = command(prune, 'prune', 'delete the least recently used entries', 'folder')
     sub.add_argument('--max-size', type=parse_limit, required=True, help='such as 50GB')
     command(prune, 'clear', 'delete all entries', 'folder').set_defaults(max_size=0)
     sub = command(benchmark, 'benchmark', 'time of an epoch without cache, cold and warm', 'config')
     sub.add_argument('--images', type=Path, help="folder of images to use instead of the config's training data")
-    sub.add_argument('--size', type=parse_size, metavar='H[xW]', help='to resize those images to')
-    sub.add_argument('--batch', type=int, default=1, help='of those images')
+    sub.add_argument('--size', type=parse_size, metavar='H[xW]', help='size to resize these images to')
+    sub.add_argument('--batch', type=int, default=1, help='batch size of these images')
     sub.add_argument('--random', action='store_true', help='random weights: read none')
     sub.add_argument('--dtype', choices=DTYPES, default='float16', help='to store')
     sub.add_argument('--repeat', type=int, default=3, help='warm epochs, of which the median counts')
@@ -236,7 +238,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parse_folder(text: str) -> Path:
-    """A folder that is there, since an empty cache is easily taken for a missing one."""
+    """The path of an existing folder: a mistyped one would look like an empty cache."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f'no folder {text}')
     return Path(text)

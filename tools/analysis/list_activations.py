@@ -1,11 +1,11 @@
-"""List what can be read inside a model's UNet: names, channels, strides and sizes. Weights are not read.
+"""List the activations of a model's UNet: names, channels, strides and sizes. Weights are not read.
 
     python tools/analysis/list_activations.py sdxl --filter 'up-*-cross-q'
     python tools/analysis/list_activations.py demo/tiny-sd --size 64
     python tools/analysis/list_activations.py configs/segmentation/CONFIG.py
 
-For a config, what its DiffusionBackbone gives: one map for each chosen layer, with the channels of its timesteps one
-after another, and the list to copy into the `in_channels` of a neck or head. Attention maps have one channel for each
+For a config, the output of its DiffusionBackbone: one map for each layer, with the channels of its timesteps
+concatenated, and the list to copy into the `in_channels` of a neck or head. Attention maps have one channel for each
 key: the tokens of the prompt, or the cells of the map itself.
 """
 
@@ -35,19 +35,19 @@ def print_model(model: str, pattern: str, size: tuple[int, int] | None) -> None:
 
 
 def print_config(path: str, pattern: str, size: tuple[int, int] | None) -> None:
-    from mmengine.config import Config  # only here, so that the rest works without the mm packages
+    from mmengine.config import Config  # imported here, so that models can be listed without the mm packages
 
-    found = list(backbone_configs(Config.fromfile(path, import_custom_modules=False).get('model')))
-    if not found:
+    backbones = list(backbone_configs(Config.fromfile(path, import_custom_modules=False).get('model')))
+    if not backbones:
         raise ValueError(f'{path}: no DiffusionBackbone in the model')
-    for backbone in found:
+    for backbone in backbones:
         available, trained = available_sites(backbone['model'], revision=backbone.get('revision'))
-        given = {site.name: site for site in backbone_maps(backbone, available)}
-        chosen = [given[name] for name in expand([pattern], given)]
+        maps = {site.name: site for site in backbone_maps(backbone, available)}
+        chosen = [maps[name] for name in expand([pattern], maps)]
         resized = backbone.get('input_size')
         resized = (resized, resized) if isinstance(resized, int) else resized
         timesteps = split_timesteps(backbone['layers'], backbone.get('timesteps'))[1]
-        print(f'{backbone["model"]}, {len(given)} maps, timesteps {", ".join(map(str, timesteps))}')
+        print(f'{backbone["model"]}, {len(maps)} maps, timesteps {", ".join(map(str, timesteps))}')
         print_table(chosen, size or resized or trained)
         if all(site.channels for site in chosen):
             print(f'in_channels={[site.channels for site in chosen]}')

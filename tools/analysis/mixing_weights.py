@@ -2,8 +2,8 @@
 
     python tools/analysis/mixing_weights.py work_dirs/CONFIG/iter_8000.pth --out mixing.png
 
-Without CONFIG, the neck is built from the config that mmengine writes into its checkpoints; it is read as data, and not
-run. No model but the neck is built.
+Without CONFIG, the neck is built from the config that mmengine writes into its checkpoints; it is parsed as data, not
+executed. No model but the neck is built.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from diffseg.inspection import read_mixing_weights, read_training_checkpoint, st
 from diffseg.visualization import mixing_figure, render
 
 
-def below_each_other(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """One picture (H, W, 3) of several, on white."""
+def stack_vertically(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack pictures (H, W, 3), padded with white to one width."""
     width = max(picture.shape[1] for picture in pictures)
     wide = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]
     return np.concatenate(wide)
@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> None:
         pictures.append(render(mixing_figure(table.weights, table.timesteps, table.layers, f'{title}: weights, %')))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(below_each_other(pictures)).save(args.out, 'PNG')
+        Image.fromarray(stack_vertically(pictures)).save(args.out, 'PNG')
         print(args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint')
-    parser.add_argument('config', nargs='?', help="(default: the checkpoint's own)")
+    parser.add_argument('config', nargs='?', help='(default: that of the checkpoint)')
     parser.add_argument('--out', type=Path, metavar='PNG', help='the picture to write')
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,9 @@
-"""Recompute the figures of an evaluation of semantic correspondence from its result file, without the model.
+"""Recompute PCK from the result file of an evaluation, without the model.
 
     python tools/analysis/rescore.py work_dirs/dift/pck.json
     python tools/analysis/rescore.py work_dirs/dift/pck.json --thresholds 0.02 0.2 --bases img
+
+The exit status is 1 if figures in the file are not those of its predictions.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from diffseg.evaluation.pck import BASES, THRESHOLDS, format_table, score
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('result', type=Path, help='what PCKMetric wrote as out_file')
+    parser.add_argument('result', type=Path, help='out_file of PCKMetric')
     parser.add_argument('--thresholds', nargs='+', type=float, default=THRESHOLDS, help='fractions of the base')
     parser.add_argument('--bases', nargs='+', choices=BASES, default=BASES)
     args = parser.parse_args(argv)
@@ -26,15 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'error: {args.result} cannot be read: {error}', file=sys.stderr)
         return 2
     if missing := {'protocol', 'predictions', 'figures'} - set(result):
-        print(f'error: {args.result} is not what PCKMetric writes; it has no {sorted(missing)}', file=sys.stderr)
+        print(f'error: {args.result} is not an out_file of PCKMetric: it has no {sorted(missing)}', file=sys.stderr)
         return 2
     print(json.dumps(result['protocol'], indent=1))
     figures = score(result['predictions'], args.thresholds, args.bases)
     print(format_table(figures, args.thresholds, args.bases))
     different = [
         f'{group} {name} is {value:.4f}, the file says {result["figures"][group][name]:.4f}'
-        for group, found in figures.items()
-        for name, value in found.items()
+        for group, scores in figures.items()
+        for name, value in scores.items()
         if abs(value - result['figures'][group].get(name, value)) > 1e-9
     ]
     print('\n'.join(different) or 'The figures in the file are those of its predictions.')

@@ -1,11 +1,11 @@
-"""Match the keypoints of image pairs with every single activation of a model, and print each one's PCK.
+"""Match the keypoints of image pairs with every single activation of a model, and print its PCK.
 
     python tools/analysis/score_layers.py sd21 data/SPair-71k --timestep 261 --size 768 --ensemble 8
     python tools/analysis/score_layers.py demo/tiny-sd data/SPair-toy --timestep 0 50 100 200 --layers 'up-*' --seeds 3
 
-With several timesteps the first figures of an activation are those at its best one, and those at each one follow.
+With several timesteps the first figures of an activation are those at its best timestep; those at each one follow.
 
-The data are laid out as SPair-71k is; `tools/toy/make_data.py OUT --pairs N` draws a toy set.
+The data have the layout of SPair-71k; `tools/toy/make_data.py OUT --pairs N` draws a toy set.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--size', type=int, help='resize images to SIZE x SIZE (default: as they are)')
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1)
-    parser.add_argument('--seeds', type=int, default=1, help='draw the noise anew so often; figures are means')
-    parser.add_argument('--random', action='store_true', help='a UNet of the same architecture with random weights')
+    parser.add_argument('--seeds', type=int, default=1, help='number of noise seeds; figures are means')
+    parser.add_argument('--random', action='store_true', help='use random weights in the UNet')
     parser.add_argument('--best', type=int, default=10, help='how many of the best activations to print')
     args = parser.parse_args(argv)
     try:
@@ -62,7 +62,7 @@ def score(args: argparse.Namespace) -> None:
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:
         raise FileNotFoundError(
-            f'no pairs in {args.data / "PairAnnotation" / args.split}; tools/toy/make_data.py draws some'
+            f'no pairs in {args.data / "PairAnnotation" / args.split}; tools/toy/make_data.py --pairs draws a toy set'
         )
     pairs = [json.loads(path.read_text()) for path in paths]
     scores = {layer: [[] for _ in args.timestep] for layer in extractor.layers}  # (image, point) of every seed
@@ -73,20 +73,20 @@ def score(args: argparse.Namespace) -> None:
             for layer, hits in match_pair(extractor, args.data, pair, args.size).items():
                 correct[layer].append(hits)
         for layer, by_timestep in scores.items():
-            for i, each in enumerate(by_timestep):
+            for i, results in enumerate(by_timestep):
                 hits = [pair[i] for pair in correct[layer]]
-                each.append((pck(hits, 'image'), pck(hits, 'point')))
+                results.append((pck(hits, 'image'), pck(hits, 'point')))
     print(table(scores, args.timestep, args.best))
 
 
 @torch.no_grad()
 def match_pair(extractor: DiffusionExtractor, data: Path, pair: dict, size: int | None) -> dict[str, torch.Tensor]:
     """For each activation, which keypoints are matched correctly at 0.1 of the target's box: bool (T, N)."""
-    found, shapes = [], []
+    activations, shapes = [], []
     for side in ('src', 'trg'):
         path = data / 'JPEGImages' / pair['category'] / pair[f'{side}_imname']
         image = read_image(path, size and (size, size))
-        found.append(extractor(image[None]))  # {layer: (1, T, C, h, w)}
+        activations.append(extractor(image[None]))  # {layer: (1, T, C, h, w)}
         width, height, _ = pair[f'{side}_imsize']
         shapes.append((height, width))
     points, truth = torch.tensor(pair['src_kps']), torch.tensor(pair['trg_kps'])
@@ -95,10 +95,10 @@ def match_pair(extractor: DiffusionExtractor, data: Path, pair: dict, size: int 
         layer: torch.stack(
             [
                 correct_keypoints(match_points(*maps, points, *shapes), truth, max(x2 - x1, y2 - y1))
-                for maps in zip(source[0], found[1][layer][0], strict=True)
+                for maps in zip(source[0], activations[1][layer][0], strict=True)
             ]
         )
-        for layer, source in found[0].items()
+        for layer, source in activations[0].items()
     }
 
 

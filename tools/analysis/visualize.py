@@ -3,7 +3,7 @@
     python tools/analysis/visualize.py a.jpg b.jpg --model sd15 --layers practical --timesteps 50 --out pca.png
 
 The components of a layer are those of all images together, so that a colour means the same in each of them;
-`--separate` takes every image for itself instead. With several timesteps each layer has a column for each of them.
+`--separate` computes those of every image separately. With several timesteps each layer has a column for each of them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--cell', type=int, default=192, help='longer side of a picture in the grid, pixels')
     parser.add_argument('--smooth', action='store_true', help='enlarge maps bilinearly instead of showing their cells')
-    parser.add_argument('--separate', action='store_true', help='components of each image for itself')
+    parser.add_argument('--separate', action='store_true', help='compute the components of each image separately')
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
@@ -47,10 +47,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Replace each folder by the images directly in it, sorted."""
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
-        found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    return found
+        files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    return files
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> None:
     ).to(args.device)
     rows = [[to_picture(image)] for image in images]
     with torch.inference_mode():
-        activations = [extractor(image[None].to(args.device)) for image in images]  # one by one: sizes may differ
+        activations = [extractor(image[None].to(args.device)) for image in images]  # not as a batch: sizes may differ
     columns = ['image']
     for layer in layers:
         for step, timestep in enumerate(args.timesteps):
-            maps = [each[layer][0, step] for each in activations]  # (C, h, w) of each image
-            pictures = [pca_rgb([one])[0] for one in maps] if args.separate else pca_rgb(maps)
+            maps = [image_activations[layer][0, step] for image_activations in activations]  # (C, h, w) of each image
+            pictures = [pca_rgb([activation])[0] for activation in maps] if args.separate else pca_rgb(maps)
             for row, picture in zip(rows, pictures, strict=True):
                 row.append(picture)
             columns.append(f'{layer} t={timestep}')

@@ -15,13 +15,12 @@ of 100 in the released code):
     python tools/train.py configs/scarce/deeplabv3-r101_1xb8-20e_dataset-ddpm-horse-21-256x256.py --cfg-options \\
         model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=torchvision://resnet101
 
-The config's own diffusion model, with its weights and dtype, generates images (by DDIM unless told otherwise), the
-ensemble of pixel classifiers of the checkpoint labels them from the activations that it reads of them as of any image,
-and of all images a tenth is left out: the 30 whose labels are most certain, which show next to nothing, and those that
-are most uncertain. An image's uncertainty is the mean of the Jensen-Shannon divergence between the classifiers over
-the tenth of its pixels where it is largest. OUT then holds
+The config's diffusion model, with its weights and dtype, generates images (by default with DDIM), the checkpoint's
+ensemble of pixel classifiers labels them from their activations, and a tenth of them is left out: the 30 whose labels
+are most certain, which show hardly anything, and the most uncertain ones. An image's uncertainty is the mean of the
+Jensen-Shannon divergence between the classifiers over the tenth of its pixels where it is largest. OUT then holds
 
-    all/NAME.png        generated images; those that are there are not generated again
+    all/NAME.png        generated images; existing ones are not generated again
     kept/NAME.{png,npy} the data set, in the layout of `ScarceDataset`: `split='generated/kept'`
     uncertainty.csv     of every image, the most certain first
     overview.png        some of the images with their labels, the most certain first
@@ -57,19 +56,19 @@ from diffseg.models.decode_heads.pixel_classifier import js_uncertainty, most_un
 from diffseg.visualization import colour_labels, grid, to_picture, to_pil
 
 SHOWN = 8  # images on the overview
-FILES = 'revision', 'variant', 'config'  # options of a backbone: where its parts are read from,
-CHANGES = 'unet_weights', 'lora_weights', 'textual_inversion', 'random'  # by what they differ from those,
-RUNNING = 'dtype', 'attention', 'micro_batch', 'channels_last', 'cache_dir'  # and how they run
+FILES = 'revision', 'variant', 'config'  # options of a backbone: the files of its parts,
+CHANGES = 'unet_weights', 'lora_weights', 'textual_inversion', 'random'  # changes of their weights,
+RUNNING = 'dtype', 'attention', 'micro_batch', 'channels_last', 'cache_dir'  # and how they are run
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='of an ensemble of pixel classifiers')
-    parser.add_argument('checkpoint', help='that tools/train.py made with it')
+    parser.add_argument('checkpoint', help='trained with this config by tools/train.py')
     parser.add_argument('--out', type=Path, required=True, help='folder')
     parser.add_argument('--images', type=Path, help='label the images of this folder instead of generating some')
     parser.add_argument('--count', type=int, default=1000, help='images to generate (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='of the first image; the next ones count on from it')
+    parser.add_argument('--seed', type=int, default=0, help='of the first image; the next images have the next seeds')
     parser.add_argument(
         '--sampler',
         choices=('ddim', 'ancestral'),
@@ -79,9 +78,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--steps', type=int, default=50, help='of the sampler (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=1, help='images at once, with --sampler ancestral')
-    parser.add_argument('--prompt', nargs='+', default=[''], help='prompts that the images take in turn')
+    parser.add_argument('--prompt', nargs='+', default=[''], help='prompts of the images, in turn')
     parser.add_argument('--guidance', type=float, help='classifier-free guidance (default: 7.5, without prompts 1)')
-    parser.add_argument('--size', type=int, help="side of the images in pixels (default: the model's own)")
+    parser.add_argument('--size', type=int, help='side of the images in pixels (default: that of the model)')
     parser.add_argument('--drop', type=float, default=0.1, help='share of the images left out (default: %(default)s)')
     parser.add_argument(
         '--drop-certain', type=int, default=30, help='how many of these are the most certain (default: %(default)s)'
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             f'of --images'
         )
     expected = args.count if args.images is None else len(find_pictures(args.images))
-    kept_range(expected, args.drop, args.drop_certain)  # complains before the work
+    kept_range(expected, args.drop, args.drop_certain)  # raises before the work is done
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model)
     load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True, logger='silent')
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
 
     paths = generate(cfg.model.backbone, args) if args.images is None else find_pictures(args.images)
     if len({path.stem for path in paths}) < len(paths):
-        raise ValueError(f'pictures in {args.images} share their names, which the data set cannot hold')
+        raise ValueError(f'pictures in {args.images} have the same name but for the suffix; rename them')
     data = cfg.test_dataloader.dataset
     pipeline = Compose([step for step in data.pipeline if step.type != 'LoadLabelArray'])
     labels, uncertainties = {}, {}
@@ -134,14 +133,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
-    """Generate the images that are not there yet, each from a seed of its own; the paths of all."""
+    """Generate the images that do not exist yet, each from a different seed; returns the paths of all."""
     files, options = ({key: backbone[key] for key in keys if key in backbone} for keys in (FILES, CHANGES + RUNNING))
     unet = meta_unet(backbone.model, **{key: value for key, value in files.items() if key != 'variant'})
     guidance = {} if args.guidance is None else {'guidance': args.guidance}
     first = next(iter(sites(unet)))
     extractor = DiffusionExtractor(
         backbone.model,
-        [first],  # none is wanted
+        [first],  # not used: only the images are
         [0],
         trajectory={'type': 'generation', 'steps': args.steps, 'spacing': 'leading', 'steps_offset': 0, **guidance},
         prompt=args.prompt,
@@ -154,9 +153,9 @@ def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
     side = args.size or unet.config.sample_size * extractor.parts.vae_scale_factor
     folder = args.out / 'all'
     folder.mkdir(parents=True, exist_ok=True)
-    own = ('seed',)  # each image has its own
+    per_image = ('seed',)
     settings = {'size': side, 'sampler': args.sampler}
-    check_configuration(folder, {k: v for k, v in extractor.fingerprint.items() if k not in own} | settings)
+    check_configuration(folder, {k: v for k, v in extractor.fingerprint.items() if k not in per_image} | settings)
     paths = {seed: folder / f'{seed:06d}.png' for seed in range(args.seed, args.seed + args.count)}
     missing = [seed for seed, path in paths.items() if not path.exists()]
     pipeline = ancestral_pipeline(extractor, side) if args.sampler == 'ancestral' else None
@@ -179,7 +178,7 @@ def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
 
 
 def batched(items: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Runs of as many items, the last one shorter."""
+    """Split items into batches of `size`; the last one may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -187,7 +186,7 @@ def ancestral_pipeline(extractor: DiffusionExtractor, side: int) -> DDPMPipeline
     """Ancestral sampling (DDPM, algorithm 2) with predictions clipped to [-1, 1], as guided-diffusion does.
 
     Raises:
-        ValueError: the model is none of pixel space, or has another size.
+        ValueError: the model is not of pixel space, or has another size.
     """
     unet = extractor.unet
     if extractor.vae is not None:
@@ -207,7 +206,7 @@ def ancestral_pipeline(extractor: DiffusionExtractor, side: int) -> DDPMPipeline
 
 @torch.inference_mode()
 def label(model: nn.Module, pipeline: Compose, path: Path) -> tuple[np.ndarray, float]:
-    """The voted classes of an image, uint8 with shape (H, W), and its uncertainty."""
+    """The majority classes of an image, uint8 with shape (H, W), and its uncertainty."""
     sample = pipeline({'img_path': str(path)})
     batch = model.data_preprocessor({'inputs': [sample['inputs']], 'data_samples': [sample['data_samples']]}, False)
     inputs = batch['inputs']
@@ -225,7 +224,7 @@ def kept_range(count: int, drop: float, certain: int) -> slice:
         certain: how many of those are the most certain ones.
 
     Raises:
-        ValueError: more certain ones than are left out at all, or nothing is kept.
+        ValueError: `certain` exceeds the number of images left out, or no image is kept.
     """
     if not 0 <= drop < 1:
         raise ValueError(f'--drop is {drop}; it is a share of the images, from 0 to below 1')

@@ -1,18 +1,18 @@
-"""Generate images from prompts, and write the activations along the way beside them.
+"""Generate images from prompts, and save the activations of the sampling steps with them.
 
     python tools/apply/generate.py sd15 --prompt 'a photo of a horse' 'a photo of a dog' --seed 0 1 --out generated \\
         --layers dhf --timesteps 0 80 180 280 380 480 580 680 780 880 980 --spacing leading --steps-offset 0
 
 `generated/a-photo-of-a-horse-0.png` is the image, and `generated/a-photo-of-a-horse-0.png.safetensors` holds a tensor
-(T, C, h, w) for each layer from the same DDIM trajectory, as those that `extract_features.py` makes of given images;
-with classifier-free guidance they are the conditional call's. `generated/config.json` says how the files were made, and
-a run with another configuration is refused there.
+(T, C, h, w) for each layer from the same DDIM trajectory, in the format of `extract_features.py`; with classifier-free
+guidance they are those of the conditional call. `generated/config.json` records the configuration, and a run with
+another one is refused there.
 
 Timesteps are those at which the model is sampled: with 50 steps 981, 961, ..., 1 for Stable Diffusion; for its turbo
 models, which take one to four steps, 999 with `--steps 1 --guidance 1`. Diffusion Hyperfeatures has 980, 960, ..., 0
-and takes the ones above; the same noise levels of a given image, by inversion, are called -1, 60, 160, ..., 960. Give
-both in the same order, and what was trained on given images can be applied to generated ones
-(`match.py --features generated`).
+and uses the ones above; the same noise levels of a real image, by inversion, are labelled -1, 60, 160, ..., 960. With
+both in the same order, a model trained on real images can be applied to generated ones (`match.py --features
+generated`).
 """
 
 import argparse
@@ -42,11 +42,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='preset, hub id, diffusers folder or checkpoint file')
     parser.add_argument('--prompt', nargs='+', default=[''])
-    parser.add_argument('--seed', nargs='+', type=int, default=[0], help='an image of each prompt for each')
+    parser.add_argument('--seed', nargs='+', type=int, default=[0], help='one image per prompt and seed')
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
     parser.add_argument('--timesteps', nargs='+', type=int, required=True)
     parser.add_argument('--out', type=Path, required=True, help='folder')
-    parser.add_argument('--size', nargs='+', type=int, help="S x S or H x W pixels (default: the model's own)")
+    parser.add_argument('--size', nargs='+', type=int, help='S x S or H x W pixels (default: that of the model)')
     parser.add_argument(
         '--guidance', type=float, help='scale of classifier-free guidance; 1 is none (default: 7.5, without prompts 1)'
     )
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
     ).to(args.device)
     vae = None if extractor.vae is None else load_vae(args.model, dtype=extractor.vae.dtype).to(args.device)
     size = args.size or (unet.config.sample_size * extractor.parts.vae_scale_factor,) * 2
-    own = ('prompt', 'seed')  # each image has its own
-    configuration = {key: value for key, value in extractor.fingerprint.items() if key not in own}
+    per_image = ('prompt', 'seed')
+    configuration = {key: value for key, value in extractor.fingerprint.items() if key not in per_image}
     configuration |= {'size': size, 'save_dtype': args.save_dtype}
     check_configuration(args.out, configuration)
     digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()

@@ -3,9 +3,9 @@
     python tools/apply/homography.py CONFIG a.png b.png --out homography.png
     python tools/apply/homography.py CONFIG v_wall/1.ppm v_wall/3.ppm --truth v_wall/H_1_3 --out homography.png
 
-The config is one of `configs/hpatches`: it says how images are prepared, points found in them, and descriptors matched.
-The picture has matches that support the homography in green, others in red, and the outline of the source: yellow in
-the target where the homography takes it, and white where `--truth` does.
+The config is one of `configs/hpatches`: it defines how images are prepared, keypoints detected and descriptors matched.
+The picture has matches that support the homography in green, others in red, and the outline of the source: in the
+target yellow under the estimated homography, and white under that of `--truth`.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def match(cfg: Config, args: argparse.Namespace) -> HomographySample:
 def run(args: argparse.Namespace) -> None:
     cfg = Config.fromfile(args.config)
     if cfg.get('model', {}).get('type') != 'SparseMatcher':
-        raise ValueError(f'{args.config}: its model is no SparseMatcher; take a config like those of configs/hpatches')
+        raise ValueError(f'{args.config}: its model is no SparseMatcher; use a config like those of configs/hpatches')
     truth = None if args.truth is None else read_homography(args.truth)
     sample = match(cfg, args)
     rows = sample.pred_matches.numpy()
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'{len(rows)} matches of {counts} points, {inliers.sum()} inliers')
     if homography is None or inliers.sum() < 4:
         raise ValueError(
-            f'{len(rows)} matches support no homography, which takes 4 inliers; take more points, or images that '
+            f'{len(rows)} matches support no homography, which needs 4 inliers; use more points, or images that '
             f'overlap more'
         )
     print('\n'.join(' '.join(f'{value:.8g}' for value in row) for row in homography))
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     shown = np.unique(np.linspace(0, len(rows) - 1, min(args.lines, len(rows))).round().astype(int))
     shown = shown[np.argsort(inliers[shown], kind='stable')]  # outliers below
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    drawn = tuple(torch.from_numpy(each[shown]) for each in points)
+    drawn = tuple(torch.from_numpy(keypoints[shown]) for keypoints in points)
     drawing = match_lines((source, target), drawn, torch.from_numpy(inliers[shown]))
     drawing.quantize(128).save(args.out, 'PNG', optimize=True)  # a quarter of the bytes
 

@@ -1,19 +1,19 @@
-"""Find in one image what lies at given points of another, and draw it.
+"""Match points of one image with another image, and draw the matches.
 
     python tools/apply/match.py a.jpg b.jpg --points 120,80 33,200 --out matches.png --heatmap similarity.png \\
         --model sd21 --layers dift --timesteps 261 --size 768
     python tools/apply/match.py a.jpg b.jpg --points points.csv --out matches.png --config CONFIG --checkpoint PTH
 
 The first form compares activations of a diffusion model, those of several layers and timesteps concatenated; the second
-uses what was trained, and prepares images as its config does for tests. Points are (x, y) in pixels of the image file:
-on the command line, or in a file, a line for each (or JSON or .npy). The matches are printed as CSV or JSON, with their
-cosine similarity. The picture of `--heatmap` has a row for each point: the source, and its similarity with every pixel
-of the target, from the lowest (dark, its value in brackets) to the highest.
+uses a trained model, and prepares images with the test pipeline of its config. Points are (x, y) in pixels of the image
+file: on the command line, or in a file, a line for each (or JSON or .npy). The matches are printed as CSV or JSON, with
+their cosine similarity. The picture of `--heatmap` has a row for each point: the source, and its similarity with every
+pixel of the target, from the lowest (dark, its value in brackets) to the highest.
 
-With `--features FOLDER` the activations of an image NAME are read from FOLDER/NAME.safetensors, if there is such a
-file, instead of being computed: `generate.py` writes them for the images that it generates, `extract_features.py` for
-others. Of the timesteps in a file the wanted ones are taken; or if it has others, but as many, these in their order. So
-a model that was trained on inverted images can match generated ones:
+With `--features FOLDER` the activations of an image NAME are read from FOLDER/NAME.safetensors, if this file exists,
+instead of being computed: `generate.py` writes them for the images that it generates, `extract_features.py` for others.
+The model's timesteps are read from the file; if it has the same number of other timesteps, those are used in their
+order. So a model that was trained on inverted images can match generated ones:
 
     python tools/apply/match.py generated/a-0.png generated/b-0.png --features generated --config CONFIG ...
 """
@@ -58,20 +58,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_points(given: Sequence[str]) -> np.ndarray:
-    """Points as they are given, or from a file, with shape (N, 2), float32.
+def read_points(arguments: Sequence[str]) -> np.ndarray:
+    """Points from X,Y arguments or from a file, with shape (N, 2), float32.
 
     Raises:
-        ValueError: something is not a pair of numbers.
+        ValueError: an argument is not a pair of numbers.
     """
-    if len(given) == 1 and ',' not in given[0]:
-        return read_keypoints(given[0])
+    if len(arguments) == 1 and ',' not in arguments[0]:
+        return read_keypoints(arguments[0])
     try:
-        points = np.array([text.split(',') for text in given], dtype=np.float32)
+        points = np.array([text.split(',') for text in arguments], dtype=np.float32)
     except ValueError:
         points = np.empty(0)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-        raise ValueError(f'{" ".join(given)} are not points; give X,Y X,Y ..., or a file with a line X,Y for each')
+        raise ValueError(f'{" ".join(arguments)} are not points; give X,Y X,Y ..., or a file with a line X,Y for each')
     return points
 
 

@@ -1,18 +1,18 @@
-"""Take an edit of one image to others that show the like: DIFT's edit propagation.
+"""Propagate an edit of one image to images of similar objects, as DIFT does.
 
     python tools/apply/propagate_edit.py source.jpg sticker.png a.jpg b.jpg --out edits
     python tools/apply/propagate_edit.py source.jpg sticker.png a.jpg b.jpg --out edits --mode homography tps \\
         --model demo/tiny-sd --layers up-level2-repeat0-res-increment --timesteps 50 --ensemble 8 --size 64
     python tools/apply/propagate_edit.py source.jpg sticker.png a.jpg b.jpg --out edits --config CONFIG --checkpoint PTH
 
-The sticker is an RGBA picture of the source's size: what is drawn over the source, and transparent around that. Random
-pixels of it are matched with each target. With `--mode homography` a homography of the matches warps it (RANSAC); with
-`--mode tps` a thin-plate spline does, for objects that bend. For each target T and mode M, `T_M.png` is the target with
-the edit and `T_M_matches.png` shows the matches, used ones in green and others in red.
+The sticker is an RGBA picture of the source's size: the edit, and transparent elsewhere. Random pixels of it are
+matched with each target. With `--mode homography` a homography of the matches warps it (RANSAC); with `--mode tps` a
+thin-plate spline does, for objects that bend. For each target T and mode M, `T_M.png` is the target with the edit and
+`T_M_matches.png` shows the matches, used ones in green and others in red.
 
 Without other options the model is as in DIFT: `--model sd21 --layers dift --timesteps 261 --size 768 --prompt 'a photo
-of a cat'`. With `--config` what was trained is used, and images are prepared as its config does for tests. Where the
-matches support no edit, the target is reported, and the others are done; the exit code is then 1.
+of a cat'`. With `--config` a trained model is used, and images are prepared with its test pipeline. A target whose
+matches support no edit is reported and skipped; the exit code is then 1.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--samples', type=int, default=1000, help='pixels that are matched at most (default: 1000)')
     parser.add_argument('--seed', type=int, default=0, help='of these pixels')
     parser.add_argument(
-        '--threshold', type=float, help='how many pixels a used match may be off (default: 5/16 of a cell, as in DIFT)'
+        '--threshold', type=float, help='error of an inlier in pixels, at most (default: 5/16 of a cell, as in DIFT)'
     )
     add_model_arguments(parser)
     parser.set_defaults(**DIFT)
@@ -79,19 +79,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.threshold is not None and args.threshold <= 0:
         parser.error('--threshold takes a number above 0')
     if twice := [name for name, count in Counter(path.stem for path in args.targets).items() if count > 1]:
-        parser.error(f'several targets are named {", ".join(twice)}, and so would be what is written')
+        parser.error(f'several targets are named {", ".join(twice)}, and their output files would collide')
     return args
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Of pixels of the sticker, in the target.
+    """Matches of pixels of the sticker in a target.
 
     Attributes:
         points: (x, y) in the source, with shape (N, 2).
         matches: in the target, with shape (N, 2).
-        returned: the matches' own matches in the source, with shape (N, 2).
-        cells: how many pixels of the source and of the target a cell of their maps is wide or high, the larger.
+        returned: the matches of `matches` back in the source, with shape (N, 2).
+        cells: the larger side of a map's cell in pixels, of the source and of the target.
     """
 
     points: np.ndarray
@@ -121,15 +121,15 @@ def match(
 
 
 def warp(
-    sticker: np.ndarray, found: Matches, size: tuple[int, int], mode: str, threshold: float | None
+    sticker: np.ndarray, matches: Matches, size: tuple[int, int], mode: str, threshold: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sticker as a target of (height, width) gets it, and which matches it is warped by."""
-    threshold = THRESHOLD * found.cells[1] if threshold is None else threshold
+    """The sticker warped to a target of (height, width), and a mask (N,) of the matches that were used."""
+    threshold = THRESHOLD * matches.cells[1] if threshold is None else threshold
     if mode == 'homography':
-        homography, used = fit_homography(found.points, found.matches, sticker, size, threshold)
+        homography, used = fit_homography(matches.points, matches.matches, sticker, size, threshold)
         return warp_homography(sticker, homography, size), used
-    triples = found.points, found.matches, found.returned
-    backward, used = fit_spline(*triples, sticker.shape[:2], size, threshold, tolerance=found.cells[0])
+    triples = matches.points, matches.matches, matches.returned
+    backward, used = fit_spline(*triples, sticker.shape[:2], size, threshold, tolerance=matches.cells[0])
     return warp_spline(sticker, backward), used
 
 
@@ -146,17 +146,17 @@ def to_picture(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1) / 255
 
 
-def draw_matches(source: Tensor, target: Tensor, found: Matches, used: np.ndarray) -> Image.Image:
-    """Some of the matches, used ones green and over the others, which are red."""
+def draw_matches(source: Tensor, target: Tensor, matches: Matches, used: np.ndarray) -> Image.Image:
+    """Some of the matches, used ones in green on top of the others in red."""
     shown = np.unique(np.linspace(0, len(used) - 1, min(LINES, len(used))).round().astype(int))
     shown = shown[np.argsort(used[shown], kind='stable')]
-    points = torch.from_numpy(found.points[shown]).double(), torch.from_numpy(found.matches[shown])
+    points = torch.from_numpy(matches.points[shown]).double(), torch.from_numpy(matches.matches[shown])
     return match_lines((source, target), points, torch.from_numpy(used[shown]))
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> list[str]:
-    """What failed: a line for each target and mode."""
+    """Write all edits; returns a message for each target and mode that failed."""
     image = np.array(open_image(args.source))
     sticker = read_sticker(args.sticker, image.shape[:2])
     points = sample_points(sticker, args.samples, args.seed)
@@ -170,21 +170,21 @@ def run(args: argparse.Namespace) -> list[str]:
     for path in tqdm(args.targets, disable=None):
         try:
             target = np.array(open_image(path))
-            found = match(model, pipeline, (args.source, path), points, args.category)
+            matches = match(model, pipeline, (args.source, path), points, args.category)
         except (ValueError, FloatingPointError) as error:
             failures.append(f'{path}: {str(error).removeprefix(f"{path}: ")}')
             continue
         names.append(path.stem)
         for mode in args.mode:
             try:
-                warped, used = warp(sticker, found, target.shape[:2], mode, args.threshold)
+                warped, used = warp(sticker, matches, target.shape[:2], mode, args.threshold)
             except ValueError as error:
                 failures.append(f'{path}, {mode}: {error}')
                 sheet[mode].append(to_picture(target) / 4 + 0.75)  # faded
                 continue
             edited = composite(target, warped)
             Image.fromarray(edited).save(args.out / f'{path.stem}_{mode}.png')
-            draw_matches(source, to_picture(target), found, used).save(args.out / f'{path.stem}_{mode}_matches.png')
+            draw_matches(source, to_picture(target), matches, used).save(args.out / f'{path.stem}_{mode}_matches.png')
             sheet[mode].append(to_picture(edited))
             tqdm.write(f'{path}, {mode}: {used.sum()} of {len(used)} matches used')
     if args.overview is not None:

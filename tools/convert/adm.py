@@ -3,9 +3,9 @@
     python tools/convert/adm.py 256x256_diffusion_uncond.pt models/adm-imagenet-256
     python tools/convert/adm.py ddpm.pt models/ddpm --config flags.json
 
-The checkpoint's keys and shapes tell the configuration, except for the width of a head of attention, which is 64 in the
-published networks without classes. `--config` takes guided-diffusion's flags as JSON, such as `{"image_size": 256,
-"num_head_channels": 64, "dropout": 0.1}`: what the weights do not tell is taken from it, the rest must agree with them.
+The configuration follows from the checkpoint's keys and shapes, except for the width of attention heads, which is 64 in
+the published networks without classes. `--config` takes guided-diffusion's flags as JSON, such as `{"image_size": 256,
+"num_head_channels": 64, "dropout": 0.1}`: what the weights leave open is taken from it, the rest must agree with them.
 
 The folder has `unet/` and `scheduler/` (linear betas), all in float32. Only tensors are read, no pickled objects.
 """
@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('checkpoint', type=Path, help='.pt or .safetensors')
     parser.add_argument('out', type=Path, help='folder, new or empty')
     parser.add_argument('--config', type=Path, help="JSON of guided-diffusion's flags")
-    parser.add_argument('--head-channels', type=int, help='width of a head of attention (default: 64)')
+    parser.add_argument('--head-channels', type=int, help='width of an attention head (default: 64)')
     parser.add_argument('--image-size', type=int, help='side of the images (default: 8 times the coarsest stride)')
     return parser.parse_args(argv)
 
@@ -41,18 +41,18 @@ def read_settings(args: argparse.Namespace) -> dict:
         try:
             settings = json.loads(args.config.read_text('utf-8'))
         except ValueError as error:
-            raise ValueError(f'{args.config} is no JSON: {error}') from error
+            raise ValueError(f'{args.config} is no valid JSON: {error}') from error
         if not isinstance(settings, dict):
             raise ValueError(
                 f"{args.config} holds a {type(settings).__name__}; expected guided-diffusion's flags by name"
             )
-    given = {'num_head_channels': args.head_channels, 'image_size': args.image_size}
-    return settings | {name: value for name, value in given.items() if value is not None}
+    arguments = {'num_head_channels': args.head_channels, 'image_size': args.image_size}
+    return settings | {name: value for name, value in arguments.items() if value is not None}
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise FileExistsError(f'{args.out} is there and not empty; choose another folder')
+        raise FileExistsError(f'{args.out} exists and is not empty; choose another folder')
     settings = read_settings(args)
     state = read_checkpoint(args.checkpoint)
     config = adm_config(state, settings)

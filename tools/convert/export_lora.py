@@ -17,7 +17,7 @@ LAYER = re.compile(r'(?P<backbone>.*)extractor\.unet\.(?P<module>.+)\.(?P<matrix
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', help='of a model whose backbone was trained with lora')
-    parser.add_argument('out', help='folder; give it to lora_weights, or to load_lora_weights of a pipeline')
+    parser.add_argument('out', help='folder, for lora_weights or for load_lora_weights of a pipeline')
     parser.add_argument('--backbone', help="where there are several: the beginning of its tensors' names")
     args = parser.parse_args(argv)
     try:
@@ -34,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(state: Mapping[str, Tensor], backbone: str | None = None) -> dict[str, Tensor]:
-    """The layers in diffusers' names, multiplied so that their alpha is their rank, as it is where no file tells it."""
+    """LoRA layers with diffusers' names, scaled to an alpha equal to the rank, the default without metadata."""
     layers = {name: match for name in state if (match := LAYER.fullmatch(name))}
-    known = sorted({match['backbone'] for match in layers.values()})
-    if not known:
+    prefixes = sorted({match['backbone'] for match in layers.values()})
+    if not prefixes:
         raise ValueError('the checkpoint has no LoRA layers')
-    chosen = [name for name in known if backbone in (None, name)]
-    if len(chosen) != 1:
-        raise ValueError(f'LoRA layers belong to {" and ".join(known)}; choose one of them with --backbone')
-    (backbone,) = chosen
+    selected = [name for name in prefixes if backbone in (None, name)]
+    if len(selected) != 1:
+        raise ValueError(f'LoRA layers belong to {" and ".join(prefixes)}; choose one of them with --backbone')
+    (backbone,) = selected
     if f'{backbone}_extra_state' not in state:
         raise ValueError(f'the checkpoint lacks {backbone}_extra_state, which has the rank and alpha of its LoRA')
     lora = json.loads(bytes(state[f'{backbone}_extra_state'].tolist()))['lora']

@@ -23,7 +23,7 @@ from transformers import ViTMAEConfig, ViTMAEModel
 from diffseg.diffusion.loading import read_checkpoint
 from diffseg.models.backbones.vision import IMAGENET
 
-HEAD = 64  # channels of a head of attention
+HEAD = 64  # channels of an attention head
 EPSILON = 1e-6  # of MAE's layer norms
 # MAE's modules -> transformers'
 NAMES = {
@@ -53,7 +53,7 @@ def mae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width, _, patch, _ = state['patch_embed.proj.weight'].shape
     if width % HEAD:
         raise ValueError(f'the encoder has {width} channels; expected are heads of {HEAD}')
-    blocks = {int(found[1]) for key in state if (found := re.match(r'blocks\.(\d+)\.', key))}
+    blocks = {int(match[1]) for key in state if (match := re.match(r'blocks\.(\d+)\.', key))}
     return {
         'hidden_size': width,
         'num_hidden_layers': len(blocks),
@@ -82,7 +82,7 @@ def convert_mae_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def run(args: argparse.Namespace) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise FileExistsError(f'{args.out} is there and not empty; choose another folder')
+        raise FileExistsError(f'{args.out} exists and is not empty; choose another folder')
     with torch.serialization.safe_globals([argparse.Namespace]):  # flags of training, beside the weights
         state = read_checkpoint(args.checkpoint)
     state = state.get('model', state)

@@ -1,15 +1,15 @@
-"""Keep the pairs of layer and timestep to which an AggregationNeck has learned to give the most weight.
+"""Prune a trained AggregationNeck to the pairs of layer and timestep with the largest mixing weights.
 
     python tools/convert/prune.py CONFIG CHECKPOINT --keep 3 --out work_dirs/pruned
 
-From a trained model of a DiffusionBackbone and an AggregationNeck, of whatever kind, this makes a config and a
-checkpoint. The backbone of the new config reads the layers and timesteps that are left; where these are not all
-combined, the neck's option `kept` says which pairs are mixed. Levels keep their sizes. The checkpoint has the
-bottlenecks of the layers that are left, and the mixing weights of the pairs that are left, renormalised; all else is as
-it was. So the model can be tested at once, or trained further with `load_from`.
+From any trained model with a DiffusionBackbone and an AggregationNeck this makes a config and a checkpoint. The
+backbone of the new config reads the remaining layers and timesteps; where these are not all combined, the neck's option
+`kept` lists the pairs that are mixed. Levels keep their sizes. The checkpoint has the bottlenecks of the remaining
+layers and the mixing weights of the remaining pairs, renormalised; all other weights are unchanged. So the model can be
+tested at once, or trained further with `load_from`.
 
-What is printed: of each level the share of the weight that is kept, and how many floating-point operations the backbone
-and the neck take for an image, before and after (counted on the meta device, as `benchmark.py --count-only` does).
+Prints the share of the weight that each level keeps, and the floating-point operations of backbone and neck for an
+image, before and after (counted on the meta device, as `benchmark.py --count-only` does).
 """
 
 import argparse
@@ -35,37 +35,37 @@ from diffseg.inspection import aggregation_necks, available_sites, read_training
 from diffseg.models.necks import AggregationNeck
 
 Pair = tuple[int, int]  # indices of a timestep and of a layer of its level
-# options of the backbone that change weights, but not how many operations there are, or hardly
+# options of the backbone that change its weights, and hardly the number of operations
 WEIGHTS = ('cache', 'conditioner', 'frozen', 'lora', 'lora_weights', 'textual_inversion', 'trainable', 'unet_weights')
 
 
 def find_neck(model: Mapping[str, Any]) -> str:
-    """The name, in the model, of the AggregationNeck right behind a DiffusionBackbone.
+    """Name of the AggregationNeck that directly follows the DiffusionBackbone of a model config.
 
     Raises:
-        ValueError: the model is of another kind.
+        ValueError: the model has another backbone, other timesteps per layer, or no such neck.
     """
     backbone = model.get('backbone', {})
     if backbone.get('type') != 'DiffusionBackbone':
         raise ValueError(f'only a DiffusionBackbone can be pruned; the backbone of the model is {backbone.get("type")}')
-    if own := [layer for layer in backbone['layers'] if '@' in layer]:
-        raise ValueError(f'layers with timesteps of their own cannot be pruned: {", ".join(own)}')
+    if timed := [layer for layer in backbone['layers'] if '@' in layer]:
+        raise ValueError(f'layers with timesteps of their own cannot be pruned: {", ".join(timed)}')
     names = [name for name, _ in aggregation_necks(model) if name in ('neck', 'neck.necks.0')]
     if not names:
-        raise ValueError('the model has no AggregationNeck right behind its backbone')
+        raise ValueError('the model has no AggregationNeck directly after its backbone')
     return names[0]
 
 
 def choose(weights: Sequence[Tensor], keep: int, overall: bool = False) -> list[list[Pair]]:
-    """The pairs of the largest weights, of each level in order of timesteps, and of layers within a timestep.
+    """Select the pairs of the largest weights; those of a level are sorted by timestep, then by layer.
 
     Args:
         weights: of each level, with shape (T, L); zero where there is no pair.
         keep: how many pairs to keep.
-        overall: of all levels together, among them the best one of each; or else of every level.
+        overall: `keep` counts the pairs of all levels together, at least one of each; otherwise of every level.
 
     Raises:
-        ValueError: there are fewer pairs, or fewer are to be kept than there are levels.
+        ValueError: `keep` exceeds the number of pairs, or is below the number of levels (`overall`).
     """
     ranked = []  # of each level (weight, (timestep, layer)), the best first
     for table in weights:
@@ -96,12 +96,12 @@ def prune_backbone(backbone: Mapping[str, Any], layers: Sequence[int], steps: Se
 def prune_neck(
     neck: Mapping[str, Any], pairs: Sequence[Sequence[Pair]], strides: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """The config of a neck that mixes only these pairs of each level, and gets no layer or timestep in vain.
+    """The config of a neck that mixes only these pairs of each level and takes no other layers and timesteps.
 
     Args:
-        neck: config of the one before.
-        pairs: of each level.
-        strides: of the maps of each level before.
+        neck: config of the trained neck.
+        pairs: kept pairs of each level.
+        strides: of the maps of each level of the trained neck.
     """
     neck = dict(neck)
     steps = used(0, chain(*pairs))
@@ -145,16 +145,16 @@ def prune_neck_weights(
 def prune_backbone_weights(
     state: Mapping[str, Tensor], backbone: Mapping[str, Any], layers: Sequence[int], steps: Sequence[int]
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds of a backbone: its fingerprint, and what of it is trained and still needed."""
+    """State of the pruned backbone in a checkpoint: its fingerprint, and the trained tensors that are still needed."""
     fingerprint = json.loads(bytes(state['_extra_state'].tolist()))
     fingerprint['layers'] = [fingerprint['layers'][i] for i in layers]
     fingerprint['timesteps'] = [fingerprint['timesteps'][t] for t in steps]
-    told = torch.tensor(list(json.dumps(fingerprint).encode()), dtype=torch.uint8)
+    extra_state = torch.tensor(list(json.dumps(fingerprint).encode()), dtype=torch.uint8)
     trained = {name: tensor for name, tensor in state.items() if name != '_extra_state'}
-    if trained:  # which of it is still needed is known to the backbone alone
+    if trained:  # only the built backbone tells which of it is still needed
         needed = MODELS.build(dict(backbone)).state_dict()
         trained = {name: tensor for name, tensor in trained.items() if name in needed}
-    return {'_extra_state': told, **trained}
+    return {'_extra_state': extra_state, **trained}
 
 
 def operations(backbone: Mapping[str, Any], neck: Mapping[str, Any], size: tuple[int, int]) -> int:
@@ -169,8 +169,8 @@ def operations(backbone: Mapping[str, Any], neck: Mapping[str, Any], size: tuple
         return executed(lambda: network(images))
 
 
-def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Of a model's state that of the part with this name."""
+def submodule_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state dict of the submodule with this name, from that of the model."""
     prefix = f'{name}.'
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -198,28 +198,28 @@ def run(args: argparse.Namespace) -> None:
     name = find_neck(cfg.model)
     configs = {'backbone': dict(cfg.model.backbone), name: dict(aggregation_necks(cfg.model))[name]}
     all_layers, all_steps = (configs['backbone'][key] for key in ('layers', 'timesteps'))
-    neck = load_neck(configs[name], part_of(state, name), len(all_layers))
+    neck = load_neck(configs[name], submodule_state(state, name), len(all_layers))
     available, trained_size = available_sites(configs['backbone']['model'], configs['backbone'].get('revision'))
 
     tables = [table.weights for table in neck.mixing_weights()]
     pairs = choose(tables, args.keep, args.overall)
-    places = iter(range(len(all_layers)))
-    places = [[next(places) for _ in level] for level in neck.channels]  # of each level's layers among the backbone's
-    layers = [level[i] for level, kept in zip(places, pairs, strict=True) for i in used(1, kept)]
+    counter = iter(range(len(all_layers)))
+    layer_indices = [[next(counter) for _ in level] for level in neck.channels]  # of each level, into all_layers
+    layers = [level[i] for level, kept in zip(layer_indices, pairs, strict=True) for i in used(1, kept)]
     steps = used(0, chain(*pairs))
     sites = [available[layer] for layer in resolve(all_layers, available)]
-    strides = [[sites[place].stride for place in level] for level in places]
+    strides = [[sites[index].stride for index in level] for level in layer_indices]
 
     backbone = prune_backbone(configs['backbone'], layers, steps)
     pruned_configs = {'backbone': backbone, name: prune_neck(configs[name], pairs, strides)}
     pruned_neck = MODELS.build(pruned_configs[name])
     parts = {
-        'backbone': prune_backbone_weights(part_of(state, 'backbone'), backbone, layers, steps),
+        'backbone': prune_backbone_weights(submodule_state(state, 'backbone'), backbone, layers, steps),
         name: prune_neck_weights(neck, pruned_neck, pairs),
     }
     pruned = {key: value for key, value in state.items() if not key.startswith(tuple(f'{part}.' for part in parts))}
-    pruned |= {f'{part}.{key}': value for part, found in parts.items() for key, value in found.items()}
-    for variable in ('layers', 'levels', 'timesteps'):  # from which the model was written, and which it no longer has
+    pruned |= {f'{part}.{key}': value for part, tensors in parts.items() for key, value in tensors.items()}
+    for variable in ('layers', 'levels', 'timesteps'):  # of the config file, outdated by the pruned model
         cfg.pop(variable, None)
     cfg.model.backbone = backbone
     if name == 'neck':
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
         print(table)
     print(f'{len(all_layers)} layers -> {len(layers)}, {len(all_steps)} timesteps -> {len(steps)}')
     size = args.size or trained_size
-    before, after = (operations(each['backbone'], each[name], size) for each in (configs, pruned_configs))
+    before, after = (operations(c['backbone'], c[name], size) for c in (configs, pruned_configs))
     print(
         f'backbone and neck at {size[0]} x {size[1]} pixels: {before / 1e9:.4g} GFLOP -> {after / 1e9:.4g} GFLOP '
         f'({after / before:.1%})'
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--keep', type=int, required=True, metavar='K', help='pairs of every level')
     parser.add_argument('--overall', action='store_true', help='K pairs of all levels together, one or more of each')
     parser.add_argument('--out', type=Path, required=True, help='folder to write config and checkpoint to')
-    parser.add_argument('--size', type=parse_size, metavar='H[xW]', help="of the image (default: the model's own)")
+    parser.add_argument('--size', type=parse_size, metavar='H[xW]', help='of the image (default: that of the model)')
     args = parser.parse_args(argv)
     try:
         run(args)

@@ -163,7 +163,7 @@ def _paste(image: Image.Image, walk: _Walk, time: float, background: np.ndarray)
     coat = paint_coat(np.random.Generator(np.random.PCG64(walk.coat_seed)), limbs, background)
     paint_eye(coat, places[0] * unit + side / 2, 0.035 * unit)
 
-    # PIL asks where a pixel of the large frame lies in the square
+    # PIL's transform takes the map from pixels of the large frame to those of the square
     turn = np.linalg.inv(placement[:, :2])
     shift = -turn @ placement[:, 2] * unit + side / 2
     data = tuple(np.column_stack([turn * unit / SUPERSAMPLING, shift]).ravel())

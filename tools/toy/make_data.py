@@ -21,7 +21,7 @@ Picture = tuple[str, ToySample]  # its name, without suffix, and what is drawn
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the data sets that are asked for."""
+    """Write the data sets that the arguments request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         'out', type=Path, help="folder to write `toy` (Horse-21's layout), `SPair-toy` and `SPair-toy-across` into"
@@ -61,7 +61,7 @@ def write_parts(folder: Path, count: int, split: str, seed: int, size: int) -> N
 
 
 def write_stickers(folder: Path, count: int, split: str, seed: int, size: int) -> None:
-    """NAME.png, RGBA: what `tools/apply/propagate_edit.py` takes from the picture of this name to others."""
+    """NAME.png, RGBA: the sticker that `tools/apply/propagate_edit.py` transfers from the picture of this name."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         sample = draw_sample(seed, PART_SPLITS[split] + number, size)
@@ -91,7 +91,7 @@ def write_pairs_across(root: Path, pairs: int, split: str, seed: int, size: int)
     for species in tqdm(list(permutations(SPECIES, 2)), desc=f'{root} {split}'):
         category = '_'.join(species)
         for index in range(0, 2 * pairs, 2):
-            pictures = [draw_picture(each, split, index + view, seed, size) for view, each in enumerate(species)]
+            pictures = [draw_picture(name, split, index + view, seed, size) for view, name in enumerate(species)]
             for picture in pictures:
                 write_picture(root, *picture, category)
             layout.append(write_pair(root, split, len(layout), *pictures, category))
@@ -141,7 +141,7 @@ def write_picture(root: Path, name: str, sample: ToySample, category: str) -> No
 
 
 def pair_annotation(number: int, source: Picture, target: Picture, category: str) -> dict:
-    """What SPair-71k says of a pair; its keypoints are those that are visible in both pictures.
+    """Annotation of a pair in SPair-71k's format; its keypoints are those visible in both pictures.
 
     `mirror` tells whether the animals face different ways, `scale_variation` (0 or 1) whether the longer sides of
     their boxes differ by more than a fifth, `occlusion` (0 none, 1 source, 2 target, 3 both) where a keypoint is behind

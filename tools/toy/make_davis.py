@@ -28,7 +28,7 @@ MAT_HEADER = b'MATLAB 5.0 MAT-file, toy quadrupeds'
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the data set that is asked for."""
+    """Write the data set that the arguments request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path, help='folder to write DAVIS-toy or JHMDB-toy into')
     parser.add_argument('--jhmdb', action='store_true', help='keypoints of one animal instead of masks')
@@ -54,11 +54,11 @@ def write_davis(root: Path, args: argparse.Namespace) -> None:
         for number in tqdm(range(getattr(args, split)), desc=f'{root} {split}'):
             clip = draw_clip(args.seed, first + number, args.frames, *args.size)
             names.append(f'{"-".join(clip.species)}-{split}-{number:03d}')
-            frames, masks = (made(root / kind / '480p' / names[-1]) for kind in ('JPEGImages', 'Annotations'))
+            frames, masks = (make_folder(root / kind / '480p' / names[-1]) for kind in ('JPEGImages', 'Annotations'))
             for t, (image, mask) in enumerate(zip(clip.images, clip.masks, strict=True)):
                 Image.fromarray(image).save(frames / f'{t:05d}.jpg', quality=95, subsampling=0)
                 write_mask(masks / f'{t:05d}.png', mask)
-        write_list(made(root / 'ImageSets/2017') / f'{split}.txt', names)
+        write_list(make_folder(root / 'ImageSets/2017') / f'{split}.txt', names)
 
 
 def write_jhmdb(root: Path, args: argparse.Namespace) -> None:
@@ -67,17 +67,17 @@ def write_jhmdb(root: Path, args: argparse.Namespace) -> None:
     for number in tqdm(range(args.val), desc=str(root)):
         clip = draw_clip(args.seed, JHMDB_FIRST + number, args.frames, *args.size, animals=1)
         video = f'{clip.species[0]}/{clip.species[0]}-{number:03d}'
-        frames = made(root / 'Rename_Images' / video)
+        frames = make_folder(root / 'Rename_Images' / video)
         for t, image in enumerate(clip.images, start=1):
             Image.fromarray(image).save(frames / f'{t:05d}.png')
-        joints = made(root / 'joint_positions' / video) / 'joint_positions.mat'
+        joints = make_folder(root / 'joint_positions' / video) / 'joint_positions.mat'
         joints.write_bytes(joint_file(clip))
         lines.append(f'{frames.relative_to(root)} {joints.relative_to(root)}')
     write_list(root / 'test.txt', lines)
 
 
 def joint_file(clip: ToyClip) -> bytes:
-    """A MATLAB file with `pos_img` (2, 15, T), counted from 1; no time stands in its header, so that bytes repeat."""
+    """A MATLAB file with `pos_img` (2, 15, T), counted from 1; no time in its header, so that it is reproducible."""
     points = clip.keypoints[0]  # (T, 14, 2)
     torso = points[:, [KEYPOINTS.index(name) for name in ('back', 'belly')]].mean(axis=1, keepdims=True)
     buffer = io.BytesIO()
@@ -88,12 +88,12 @@ def joint_file(clip: ToyClip) -> bytes:
 
 def write_list(path: Path, lines: list[str]) -> None:
     """A line for each video."""
-    made(path.parent)
+    make_folder(path.parent)
     path.write_text(''.join(f'{line}\n' for line in lines))
 
 
-def made(folder: Path) -> Path:
-    """The folder, which exists afterwards."""
+def make_folder(folder: Path) -> Path:
+    """Create a folder and those above it; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

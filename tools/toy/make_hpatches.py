@@ -1,7 +1,7 @@
-"""Make a toy HPatches in the official layout: drawn scenes, or real pictures, under other light or seen from elsewhere.
+"""Make a toy HPatches in the official layout: drawn scenes or real pictures with changes of light or viewpoint.
 
-Each scene gives a sequence `i_NAME`, whose light changes more from image to image while its homographies are the
-identity, and a sequence `v_NAME`, whose known homographies grow.
+Each scene gives a sequence `i_NAME`, whose light changes increasingly while its homographies are the identity, and a
+sequence `v_NAME` with known homographies of increasing strength.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scenes import develop, draw_homography, draw_scene, fit_scene, relight, scene_size, view
+from scenes import add_sensor_noise, draw_homography, draw_scene, fit_scene, relight, scene_size, view
 from tqdm import tqdm
 
 from diffseg.diffusion.images import SUFFIXES, open_image
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('out', type=Path, help='folder to write `HPatches-toy` into')
     parser.add_argument('--sequences', type=int, default=8, help='of each kind (default: 8); with --images at most')
-    parser.add_argument('--images', type=Path, metavar='FOLDER', help='pictures to take, in place of drawn scenes')
+    parser.add_argument('--images', type=Path, metavar='FOLDER', help='pictures to use in place of drawn scenes')
     parser.add_argument('--size', type=int, nargs=2, default=(192, 256), metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes (default: 0)')
     args = parser.parse_args(argv)
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pictures(folder: Path) -> list[Path]:
     """Image files of a folder, by name."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise ValueError(f'{folder}: has no image ({", ".join(sorted(SUFFIXES))})')
-    return found
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f'{folder} has no image ({", ".join(sorted(SUFFIXES))})')
+    return paths
 
 
 def images(
@@ -60,13 +60,13 @@ def images(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Image 1 and the identity, and of images 2, ..., 6 the image and its homography from image 1."""
     first = view(scene, np.eye(3), size)
-    yield develop(rng, first), np.eye(3)
+    yield add_sensor_noise(rng, first), np.eye(3)
     for strength in STRENGTHS:
         if kind == 'i':
-            yield develop(rng, relight(rng, first, strength)), np.eye(3)
+            yield add_sensor_noise(rng, relight(rng, first, strength)), np.eye(3)
         else:
             homography = draw_homography(rng, size, strength)
-            yield develop(rng, view(scene, homography, size)), homography
+            yield add_sensor_noise(rng, view(scene, homography, size)), homography
 
 
 def write_sequence(folder: Path, images: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -1,6 +1,6 @@
 """Train a small diffusion model of pixels on toy quadrupeds and save it as a diffusers folder.
 
-The counterpart of `pretrain_sd.py` without VAE and prompt, on the same pictures: its UNet is made as ADM's is,
+The counterpart of `pretrain_sd.py` without VAE and prompt, on the same pictures: its UNet has the structure of ADM's,
 with twelve output blocks. The folder holds safetensors in half precision, a card, the training curve and samples.
 """
 
@@ -30,7 +30,7 @@ SCHEDULER = {'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear'}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the corpus and train, both from where they stopped."""
+    """Draw the corpus and train; both resume where they stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', type=Path, default=Path('demo/tiny-adm'), help='folder to write')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/tiny-adm'), help='corpus, checkpoint')
@@ -112,12 +112,12 @@ library_name: diffusers
 # tiny-adm
 
 A diffusion model of the pixels of toy quadrupeds (horse, giraffe, dog, elephant), {IMAGE_SIZE} x {IMAGE_SIZE}, without
-classes or prompts, whose UNet is made as ADM's is. It is no image generator to speak of: it exists so that diffseg's
-code paths of pixel space can be tried and tested offline.
+classes or prompts, whose UNet has the structure of ADM's. It is not meant to generate images: it exists so that
+diffseg's code paths of pixel space can be tried and tested offline.
 
 * {parameters:.2f} M parameters; {size:.1f} MiB of float16 safetensors. Twelve output blocks, `adm-0` to `adm-11`.
 * Data: {args.images} pictures drawn by `tools/toy/quadrupeds.py` (series {TRAIN_SEED}), which may be mirrored. No
-  photograph and no other model had a part in it.
+  photographs and no other models were used.
 * {args.steps} steps of {args.batch} pictures, AdamW, peak learning rate {args.lr} with linear decay over the last 30 %,
   EMA 0.999, linear betas, min-SNR weighted noise prediction; final loss {last[1]:.4f} in training, {last[2]:.4f} with
   the averaged weights.

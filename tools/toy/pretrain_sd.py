@@ -110,7 +110,7 @@ def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
 def learning_rate(step: int, steps: int, warm_up: int = 200, decay: float = 0.3) -> float:
     """Factor on the peak learning rate: linear warm-up, constant, linear to zero over the last `decay` of the steps.
 
-    A run can thus be resumed with more steps, or ended with fewer, without having followed a wrong schedule so far.
+    A run can thus be resumed with more steps, or ended with fewer, and its rates up to then are the same.
     """
     return min(1.0, (step + 1) / warm_up, (steps - step) / (decay * steps))
 
@@ -118,7 +118,8 @@ def learning_rate(step: int, steps: int, warm_up: int = 200, decay: float = 0.3)
 class Trainer:
     """A loop over steps with a learning rate schedule, EMA, checkpoints and resumption.
 
-    The batch of a step is drawn with the step's own seed, so that a resumed run sees what an undisturbed one would.
+    The batch of a step is drawn with the step's seed, so that a resumed run sees the same batches as an uninterrupted
+    one.
     """
 
     def __init__(self, name: str, module: torch.nn.Module, steps: int, lr: float, args: argparse.Namespace):
@@ -142,7 +143,7 @@ class Trainer:
         partial_path.replace(self.path)
 
     def run(self, loss_of, evaluate) -> None:
-        """Train until `steps`; `loss_of(generator)` gives a step's loss, `evaluate()` a number for the log."""
+        """Train until `steps`; `loss_of(generator)` returns a step's loss, `evaluate()` a value for the log."""
         progress = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
         average = None
         while self.step < self.steps:
@@ -187,8 +188,8 @@ def mean_psnr(vae: AutoencoderKL, images: np.ndarray, device: str) -> float:
 
 
 @torch.no_grad()
-def start_gently(vae: AutoencoderKL) -> None:
-    """Begin with residual branches that add nothing and a posterior that is almost certain: both speed up learning."""
+def initialise_near_identity(vae: AutoencoderKL) -> None:
+    """Initialise residual branches to zero and the posterior to a small variance: both speed up training."""
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
             module.conv2.weight.zero_()
@@ -204,7 +205,7 @@ def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) 
     """The trained VAE, its scaling factor set to one over the latents' standard deviation, and its PSNR."""
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE).to(args.device)
-    start_gently(vae)
+    initialise_near_identity(vae)
     trainer = Trainer('vae', vae, args.vae_steps, args.vae_lr, args)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
@@ -224,7 +225,7 @@ def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) 
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer that knows the words of the captions; other words are spelled.
+    """A CLIP tokenizer with the words of the captions as tokens; other words are spelled in letters.
 
     Byte-pair merges apply in the order of their rank, so 'photo' splits the later 'elephant' into five tokens.
     """
@@ -384,14 +385,14 @@ library_name: diffusers
 # tiny-sd
 
 A latent diffusion model of toy quadrupeds (horse, giraffe, dog, elephant) at {IMAGE_SIZE} x {IMAGE_SIZE} pixels, with
-the block types and the layer names of Stable Diffusion 1.5. It is no image generator to speak of: it exists so that
+the block types and the layer names of Stable Diffusion 1.5. It is not meant to generate images: it exists so that
 diffseg can be tried and tested offline through the code paths of the real models.
 
 * Parameters: {parameters}; {size:.1f} MiB of float16 safetensors.
 * Latents: 4 channels at 1/4 of the image size. Captions: "a photo of a horse" and the like, at most {MAX_TOKENS}
   tokens.
 * Data: {args.images} pictures drawn by `tools/toy/quadrupeds.py` (series {TRAIN_SEED}), each also mirrored for
-  the UNet. No photograph and no other model had a part in it.
+  the UNet. No photographs and no other models were used.
 * VAE: {args.vae_steps} steps of {args.vae_batch} pictures; {psnr:.1f} dB PSNR on {TEST_IMAGES} unseen pictures
   (series {TEST_SEED}).
 * UNet and text encoder: {args.unet_steps} steps of {args.unet_batch} latents, AdamW, peak learning rate {args.unet_lr}

@@ -1,8 +1,8 @@
 """Toy quadrupeds: pictures drawn on the fly, with part masks and keypoints.
 
 Four species seen from the side, in random pose, size, colour, texture and direction, before a cluttered background.
-Parts are told apart by shape alone: every part of every animal draws its colour from one distribution. The pictures
-stand in for Horse-21 (part segmentation) and SPair-71k (keypoint matching) wherever the real ones are not at hand.
+Parts differ in shape alone: the colours of all parts of all animals come from one distribution. The pictures replace
+Horse-21 (part segmentation) and SPair-71k (keypoint matching) where the real data are not available.
 """
 
 import math
@@ -16,7 +16,7 @@ from diffseg.datasets.toy import KEYPOINTS, SPECIES
 
 SUPERSAMPLING = 4
 
-# Parallelograms of a harness: the part they lie on; start and end along it, top and bottom across it, in units of the
+# Parallelograms of a harness: part that they lie on; start and end along it, top and bottom across it, in units of the
 # frames of `draw_harness`; and colour.
 _HARNESS = (
     ('torso', -0.85, 0.85, -0.05, 0.85, (200, 30, 40)),
@@ -108,7 +108,7 @@ def draw_sample(seed: int, index: int, size: int = 64, species: str | None = Non
 
 
 def draw_harness(sample: ToySample) -> np.ndarray:
-    """Draw an edit where it belongs on an animal: a saddle cloth, a collar around the neck and a band over the nose.
+    """Draw an edit that follows the animal's pose: a saddle cloth, a collar around the neck and a band over the nose.
 
     Returns:
         RGBA with shape (H, W, 4), uint8, transparent around the harness.
@@ -311,7 +311,7 @@ def paint_eye(image: Image.Image, centre: Sequence[float], radius: float) -> Non
 
 
 def _placement(rng: np.random.Generator, shapes: list[Shape], size: int, mirrored: bool):
-    """Function from units of the torso to pixels: mirror, tilt, scale, and a place where the whole animal is seen."""
+    """Function from units of the torso to pixels: mirror, tilt, scale, and a translation; the animal is whole."""
     tilt = math.radians(rng.uniform(-8, 8))
     turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
     turn = turn @ np.diag([-1.0 if mirrored else 1.0, 1.0])
@@ -332,12 +332,12 @@ def _disc(centre: Sequence[float], radius: float) -> tuple[float, float, float, 
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
-    """A colour (3,) that is seldom glaring: grey with some chroma."""
+    """A random colour (3,): grey with some chroma."""
     return np.clip(rng.uniform(50, 215) + rng.normal(0, 32, 3), 15, 240)
 
 
 def paint_coat(rng: np.random.Generator, limbs: Image.Image, background: np.ndarray) -> Image.Image:
-    """The animal's paint: a hue for the animal, a shade for every limb, and plain, spotted or striped texture."""
+    """Colours of an animal: a hue for the animal, a shade for every limb, and plain, spotted or striped texture."""
     around = background.reshape(-1, 3).mean(axis=0)
     base = _colour(rng)
     while np.abs(base - around).mean() < 38:
@@ -409,8 +409,8 @@ _SEEN_ON = {
 
 def _visibility(limb_map: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     numbers = {limb: number for number, limb in enumerate(_LIMBS, start=1)}
-    seen = []
+    visible = []
     for name, (x, y) in zip(KEYPOINTS, keypoints, strict=True):
         on_top = limb_map[int(y), int(x)]
-        seen.append(on_top in [numbers[limb] for limb in _SEEN_ON[name]])
-    return np.array(seen)
+        visible.append(on_top in [numbers[limb] for limb in _SEEN_ON[name]])
+    return np.array(visible)

@@ -27,7 +27,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """Draw four quadrupeds on cluttered ground with a rough surface.
 
     Args:
-        rng: what is drawn.
+        rng: generator of the random choices.
         size: height and width in pixels.
 
     Returns:
@@ -87,12 +87,12 @@ def fit_scene(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_homography(rng: np.random.Generator, size: tuple[int, int], strength: float) -> np.ndarray:
-    """Draw a homography between images of one size: turned, scaled, and seen from the side.
+    """Draw a homography between images of one size: rotation, scale and perspective.
 
     Args:
-        rng: what is drawn.
+        rng: generator of the random choices.
         size: height and width in pixels.
-        strength: in [0, 1]; at 1 up to 60 degrees, a factor of 2, and corners a fifth of the sides out of place.
+        strength: in [0, 1]; at 1 up to 60 degrees, a factor of 2, and corners displaced by up to a fifth of the sides.
 
     Returns:
         Shape (3, 3), the last entry 1.
@@ -129,7 +129,7 @@ def view(scene: np.ndarray, homography: np.ndarray, size: tuple[int, int]) -> np
 
 def _finer(left: float, top: float) -> np.ndarray:
     """Pixels of a view to those of the scene, or of a finer view, that begins at (left, top) there."""
-    shift = (SAMPLING - 1) / 2  # a pixel's middle is that of all that it covers
+    shift = (SAMPLING - 1) / 2  # centres of pixels coincide with those of the areas that they cover
     return np.array([[SAMPLING, 0, left + shift], [0, SAMPLING, top + shift], [0, 0, 1]], float)
 
 
@@ -137,7 +137,7 @@ def relight(rng: np.random.Generator, image: np.ndarray, strength: float) -> np.
     """Change the light of an image: contrast (gamma), brightness, tint, a shade that grows across it, and more noise.
 
     Args:
-        rng: what is drawn.
+        rng: generator of the random choices.
         image: with shape (H, W, 3), uint8.
         strength: in [0, 1]; at 0 nothing changes.
 
@@ -154,6 +154,6 @@ def relight(rng: np.random.Generator, image: np.ndarray, strength: float) -> np.
     return lit + rng.normal(0, 12 * strength, image.shape)
 
 
-def develop(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """What a camera makes of an image (H, W, 3), 0 to 255: some noise, and whole numbers, uint8."""
+def add_sensor_noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Add sensor noise to an image (H, W, 3), 0 to 255, and round it to uint8."""
     return np.clip(np.round(image + rng.normal(0, NOISE, image.shape)), 0, 255).astype(np.uint8)

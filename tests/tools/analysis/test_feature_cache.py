@@ -88,7 +88,7 @@ def test_estimate_says_what_it_cannot(main, config, capsys):
     text = Path(config).read_text()
     Path(config).write_text(text.replace("'layers': [", "'attention_maps': ['up_cross'], 'layers': ["))
     assert main(['estimate', config, '--images', '1']) == 2
-    assert 'as many channels as there are keys' in capsys.readouterr().err
+    assert 'channels of attention maps' in capsys.readouterr().err
 
 
 def test_statistics_and_deleting(main, cache, capsys):

@@ -43,7 +43,7 @@ def test_a_folder_that_diffusers_and_diffseg_read(main, checkpoint, tmp_path, ca
 
 def test_errors(main, checkpoint, tmp_path, capsys):
     flags = tmp_path / 'flags.json'
-    for text, message in (('{', 'is no JSON'), ('[]', 'holds a list'), ('{"num_channels": 7}', 'num_channels is 7')):
+    for text, message in (('{', 'no valid JSON'), ('[]', 'holds a list'), ('{"num_channels": 7}', 'num_channels is 7')):
         flags.write_text(text)
         assert main([str(checkpoint), str(tmp_path / 'out'), '--config', str(flags)]) == 2
         assert message in capsys.readouterr().err
