@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'xformers': ['xformers'],
             'demo': [*MM, 'matplotlib'],
             'lora': ['peft'],
-            'dev': [*MM, 'matplotlib', 'peft', 'pytest', 'pytest-xdist', 'ruff', 'setuptools>=70.1'],
+            'dev': [*MM, 'hypothesis', 'matplotlib', 'peft', 'pytest', 'pytest-xdist', 'ruff', 'setuptools>=70.1'],
         },
         options={'build': {'build_base': build_base}},
     )

@@ -36,6 +36,7 @@ LOW_WATER = 0.9  # eviction frees a tenth of the limit at once, since it has to 
 ABANDONED = 3600  # seconds after which a file that is not whole is that of a killed process
 POLL = 0.005  # seconds between attempts to get the lock
 HEADER = 128, 96  # bytes that an entry's header takes, and each tensor's description in it; about
+VALUES = 2  # part of every key; raised when an image's maps change (2: cells tile images of any size)
 SCALE = '{}.scale'  # name of the scales of the int8 map of that number
 
 
@@ -145,7 +146,8 @@ class FeatureCache:
         """Names of the entries of images (B, C, H, W), with the arguments of `fetch`."""
         device = images.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        common = hashlib.sha256(json.dumps([__version__, self.dtype, autocast, context], sort_keys=True).encode())
+        all_else = [__version__, VALUES, self.dtype, autocast, context]
+        common = hashlib.sha256(json.dumps(all_else, sort_keys=True).encode())
         keys = []
         own = [None] * len(images) if each is None else each
         for image, extra in zip(images.detach().cpu().contiguous(), own, strict=True):

@@ -29,6 +29,7 @@ from diffseg.diffusion.trajectories import (
     seeded_noise,
     unet_dtype,
 )
+from diffseg.geometry import fit_to_image
 
 LoraSource = str | Path | tuple[str | Path, float]  # alone or with its scale
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
@@ -42,8 +43,9 @@ class DiffusionExtractor(nn.Module):
     -> mean over E -> {name: (B,T,C,h',w')}
     ```
 
-    A map of stride s has ceil(H/s) x ceil(W/s) cells, whatever the size of the image: the image is continued to the
-    right and below, mirrored, up to a multiple of the UNet's own stride, and the maps are cropped.
+    A map of stride s has h = ceil(H/s) times w = ceil(W/s) cells, which tile the image, whatever its size: a cell is
+    H / h pixels high and W / w pixels wide. The image is continued to the right and below, mirrored, up to a multiple
+    of the UNet's own stride. Where a side of it is no multiple of s, maps are then interpolated, see `fit_to_image`.
 
     A model of pixel space (its UNet is a `UNet2DModel`) has no VAE and no prompt: its latents are the images.
 
@@ -94,7 +96,8 @@ class DiffusionExtractor(nn.Module):
         truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
         cache_dir: Where encoded prompts are kept, see `PromptEncoder`.
         transform: Applied to each activation (N, C, h, w), with its name, as soon as it is read, so that what it leaves
-            out takes no memory; where there is an ensemble, before the mean. `repr` tells it in the fingerprint.
+            out takes no memory; where there is an ensemble, before the mean, and of the continued image. `repr` tells
+            it in the fingerprint.
 
     Attributes:
         multiple: What sides of images are a multiple of that the UNet halves evenly.
@@ -304,8 +307,8 @@ class DiffusionExtractor(nn.Module):
             prompts: One for all images or one for each; None takes the constructor's.
 
         Returns:
-            {name: (B, T, C, h, w)} with h = ceil(H / stride) and w = ceil(W / stride). The channels of an attention map
-            are its keys; those of self-attention include the part that continues the image.
+            {name: (B, T, C, h, w)} with h = ceil(H / stride) and w = ceil(W / stride), cells that tile the image. The
+            channels of an attention map are its keys; those of self-attention are the cells of the continued image.
 
         Raises:
             ValueError: Images of a wrong shape, type or range, or smaller than one latent cell.
@@ -321,7 +324,7 @@ class DiffusionExtractor(nn.Module):
             draws = [self._draw('noise', member, shape, images.device) for member in range(self.ensemble)]
             latents = torch.stack(draws, dim=1)  # (B, E, 4, h, w)
         activations = self.extract_latents(latents, prompts, canvas)  # {name: (B, T, C, h', w')}
-        return {name: self._crop(name, x, *images.shape[-2:]) for name, x in activations.items()}
+        return {name: fit_to_image(x, self.sites[name].stride, images.shape[-2:]) for name, x in activations.items()}
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, 4, h, w) of images (B, 3, H, W), scaled as the UNet expects them: the first ensemble member's.
@@ -502,10 +505,6 @@ class DiffusionExtractor(nn.Module):
         factor = self.parts.vae_scale_factor
         size = latents.shape[-2] * factor, latents.shape[-1] * factor
         return conditioning.unet_kwargs(rows, size, latents.device, unet_dtype(self.unet))
-
-    def _crop(self, name: str, activation: Tensor, height: int, width: int) -> Tensor:
-        stride = self.sites[name].stride
-        return activation[..., : -(-height // stride), : -(-width // stride)]
 
     def _check(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Raise for NaN and infinity, unless it is switched off; waits for the device once."""

@@ -5,12 +5,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode
 from diffseg.diffusion.loading import load_vae
 from diffseg.diffusion.trajectories import add_noise, seeded_noise
+from diffseg.geometry import fit_to_image
 
 LAYERS = ['up-level0-repeat1-res-out', 'up-level2-repeat1-vit-block0-cross-q', 'down-level0-repeat0-vit-out']
 STRIDES = [64, 16, 8]
@@ -107,12 +109,38 @@ def test_without_a_prompt_each_call_gives_one(make, images):
         extractor(images)
 
 
-def test_continuing_an_image_is_reflection_and_cropping(make, images):
-    extractor = make(vae_sample='mode')
-    whole = extractor(torch.nn.functional.pad(images[..., :50, :40], (0, 24, 0, 14), mode='reflect'))
-    part = extractor(images[..., :50, :40])
-    for (name, x), stride in zip(part.items(), STRIDES, strict=True):
-        assert torch.equal(x, whole[name][..., : math.ceil(50 / stride), : math.ceil(40 / stride)])
+@pytest.mark.parametrize('size', [(50, 40), (56, 40), (33, 64)])
+def test_maps_of_a_continued_image_are_fitted_to_the_image(make, images, size):
+    """Interpolated along sides that are no multiple of a map's stride, cut along the others."""
+    image = images[..., : size[0], : size[1]]
+    extractor = make(vae_sample='mode', attention_maps=['up_cross', 'up_self'])
+    whole = extractor(F.pad(image, (0, 64 - size[1], 0, 64 - size[0]), mode='reflect'))
+    for name, x in extractor(image).items():
+        stride = extractor.sites[name].stride
+        assert torch.equal(x, fit_to_image(whole[name], stride, size))
+        cut = whole[name][..., : math.ceil(size[0] / stride), : math.ceil(size[1] / stride)]
+        if all(side % stride == 0 for side in size):
+            assert torch.equal(x, cut)
+
+
+def test_cells_tile_images_of_any_size(make, monkeypatch):
+    """A network that knows where each cell of its input lies: the maps say where the cells of the image lie."""
+    extractor, size = make(), (70, 97)
+
+    def places(latents, prompts, images):
+        found = {}
+        for name, site in extractor.sites.items():
+            axes = [(torch.arange(side // site.stride) + 0.5) * site.stride - 0.5 for side in images.shape[-2:]]
+            found[name] = torch.stack(torch.meshgrid(*axes, indexing='ij')).expand(1, 1, 2, -1, -1)
+        return found
+
+    monkeypatch.setattr(extractor, 'extract_latents', places)
+    for name, x in extractor(torch.zeros(1, 3, *size)).items():
+        rows, columns = x.shape[-2:]
+        assert (rows, columns) == extractor.sites[name].size(*size)
+        for found, side, count in ((x[0, 0, 0, :, 0], 70, rows), (x[0, 0, 1, 0], 97, columns)):
+            expected = (torch.arange(count) + 0.5) * (side / count) - 0.5
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

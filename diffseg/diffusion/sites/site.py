@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import nn
 
+from diffseg.geometry import map_size
+
 
 @dataclass(frozen=True)
 class Site:
@@ -15,7 +17,7 @@ class Site:
         name: GDF's name.
         path: The module, inside the network, that the activation belongs to.
         channels: Of the activation; None for an attention map whose number of keys is not known.
-        stride: Image pixels per cell.
+        stride: Image pixels per cell, where the sides of the image are multiples of it.
         kind: What the module gives: 'spatial' (B,C,h,w), 'tokens' (B,h*w,C), 'input' (the module's input is read, with
             shape (B,C,h,w)) or 'map' (attention, recomputed from the module's queries and keys).
     """
@@ -28,7 +30,7 @@ class Site:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the activation for an image of `height` x `width` pixels."""
-        return -(-height // self.stride), -(-width // self.stride)
+        return map_size((height, width), self.stride)
 
 
 @dataclass(frozen=True)

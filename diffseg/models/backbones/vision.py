@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BackboneOutput
 from diffseg.cache import build_cache
 from diffseg.diffusion.images import check_images, extend_images
 from diffseg.diffusion.loading import fingerprint
+from diffseg.geometry import fit_to_image
 
 from .frozen import FrozenBackbone, freeze, verify_channels
 
@@ -345,8 +346,8 @@ class VisionBackbone(FrozenBackbone):
     ```
 
     It takes the same images as `DiffusionBackbone` and like that stays out of checkpoints. All maps have the stride of
-    the patch, h = ceil(H / patch): sides that are no multiple of it are continued, mirrored. Position embeddings are
-    interpolated.
+    the patch, h = ceil(H / patch), and their cells tile the image: sides that are no multiple of it are continued,
+    mirrored, and maps then interpolated, see `fit_to_image`. Position embeddings are interpolated.
 
     Args:
         model: preset ('dinov2-b', 'dino-b8', 'mae-l', 'clip-b16', ..., see `PRESETS`), hub id, or folder.
@@ -448,6 +449,7 @@ class VisionBackbone(FrozenBackbone):
         pixels = (extend_images(x, self.patch_size) - self.mean) / self.std
         with self.resident(x.device):
             maps = self.network(pixels.to(self.dtype)).feature_maps
+        maps = [fit_to_image(y, self.patch_size, x.shape[-2:]) for y in maps]
         found = dict(zip(self._out_features, maps, strict=True))
         return tuple(found[name].to(x.dtype) for name in self.layers)
 

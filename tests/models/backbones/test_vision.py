@@ -10,6 +10,8 @@ import torch
 from mmseg.registry import MODELS
 from tiny_vision import DEPTH, KINDS, MEAN, PATCH, STD, WIDTH
 
+from diffseg.diffusion.images import extend_images
+from diffseg.geometry import fit_to_image
 from diffseg.models.backbones.vision import PRESETS, VisionBackbone
 
 IMAGE_SIZE = 3 * PATCH, 5 * PATCH
@@ -78,8 +80,11 @@ def test_cells_are_where_their_patches_are(make: Callable, folders: dict[str, Pa
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('size', [(20, 33), (8, 8), (9, 70)])
 def test_sizes_that_are_no_multiple_of_the_patch(make: Callable, folders: dict[str, Path], kind: str, size: tuple):
-    maps = make(folders[kind])(make_images(1, *size))
+    backbone, image = make(folders[kind]), make_images(1, *size)
+    maps = backbone(image)
     assert [tuple(x.shape) for x in maps] == [(1, WIDTH, -(-size[0] // PATCH), -(-size[1] // PATCH))] * 2
+    for x, whole in zip(maps, backbone(extend_images(image, PATCH)), strict=True):
+        assert torch.equal(x, fit_to_image(whole, PATCH, size))
 
 
 @torch.no_grad()
