@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
         print(f'{number:4}  {score:20.2f}  {candidate}')
     for chosen, score in result.steps:
         print(f'{score:26.2f}  {" + ".join(map(str, chosen)) if len(chosen) == 1 else f"+ {chosen[-1]}"}')
-    if result.own is not None:
-        print(f"{result.own[1]:26.2f}  the config's own {len(result.own[0])}")
+    if result.configured is not None:
+        print(f"{result.configured[1]:26.2f}  the config's {len(result.configured[0])} activations")
     print(args.out / 'selected.py')
 
 
@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--shortlist', type=int, default=60, help='best candidates to select from (default: 60)')
     parser.add_argument('--shard', type=parse_shard, default=(0, 1), metavar='I/N', help='do one of N parts')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/search'), help='(default: %(default)s)')
-    parser.add_argument('--estimate', action='store_true', help='only print time and memory, as estimated')
+    parser.add_argument('--estimate', action='store_true', help='only print calls, memory and disk space, as estimated')
     parser.add_argument('--size', type=parse_size, metavar='H[xW]', help='estimate for such images, without data')
     parser.add_argument('--best', type=int, default=10, help='candidates of the ranking to print (default: 10)')
     parser.add_argument('--dim', type=int, help='project maps with more channels (default: as the score needs)')

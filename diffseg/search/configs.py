@@ -1,4 +1,4 @@
-"""Models that use what a search has selected, as configs."""
+"""Configs of models that use the activations selected by a search."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,23 @@ from diffseg.diffusion.sites import Site
 
 from .grid import Candidate
 
-# of an AggregationNeck, what does not depend on the activations
+# options of an AggregationNeck that do not depend on the activations
 NECK_OPTIONS = ('type', 'out_channels', 'num_groups', 'resize')
 
 
 def segmentation_model(
     model: Mapping[str, Any], candidates: Sequence[Candidate], sites: Mapping[str, Site]
 ) -> dict[str, Any]:
-    """A segmentor's config with these activations in place of its own.
+    """A segmentor's config with its activations replaced.
 
-    A head that takes several maps gets a level for each stride, fine -> coarse, one that takes a single map gets them
-    all in one level, of the finest one's size. An `AggregationNeck` stays one, as wide as it was, with a bottleneck for
-    each candidate (unlike Diffusion Hyperfeatures, which shares those of a layer over timesteps), and a `ConcatNeck`
-    stays one. Without a neck the head gets the maps themselves, fine -> coarse.
+    A head that takes several maps gets a level for each stride, fine -> coarse; one that takes a single map gets all of
+    them in one level, of the size of the finest map. An `AggregationNeck` keeps its width and has a bottleneck for each
+    candidate (unlike Diffusion Hyperfeatures, which shares those of a layer over timesteps); a `ConcatNeck` stays a
+    `ConcatNeck`. Without a neck the head gets the maps themselves, fine -> coarse.
 
     Args:
         model: config of an `EncoderDecoder` with a `DiffusionBackbone`.
-        candidates: what was selected.
+        candidates: selected activations and timesteps.
         sites: of the backbone's UNet.
 
     Raises:
@@ -34,7 +34,7 @@ def segmentation_model(
     model = copy.deepcopy(dict(model))
     neck, head = model.get('neck'), model['decode_head']
     if neck is not None and neck['type'] not in ('AggregationNeck', 'ConcatNeck'):
-        raise ValueError(f'the neck is a {neck["type"]}; with AggregationNeck, ConcatNeck or none a config can be made')
+        raise ValueError(f'the neck is a {neck["type"]}; a config can be made with AggregationNeck, ConcatNeck or none')
     if neck is None and len(candidates) > 1 and _takes_one_map(head):
         raise ValueError(f'{head["type"]} takes one map, not {len(candidates)}; put a ConcatNeck into the config')
     channels = _channels(candidates, sites)
@@ -55,8 +55,8 @@ def segmentation_model(
         model['neck'] = {'type': 'ConcatNeck', 'levels': widths}
     model['backbone'] = _backbone(model['backbone'], ordered, channels)
     auxiliary = model.get('auxiliary_head') or []
-    for each in [head, *([auxiliary] if isinstance(auxiliary, Mapping) else auxiliary)]:
-        _connect(each, outputs)
+    for any_head in [head, *([auxiliary] if isinstance(auxiliary, Mapping) else auxiliary)]:
+        _connect(any_head, outputs)
     return model
 
 
@@ -68,16 +68,16 @@ def correspondence_model(
 ) -> dict[str, Any]:
     """The config of a model that matches with these activations.
 
-    An `AggregationNeck` stays one, with a bottleneck for each candidate. Otherwise the model is zero-shot: each
-    activation is resized, brought to unit length in every cell and concatenated, so that the cosine of two cells is the
-    mean of the candidates' cosines.
+    An `AggregationNeck` is kept, with a bottleneck for each candidate. Otherwise the model is zero-shot: each
+    activation is resized, L2-normalised in every cell and concatenated, so that the cosine of two cells is the mean of
+    the candidates' cosines.
 
     Args:
-        model: config of a `CorrespondenceModel` with a `DiffusionBackbone`; other necks are left out, and heads with
+        model: config of a `CorrespondenceModel` with a `DiffusionBackbone`; other necks are removed, and the head with
             them.
-        candidates: what was selected.
+        candidates: selected activations and timesteps.
         sites: of the backbone's UNet.
-        output_size: side or (height, width) in cells; by default the finest one's.
+        output_size: side or (height, width) in cells; by default that of the finest map.
 
     Raises:
         ValueError: the model is of another kind, or a candidate is attention, whose channels depend on the image.
@@ -116,9 +116,9 @@ def _backbone(
 ) -> dict[str, Any]:
     if backbone['type'] != 'DiffusionBackbone':
         raise ValueError(f'the backbone is a {backbone["type"]}; activations are selected for a DiffusionBackbone')
-    own = ('layers', 'channels', 'timesteps', 'attention_maps', 'attention_mode')
+    replaced = ('layers', 'channels', 'timesteps', 'attention_maps', 'attention_mode')
     return {
-        **{key: value for key, value in backbone.items() if key not in own},
+        **{key: value for key, value in backbone.items() if key not in replaced},
         'layers': list(map(str, candidates)),
         'channels': [channels[candidate] for candidate in candidates],
     }
@@ -129,7 +129,7 @@ def _takes_one_map(head: Mapping[str, Any]) -> bool:
 
 
 def _connect(head: dict[str, Any], outputs: Sequence[int]) -> None:
-    """Let a head take maps with so many channels: all of them, or one."""
+    """Set `in_channels` and `in_index` of a head: for all maps, or for the one that it takes."""
     if _takes_one_map(head):
         head['in_index'] = min(head.get('in_index', -1), len(outputs) - 1)
         head['in_channels'] = outputs[head['in_index']]

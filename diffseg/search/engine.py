@@ -1,12 +1,12 @@
-"""Going over samples: images into maps of all candidates, maps into what a measure keeps, and that onto the disk.
+"""Process samples: images to maps of all candidates, maps to the reductions of a measure, which are written to disk.
 
 ```text
-sample -> images, each once -> VAE once, UNet for all activations and timesteps -> projection -> maps, kept for as long
-as later samples need them -> Measure.reduce -> OUT/STAGE/SAMPLE_SEED.safetensors -> Measure.score
+sample -> images, each once -> VAE once, UNet for all activations and timesteps -> projection -> maps, kept while
+later samples need them -> Measure.reduce -> OUT/STAGE/SAMPLE_SEED.safetensors -> Measure.score
 ```
 
-Every file depends on its own sample alone: an image is never in a batch with another one. So it does not matter in
-which order, in how many runs and by how many processes they are written.
+A file depends on its sample only: images are never batched together. So the order, the number of runs and the number of
+processes that write the files make no difference.
 """
 
 import json
@@ -32,8 +32,8 @@ T = TypeVar('T')
 Views = dict[str, Tensor]  # of one image: name -> (T, C, h, w)
 
 
-class Place(NamedTuple):
-    """A sample, and the seed of the noise that its images get."""
+class Draw(NamedTuple):
+    """A sample and the seed of the noise for its images."""
 
     index: int
     seed: int
@@ -48,7 +48,7 @@ class Samples:
     Args:
         dataset: in test mode, its pipeline without augmentation.
         preprocessor: of the model, which brings images to [-1, 1].
-        prompt: with `{category}` in place of a pair's category; None leaves the backbone's own.
+        prompt: may contain `{category}` for a pair's category; None keeps the prompt of the backbone.
     """
 
     def __init__(self, dataset: BaseDataset, preprocessor: nn.Module, prompt: str | None = None) -> None:
@@ -61,7 +61,7 @@ class Samples:
         return len(self.dataset)
 
     def images(self, index: int) -> tuple[Hashable, ...]:
-        """What tells the images of a sample from those of others; nothing if it cannot be read.
+        """Keys that identify the images of a sample; empty if the sample cannot be read.
 
         Raises:
             ValueError: the data set gives no paths.
@@ -73,29 +73,29 @@ class Samples:
         images = tuple((info[key], prompt) for key in ('img_path', 'img_path0', 'img_path1') if key in info)
         if not images:
             raise ValueError(
-                f'sample {index} of {type(self.dataset).__name__} has no img_path, by which images are told apart; let '
+                f'sample {index} of {type(self.dataset).__name__} has no img_path, which identifies an image; let '
                 f'get_data_info return img_path, or img_path0 and img_path1 of a pair'
             )
         return images
 
     def load(self, index: int) -> tuple[BaseDataElement, list[Tensor]]:
-        """The annotation and the images (3, H, W); none if they cannot be read. The last sample is kept."""
+        """The annotation and the images (3, H, W), none if they cannot be read. The last sample is cached."""
         if self._last is None or self._last[0] != index:
             item = self.dataset[index]
             inputs, sample = item['inputs'], item['data_samples']
             batch = {view: [x] for view, x in inputs.items()} if isinstance(inputs, dict) else [inputs]
-            found = self.preprocessor({'inputs': batch, 'data_samples': [sample]}, training=False)['inputs']
-            images = [x for (x,) in found.values()] if isinstance(found, dict) else list(found)
+            batch = self.preprocessor({'inputs': batch, 'data_samples': [sample]}, training=False)['inputs']
+            images = [x for (x,) in batch.values()] if isinstance(batch, dict) else list(batch)
             self._last = index, (sample, [] if 'damaged' in sample else images)
         return self._last[1]
 
 
 class Reader:
-    """Maps of one image, of all activations and timesteps.
+    """Read the maps of one image for all activations and timesteps.
 
     Args:
-        backbone: that has them, all layers at all timesteps.
-        dtype: in which they are kept.
+        backbone: reads all layers at all timesteps.
+        dtype: of the returned maps.
     """
 
     def __init__(self, backbone: DiffusionBackbone, dtype: torch.dtype = torch.float16) -> None:
@@ -110,36 +110,37 @@ class Reader:
             ValueError: values do not fit the dtype.
         """
         self.backbone.extractor.seed = seed
-        maps = self.backbone(image[None], None if prompt is None else [prompt])  # L of (1, T*C, h, w)
+        outputs = self.backbone(image[None], None if prompt is None else [prompt])  # L of (1, T*C, h, w)
         steps = len(self.backbone.extractor.timesteps)
-        found = {}
-        for name, x in zip(self.backbone.extractor.layers, maps, strict=True):
-            found[name] = x[0].unflatten(0, (steps, -1)).to('cpu', self.dtype)
-            if not found[name].isfinite().all():
+        maps = {}
+        for name, x in zip(self.backbone.extractor.layers, outputs, strict=True):
+            maps[name] = x[0].unflatten(0, (steps, -1)).to('cpu', self.dtype)
+            if not maps[name].isfinite().all():
                 raise ValueError(f'{name} does not fit {self.dtype}; keep maps in float32')
-        return found
+        return maps
 
 
 class Store(Sequence[Reduction]):
-    """What a measure keeps of all samples, a file for each.
+    """Reductions of all samples, one file per sample.
 
-    Files are whole or absent. They are mapped into memory, and read where they are used.
+    Files are complete or absent. They are memory-mapped and read on access.
 
     Args:
-        folder: of the files.
-        places: all samples, in the order in which measures see them.
-        candidates: of which something is kept.
-        settings: all that the content depends on, as JSON; written into an empty folder and compared with another's.
+        folder: that holds the files.
+        draws: all samples with their seeds, in the order in which measures see them.
+        candidates: of the reductions.
+        settings: everything that the content depends on, as JSON; written to a new folder, compared with that of an
+            existing one.
 
     Raises:
-        ValueError: the folder holds what was made with other settings.
+        ValueError: the folder holds reductions made with other settings.
     """
 
     def __init__(
-        self, folder: Path, places: Sequence[Place], candidates: Sequence[Candidate], settings: Mapping[str, Any]
+        self, folder: Path, draws: Sequence[Draw], candidates: Sequence[Candidate], settings: Mapping[str, Any]
     ) -> None:
         self.folder = folder
-        self.places = places
+        self.draws = draws
         self.candidates = candidates
         self.settings = {**settings, 'candidates': list(map(str, candidates))}
         self._numbers = {candidate: number for number, candidate in enumerate(candidates)}
@@ -147,23 +148,23 @@ class Store(Sequence[Reduction]):
         check_settings(folder / 'settings.json', self.settings)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.draws)
 
     def __getitem__(self, position: int) -> Reduction:
-        """Of one sample."""
+        """The reduction of one sample."""
         if position not in self._kept:
             if not 0 <= position < len(self):
                 raise IndexError(position)
-            self._kept[position] = self._read(self._path(self.places[position]))
+            self._kept[position] = self._read(self._path(self.draws[position]))
         return self._kept[position]
 
-    def missing(self) -> list[Place]:
-        """Samples of which there is no file."""
-        there = {path.stem for path in self.folder.glob('*.safetensors')}
-        return [place for place in self.places if str(place) not in there]
+    def missing(self) -> list[Draw]:
+        """Samples without a file."""
+        present = {path.stem for path in self.folder.glob('*.safetensors')}
+        return [draw for draw in self.draws if str(draw) not in present]
 
-    def write(self, place: Place, reduction: Reduction) -> None:
-        """Keep one sample's; tensors of one shape lie in one block."""
+    def write(self, draw: Draw, reduction: Reduction) -> None:
+        """Write the reduction of one sample; tensors of one shape are stacked in one block."""
         groups: dict[tuple, list[int]] = {}
         for number, candidate in enumerate(self.candidates):
             if candidate in reduction:
@@ -173,11 +174,11 @@ class Store(Sequence[Reduction]):
         for group, numbers in enumerate(groups.values()):
             tensors[f'{group}.numbers'] = torch.tensor(numbers)
             tensors[f'{group}.values'] = torch.stack([reduction[self.candidates[number]] for number in numbers])
-        with whole_file(self._path(place)) as partial:
+        with whole_file(self._path(draw)) as partial:
             save_file(tensors, partial)
 
-    def _path(self, place: Place) -> Path:
-        return self.folder / f'{place}.safetensors'
+    def _path(self, draw: Draw) -> Path:
+        return self.folder / f'{draw}.safetensors'
 
     def _read(self, path: Path) -> Reduction:
         with safe_open(path, 'pt') as file:
@@ -185,7 +186,7 @@ class Store(Sequence[Reduction]):
 
 
 class _Stored(Mapping):
-    """The content of a file."""
+    """Reduction in a file."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], candidates: Sequence[Candidate], numbers: Mapping[Candidate, int]
@@ -221,19 +222,19 @@ class _Stored(Mapping):
 def collect(
     store: Store, shard: tuple[int, int], samples: Samples, reader: Reader, measure: Measure, max_bytes: float
 ) -> None:
-    """Reduce the samples that the store has not yet.
+    """Reduce the samples that are missing in the store.
 
     Args:
         store: to write to.
-        shard: (i, n) does the i-th of n runs of neighbouring samples, 0 <= i < n.
-        samples: where they are read.
-        reader: of maps.
-        measure: that reduces them.
-        max_bytes: of maps to keep for later samples; those of the sample at hand come on top.
+        shard: (i, n) processes the i-th of n blocks of consecutive samples, 0 <= i < n.
+        samples: to read.
+        reader: reads the maps.
+        measure: reduces the maps.
+        max_bytes: size of the maps that are kept for later samples, in addition to those of the current one.
     """
     missing = set(store.missing())
-    todo = [place for place in part(store.places, shard) if place in missing]
-    keys = [[(image, place.seed) for image in samples.images(place.index)] for place in todo]
+    todo = [draw for draw in select_shard(store.draws, shard) if draw in missing]
+    keys = [[(image, draw.seed) for image in samples.images(draw.index)] for draw in todo]
     steps = {t: i for i, t in enumerate(reader.backbone.extractor.timesteps)}
 
     def make(position: int, view: int) -> Views:
@@ -242,37 +243,37 @@ def collect(
         return reader(images[view], prompt, seed) if images else {}
 
     views = walk(keys, make, lambda maps: sum(x.nbytes for x in maps.values()), max_bytes)
-    for place, found in zip(todo, tqdm(views, desc=store.folder.name, total=len(todo)), strict=True):
-        sample, images = samples.load(place.index)
+    for draw, images_maps in zip(todo, tqdm(views, desc=store.folder.name, total=len(todo)), strict=True):
+        sample, images = samples.load(draw.index)
         reduction: Reduction = {}
-        if images and found:
-            maps = {c: tuple(view[c.layer][steps[c.timestep]] for view in found) for c in store.candidates}
-            reduction = measure.reduce(sample, maps if len(found) > 1 else {c: x for c, (x,) in maps.items()})
-        store.write(place, reduction)
+        if images and images_maps:
+            maps = {c: tuple(view[c.layer][steps[c.timestep]] for view in images_maps) for c in store.candidates}
+            reduction = measure.reduce(sample, maps if len(images_maps) > 1 else {c: x for c, (x,) in maps.items()})
+        store.write(draw, reduction)
 
 
 def rank(store: Store, measure: Measure) -> list[tuple[Candidate, float]]:
-    """All candidates that can be measured, the best first; of equal ones the first of the grid.
+    """Rank all candidates that can be measured, best first; equal ones keep the order of the grid.
 
-    Those are left out that not all samples have, or not with the same number of channels: attention whose keys are the
+    Candidates are left out if some samples lack them or have another number of channels: attention whose keys are the
     cells of images of several sizes.
 
     Raises:
-        ValueError: there is no sample that can be used.
+        ValueError: no sample can be used.
     """
     usable = [reduction for reduction in store if reduction]
     if not usable:
         raise ValueError('none of the samples could be read')
     shapes = {c: {reduction[c].shape[1:] if c in reduction else None for reduction in usable} for c in store.candidates}
-    measurable = [c for c, found in shapes.items() if len(found) == 1 and None not in found]
+    measurable = [c for c, distinct in shapes.items() if len(distinct) == 1 and None not in distinct]
     scores = {c: measure.score(usable, [c]) for c in measurable}
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
 
-def part(places: Sequence[Place], shard: tuple[int, int]) -> Sequence[Place]:
-    """The i-th of n runs."""
+def select_shard(draws: Sequence[Draw], shard: tuple[int, int]) -> Sequence[Draw]:
+    """The i-th of n blocks of consecutive draws."""
     i, n = shard
-    return places[i * len(places) // n : (i + 1) * len(places) // n]
+    return draws[i * len(draws) // n : (i + 1) * len(draws) // n]
 
 
 def walk(
@@ -281,16 +282,16 @@ def walk(
     nbytes: Callable[[T], int],
     max_bytes: float,
 ) -> Iterator[list[T]]:
-    """What is made of the images of each sample, made anew only where it does not fit into memory until then.
+    """Yield the values that `make` computes for the images of each sample; values are cached for later samples.
 
-    What no later sample needs is forgotten at once, and what is too much in the order in which it is needed, the last
-    first.
+    A value that no later sample needs is dropped at once. Beyond `max_bytes` those that are needed last are dropped
+    first, and computed again.
 
     Args:
-        samples: the images of each.
-        make: called with the positions of a sample and of an image in it.
-        nbytes: of what is made.
-        max_bytes: to keep between samples.
+        samples: keys of the images of each sample.
+        make: computes a value, from the positions of a sample and of an image in it.
+        nbytes: size of a value.
+        max_bytes: size of the values to keep between samples.
     """
     uses: dict[Hashable, list[int]] = {}
     for position in range(len(samples) - 1, -1, -1):
@@ -311,61 +312,61 @@ def walk(
             del kept[image]
 
 
-def most_at_once(samples: Sequence[Sequence[Hashable]]) -> int:
-    """How many images `walk` has at once where memory does not matter."""
+def peak_images(samples: Sequence[Sequence[Hashable]]) -> int:
+    """The largest number of images of which `walk` keeps values at once with unlimited memory."""
     last = {image: position for position, images in enumerate(samples) for image in images}
-    at_hand: set[Hashable] = set()
+    loaded: set[Hashable] = set()
     most = 0
     for position, images in enumerate(samples):
-        at_hand |= set(images)
-        most = max(most, len(at_hand))
-        at_hand = {image for image in at_hand if last[image] > position}
+        loaded |= set(images)
+        most = max(most, len(loaded))
+        loaded = {image for image in loaded if last[image] > position}
     return most
 
 
 def order(samples: Sequence[Sequence[Hashable]]) -> list[int]:
-    """An order of samples in which those that share images are near each other.
+    """Order samples so that those that share images are near each other.
 
-    Next comes a sample with the fewest images that are not at hand; among these, one whose images are in the fewest
-    samples that are left.
+    The next sample is one with the fewest images that are not loaded; among these, one whose images are in the fewest
+    remaining samples.
     """
     left: dict[Hashable, set[int]] = {}
     for number, images in enumerate(samples):
         for image in images:
             left.setdefault(image, set()).add(number)
     remaining = dict.fromkeys(range(len(samples)))
-    at_hand: set[Hashable] = set()
-    found = []
+    loaded: set[Hashable] = set()
+    ordered = []
     while remaining:
-        near = set().union(*(left[image] for image in at_hand)) or [next(iter(remaining))]
+        near = set().union(*(left[image] for image in loaded)) or [next(iter(remaining))]
 
         costs = {
-            number: (len(set(samples[number]) - at_hand), sum(len(left[image]) for image in samples[number]), number)
+            number: (len(set(samples[number]) - loaded), sum(len(left[image]) for image in samples[number]), number)
             for number in near
         }
         number = min(near, key=costs.__getitem__)
-        found.append(number)
+        ordered.append(number)
         del remaining[number]
         for image in samples[number]:
             left[image].discard(number)
-            at_hand.add(image)
-        at_hand = {image for image in at_hand if left[image]}
-    return found
+            loaded.add(image)
+        loaded = {image for image in loaded if left[image]}
+    return ordered
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write settings to a new file, or compare them with those that are there.
+    """Write settings to a new file, or compare them with those of an existing one.
 
     Raises:
-        ValueError: they differ; says in what.
+        ValueError: they differ; the message names the keys.
     """
     settings = json.loads(json.dumps(settings))
     if not path.is_file():
         with whole_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=2) + '\n')
         return
-    there = json.loads(path.read_text())
-    if different := [key for key in {**there, **settings} if there.get(key) != settings.get(key)]:
+    stored = json.loads(path.read_text())
+    if different := [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]:
         raise ValueError(
             f'{path.parent} holds results of another search, which differs in {", ".join(different)}; choose another '
             f'folder, or delete it'

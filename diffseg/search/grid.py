@@ -1,4 +1,4 @@
-"""Candidates of a search, and what a measure of them has to offer."""
+"""Candidates of a search, and the interface of their measures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,10 +20,10 @@ class Candidate(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> 'Candidate':
-        """The candidate that `text` says.
+        """Parse `name@t`.
 
         Raises:
-            ValueError: it is not written `name@t`.
+            ValueError: the text has another form.
         """
         layer, _, timestep = text.rpartition('@')
         if not layer or not timestep.removeprefix('-').isdigit():
@@ -32,57 +32,57 @@ class Candidate(NamedTuple):
 
 
 Maps = Mapping[Candidate, Tensor | tuple[Tensor, Tensor]]  # (C, h, w) of a picture, or of both images of a pair
-Reduction = Mapping[Candidate | str, Tensor]  # of one sample: by candidate, and by name what all candidates share
+Reduction = Mapping[Candidate | str, Tensor]  # of one sample: by candidate, and by name what all share
 
 
 class Measure(Protocol):
-    """How well candidates serve a task. Samples are seen one by one, and little is kept of each.
+    """Score of candidates on a task. Samples are seen one by one and reduced to small tensors.
 
     Attributes:
-        name: of the figure, such as 'PCK@0.1-bbox/image'; more is better.
-        dim: channels that suffice; maps with more arrive projected to so many, see `Projection`.
+        name: of the score, such as 'PCK@0.1-bbox/image'; higher is better.
+        dim: maps with more channels are projected to this number before they are reduced, see `Projection`.
     """
 
     name: str
     dim: int
 
     def reduce(self, sample: Any, maps: Maps) -> dict[Candidate | str, Tensor]:
-        """What to keep of one sample, on the CPU, whatever is not needed left out.
+        """Reduce the maps of one sample to the tensors that `score` needs, on the CPU.
 
         Args:
             sample: a `SegDataSample` or a `PairSample`.
             maps: of all candidates.
 
         Returns:
-            A small tensor for each candidate, and by name what belongs to the sample itself, such as labels. Candidates
-            that are left out cannot be measured on such data.
+            A small tensor for each candidate, and by name those of the sample itself, such as labels. Candidates that
+            cannot be measured on this sample are left out.
         """
 
     def score(self, reductions: Sequence[Reduction], candidates: Sequence[Candidate]) -> float:
-        """The measure of candidates that are used together.
+        """Score of candidates that are used together.
 
         Args:
             reductions: of all samples, always in the same order; each access may read from a file.
-            candidates: one or several, whose descriptors are each normalised and then concatenated.
+            candidates: one or several; their descriptors are normalised and concatenated.
         """
 
     def nbytes(self, channels: int, cells: int) -> int:
-        """About how many bytes are kept of one sample and a candidate.
+        """Approximate size of the reduction of one sample and candidate, in bytes.
 
         Args:
             channels: of its map.
-            cells: of the finest map of all.
+            cells: of the finest map of all candidates.
         """
 
 
 class Projection:
-    """A random projection of maps with many channels, which nearly keeps lengths and angles (Johnson-Lindenstrauss).
+    """A random projection of maps with many channels that nearly preserves lengths and angles (Johnson-Lindenstrauss).
 
-    The matrix is Gaussian and depends on nothing but the seed, the activation's name and the two numbers of channels.
-    Errors of a cosine are about 1 / sqrt(dim).
+    The matrix is Gaussian and depends only on the seed, the activation's name and the two numbers of channels. Errors
+    of a cosine are about 1 / sqrt(dim).
 
     Args:
-        dim: channels above which maps are projected, and to so many.
+        dim: number of channels to which maps with more are projected.
         seed: of the matrices.
     """
 

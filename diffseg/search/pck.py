@@ -1,4 +1,4 @@
-"""Zero-shot matching of image pairs, candidate by candidate and of candidates that are used together."""
+"""Zero-shot PCK of image pairs, for single candidates and for candidates that are used together."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,15 @@ KEYPOINTS = 16  # of a pair, in estimates
 
 
 class PairPCK:
-    """PCK of each candidate by itself: of a pair, which keypoints it matches correctly is kept.
+    """PCK of each candidate alone; the reduction of a pair is which keypoints are matched correctly.
 
-    The matching is the model's own, so that figures are exactly those of a model with this one activation as it is.
+    Keypoints are matched by `CorrespondenceModel.match`, so that scores are exactly those of a model with this one
+    activation.
 
     Args:
-        model: whose `match` is used, with its size of matching and refinement.
+        model: matches the keypoints, with its `match_size` and refinement.
         dim: see `Measure`.
-        device: to match on; by default where the maps are.
+        device: to match on; by default that of the maps.
     """
 
     name = figure_name(ALPHA, 'bbox', 'image')
@@ -39,7 +40,7 @@ class PairPCK:
         self.device = device
 
     def reduce(self, sample: PairSample, maps: Maps) -> dict[Candidate | str, Tensor]:
-        """Bool (V,) for each candidate; none for attention whose keys are not as many in both images."""
+        """Bool (V,) for each candidate; attention is left out if its numbers of keys differ between the images."""
         truth, extent = _truth(sample)
         return {
             candidate: correct_keypoints(self.model.match(*_on(self.device, pair), sample), truth, extent, ALPHA)
@@ -51,10 +52,10 @@ class PairPCK:
         """PCK of one candidate.
 
         Raises:
-            ValueError: there are several.
+            ValueError: there are several candidates.
         """
         if len(candidates) != 1:
-            raise ValueError(f'{len(candidates)} candidates; those used together are measured by JointPCK')
+            raise ValueError(f'{len(candidates)} candidates; JointPCK measures several together')
         return pck([reduction[candidates[0]] for reduction in reductions], 'image')
 
     @staticmethod
@@ -64,15 +65,15 @@ class PairPCK:
 
 
 class JointPCK:
-    """PCK of candidates together: resized to the finest map among all, normalised in every cell, and concatenated.
+    """PCK of candidates together: resized to the finest map of all, normalised in every cell, and concatenated.
 
-    This is what `ConcatNeck(normalize=True)` and a matching without refinement give. Products of concatenated
-    descriptors are sums of products: for each candidate only the products of the keypoints' descriptors with all cells
-    of the target are kept, and of neighbouring cells with each other, in half precision. From the sums the similarity
-    of every pixel follows, see `UpsampledSimilarity`. So nothing but this rounding is approximate.
+    This is the result of `ConcatNeck(normalize=True)` and matching without refinement. Products of concatenated
+    descriptors are sums of products: a candidate's reduction holds the products of the keypoints' descriptors with all
+    cells of the target, and of neighbouring cells with each other, in half precision. Their sums determine the
+    similarity of every pixel, see `UpsampledSimilarity`. So only this rounding is approximate.
 
     Args:
-        model: how pairs are matched, see `CorrespondenceModel.frame`.
+        model: defines the frame in which pairs are matched, see `CorrespondenceModel.frame`.
         dim: see `Measure`.
         device: to match on; by default the CPU.
     """
@@ -85,11 +86,11 @@ class JointPCK:
         self.device = device
 
     def reduce(self, sample: PairSample, maps: Maps) -> dict[Candidate | str, Tensor]:
-        """Products (V + 4, h, w) for each candidate, and what matching needs to know of the pair."""
+        """Products (V + 4, h, w) for each candidate, and the keypoints and sizes of the pair."""
         truth, extent = _truth(sample)
         points, sizes, scale = self.model.frame(sample)
         grids = [tuple(max(pair[view].shape[axis] for pair in maps.values()) for axis in (1, 2)) for view in (0, 1)]
-        found: dict[Candidate | str, Tensor] = {
+        reduction: dict[Candidate | str, Tensor] = {
             'points': points,
             'sizes': torch.tensor(sizes),
             'scale': scale,
@@ -102,8 +103,8 @@ class JointPCK:
                 for x, grid in zip(_on(self.device, pair), grids, strict=True)
             )
             dots, *others = cell_products(descriptors_at(source, points, sizes[0]), target)
-            found[candidate] = torch.cat([dots, torch.stack(others)]).to('cpu', KEPT)
-        return found
+            reduction[candidate] = torch.cat([dots, torch.stack(others)]).to('cpu', KEPT)
+        return reduction
 
     def score(self, reductions: Sequence[Reduction], candidates: Sequence[Candidate]) -> float:
         """PCK of candidates together."""

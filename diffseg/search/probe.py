@@ -1,4 +1,4 @@
-"""A linear probe: how well classes of pixels can be told apart by linear functions of the maps."""
+"""A linear probe: how well linear functions of the maps separate the classes of pixels."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ CLASSES = 8  # of a picture, in estimates
 
 
 class LinearProbe:
-    """mIoU of ridge regression on one-hot labels, of pictures that were not fitted, in percent.
+    """Cross-validated mIoU of ridge regression on one-hot labels, in percent.
 
-    Of every class in a picture as many pixels are drawn, so that small classes are seen at all. Each stands for those
-    of its class that were not drawn: confusions are weighted by area, as if all pixels were there. In the fit a class
-    weighs as the square root of its area. If it weighed as its area, least squares would hardly ever choose a small
-    class, and if all weighed alike, too often; either ranks activations less as trained heads do.
+    The same number of pixels is drawn from every class in a picture, so that small classes are represented. A drawn
+    pixel represents the area of its class in the picture: confusions are weighted by area, as if all pixels were used.
+    In the fit a class has the weight of the square root of its area. With its area as weight, least squares would
+    hardly ever predict a small class, and with equal weights too often; the ranking of activations would then agree
+    less with that of trained heads.
 
-    The maps are sampled bilinearly, as mmseg upsamples predictions (linear functions and interpolation can change
-    places), and every channel is standardised. The pictures are dealt to `folds`, of which each is predicted by the
-    weights that fit the others; confusions of all are added before IoU is computed. As the solution is closed and needs
-    products of channels alone, which are kept from set to set, probing a set costs hardly more than one of its members.
+    The maps are sampled bilinearly, as mmseg upsamples predictions (linear functions and interpolation commute), and
+    every channel is standardised. The pictures are divided into `folds`; each fold is predicted by the weights fitted
+    to the others, and the confusions of all folds are added before IoU is computed. The solution has a closed form in
+    products of channels, which are cached, so that probing a set costs hardly more than probing one candidate.
 
     Args:
         pixels: of each class in a picture, at most.
@@ -48,20 +49,20 @@ class LinearProbe:
         self._sums: _Sums | None = None
 
     def reduce(self, sample: SegDataSample, maps: Maps) -> dict[Candidate | str, Tensor]:
-        """Features of N drawn pixels (N, C), float16, and their labels and areas; nothing without labelled pixels."""
+        """Features of N drawn pixels (N, C), float16, and their labels and areas; empty without labelled pixels."""
         labels = sample.gt_sem_seg.data[0].cpu()  # (H, W)
         drawn, areas = draw_pixels(labels, self.pixels)
         if not len(drawn):
             return {}
         digest = hashlib.sha256(labels.contiguous().numpy().tobytes()).digest()
-        found: dict[Candidate | str, Tensor] = {
+        reduction: dict[Candidate | str, Tensor] = {
             'labels': labels.flatten()[drawn],
             'areas': areas,
             'picture': torch.tensor(int.from_bytes(digest[:7], 'big')),
         }
         for candidate, x in maps.items():
-            found[candidate] = sample_pixels(x.float(), drawn, labels.shape).to('cpu', torch.float16)
-        return found
+            reduction[candidate] = sample_pixels(x.float(), drawn, labels.shape).to('cpu', torch.float16)
+        return reduction
 
     def score(self, reductions: Sequence[Reduction], candidates: Sequence[Candidate]) -> float:
         """The mIoU of candidates together, over the classes that occur.
@@ -80,14 +81,14 @@ class LinearProbe:
 
 
 def draw_pixels(labels: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    """Draw pixels of every class, always the same of the same labels.
+    """Draw pixels of every class; equal labels give equal pixels.
 
     Args:
-        labels: shape (H, W), 255 where there is none.
+        labels: shape (H, W), 255 where unlabelled.
         pixels: of each class, at most.
 
     Returns:
-        Indices of the pixels, row by row, with shape (N,), and how many each stands for, float32 (N,).
+        Indices of the pixels, row by row, with shape (N,), and the area that each represents, float32 (N,).
     """
     generator = torch.Generator().manual_seed(0)
     drawn, areas = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
@@ -101,7 +102,7 @@ def draw_pixels(labels: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_pixels(x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """What a map (C, h, w), upsampled to `size` (H, W), has at pixels (N,), counted row by row: shape (N, C)."""
+    """Values (N, C) of a map (C, h, w), upsampled to `size` (H, W), at pixels (N,), counted row by row."""
     height, width = size
     places = torch.stack([(pixels % width + 0.5) / width, (pixels // width + 0.5) / height], dim=1) * 2 - 1
     grid = places.to(x)[None, None]  # (1, 1, N, 2)
@@ -109,15 +110,15 @@ def sample_pixels(x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class _Sums:
-    """Sums over the N pixels of each of F folds of products of channels, each computed once.
+    """Sums of products of channels over the N pixels of F folds, each computed once.
 
     Attributes:
-        reductions: of the samples.
+        reductions: of all samples.
     """
 
     def __init__(self, reductions: Sequence[Reduction], folds: int) -> None:
         self.reductions = reductions
-        pictures = [int(reduction['picture']) for reduction in reductions]  # several samples may be of one
+        pictures = [int(reduction['picture']) for reduction in reductions]  # several samples may show one picture
         number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
         if len(number) < folds:
             raise ValueError(f'{len(number)} pictures cannot be divided into {folds} folds; give more or lower `folds`')
@@ -127,18 +128,18 @@ class _Sums:
         self.parts = fold.bincount(minlength=folds).tolist()  # pixels of each fold
         labels = torch.cat([reduction['labels'] for reduction in reductions]).long()[self.order]
         self.areas = torch.cat([reduction['areas'] for reduction in reductions]).double()[self.order]
-        self.labels = labels.unique(return_inverse=True)[1]  # the classes that occur, counted anew
+        self.labels = labels.unique(return_inverse=True)[1]  # indices of the classes that occur
         per_class = self.labels.bincount(self.areas)
         self.weights = self.areas * per_class[self.labels].rsqrt()
         self.targets = F.one_hot(self.labels).double()  # (N, n)
         self.features = lru_cache(maxsize=32)(self._features)
         self.moments = lru_cache(maxsize=1024)(self._moments)
         self.products = lru_cache(maxsize=1024)(self._products)
-        self.knowns = torch.cat([self.targets, torch.ones(len(labels), 1).double()], dim=1)  # (N, n + 1)
-        self.totals = self._by_fold(self.knowns, self.knowns)[:, -1]  # weights of the classes and of all (F, n + 1)
+        self.responses = torch.cat([self.targets, torch.ones(len(labels), 1).double()], dim=1)  # (N, n + 1)
+        self.totals = self._by_fold(self.responses, self.responses)[:, -1]  # weights of classes and of all (F, n + 1)
 
     def probe(self, candidates: Sequence[Candidate], ridge: float) -> float:
-        """The mIoU in percent, each fold predicted by the weights that fit the others."""
+        """Cross-validated mIoU in percent."""
         gram = self._assemble(candidates)  # (F, D, D)
         moments = torch.cat([self.moments(candidate) for candidate in candidates], dim=1)  # (F, D, n + 1)
         confusion = torch.zeros(self.targets.shape[1], self.targets.shape[1], dtype=torch.double)
@@ -162,15 +163,15 @@ class _Sums:
         return torch.cat(rows, dim=1)
 
     def _features(self, candidate: Candidate) -> Tensor:
-        """Standardised, with shape (N, C), fold by fold."""
+        """Standardised features with shape (N, C), sorted by fold."""
         x = torch.cat([reduction[candidate] for reduction in self.reductions]).double()[self.order]
         share = (self.areas / self.areas.sum()).unsqueeze(1)
         x = x - (share * x).sum(0)
         return x / (share * x.square()).sum(0).sqrt().clamp_min(1e-6)
 
     def _moments(self, candidate: Candidate) -> Tensor:
-        """Sums of the channels of each class, and of all, with shape (F, C, n + 1)."""
-        return self._by_fold(self.features(candidate), self.knowns)
+        """Weighted sums of the channels over each class and over all pixels, with shape (F, C, n + 1)."""
+        return self._by_fold(self.features(candidate), self.responses)
 
     def _products(self, first: Candidate, second: Candidate) -> Tensor:
         """Sums of products of channels with shape (F, C, C')."""

@@ -1,4 +1,4 @@
-"""What a search leaves behind: the ranking as a table and as a picture, the selection, and a config of it."""
+"""Output files of a search: the ranking as tables and as a heat map, the selection, and its config."""
 
 import copy
 import csv
@@ -27,18 +27,18 @@ ROWS = 52  # of a column of the heat map
 BLOCK = re.compile(r'(unet|mid|(?:down|up)-level\d+)-(.*)')
 
 
-def write_results(folder: Path, cfg: Config, found: Selection) -> None:
+def write_results(folder: Path, cfg: Config, selection: Selection) -> None:
     """Write `ranking.csv`, `ranking.json`, `heatmap.png`, `selected.json` and `selected.py`."""
     rows = [
         {
             'rank': number,
             'activation': candidate.layer,
             'timestep': candidate.timestep,
-            found.name: round(score, 4),
-            'channels': found.sites[candidate.layer].channels or 'cells',
-            'stride': found.sites[candidate.layer].stride,
+            selection.name: round(score, 4),
+            'channels': selection.sites[candidate.layer].channels or 'cells',
+            'stride': selection.sites[candidate.layer].stride,
         }
-        for number, (candidate, score) in enumerate(found.ranking, 1)
+        for number, (candidate, score) in enumerate(selection.ranking, 1)
     ]
     with (folder / 'ranking.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -46,33 +46,39 @@ def write_results(folder: Path, cfg: Config, found: Selection) -> None:
         writer.writerows(rows)
 
     def describe(candidates: Sequence[Candidate], score: float) -> dict[str, Any]:
-        return {'candidates': list(map(str, candidates)), found.name: round(score, 4)}
+        return {'candidates': list(map(str, candidates)), selection.name: round(score, 4)}
 
-    _write_json(folder / 'ranking.json', {'settings': found.settings, 'ranking': rows})
+    _write_json(folder / 'ranking.json', {'settings': selection.settings, 'ranking': rows})
     selected = {
-        'selected': list(map(str, found.chosen)),
-        'steps': [describe(*step) for step in found.steps],
-        'own': None if found.own is None else describe(*found.own),
-        'settings': found.settings,
+        'selected': list(map(str, selection.chosen)),
+        'steps': [describe(*step) for step in selection.steps],
+        'own': None if selection.configured is None else describe(*selection.configured),
+        'settings': selection.settings,
     }
     _write_json(folder / 'selected.json', selected)
-    picture = Image.fromarray(render(heat_map(found.ranking, list(found.sites), found.name, found.chosen)))
+    figure = heat_map(selection.ranking, list(selection.sites), selection.name, selection.chosen)
+    picture = Image.fromarray(render(figure))
     picture.quantize(256).save(folder / 'heatmap.png', optimize=True)
-    selected_config(cfg, found).dump(folder / 'selected.py')
+    selected_config(cfg, selection).dump(folder / 'selected.py')
 
 
-def selected_config(cfg: Config, found: Selection) -> Config:
-    """The config with what was selected in place of its own activations.
+def selected_config(cfg: Config, selection: Selection) -> Config:
+    """The config with its activations replaced by the selected ones.
 
-    A model that has nothing to train is only tested. See `configs` for necks and heads.
+    A model without trainable parameters gets no training. See `configs` for necks and heads.
     """
     cfg = copy.deepcopy(cfg)
-    for variable in ('layers', 'levels', 'timesteps', 'channels'):  # from which the model was written
+    for variable in (
+        'layers',
+        'levels',
+        'timesteps',
+        'channels',
+    ):  # of the config file, outdated
         cfg.pop(variable, None)
     if cfg.model.type != 'CorrespondenceModel':
-        cfg.model = segmentation_model(cfg.model, found.chosen, found.sites)
+        cfg.model = segmentation_model(cfg.model, selection.chosen, selection.sites)
         return cfg
-    cfg.model = correspondence_model(cfg.model, found.chosen, found.sites, found.grid)
+    cfg.model = correspondence_model(cfg.model, selection.chosen, selection.sites, selection.grid)
     if cfg.model.neck.type == 'ConcatNeck':
         for name in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'val_dataloader', 'val_cfg', 'val_evaluator'):
             cfg[name] = None
@@ -86,12 +92,12 @@ def heat_map(
     name: str,
     selected: Sequence[Candidate] = (),
 ) -> Figure:
-    """Draw the figures of all candidates, block by block in order of execution, column by column from top to bottom.
+    """Draw the scores of all candidates, block by block in order of execution, column by column from top to bottom.
 
     Args:
-        ranking: candidates and their figures; those without one stay blank.
+        ranking: candidates and their scores; the others stay blank.
         layers: the rows.
-        name: of the figure.
+        name: of the score.
         selected: candidates to mark with their numbers; the best one has a star.
     """
     scores = dict(ranking)
@@ -136,9 +142,9 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _columns(layers: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Labels and names of rows, column by column. A block has a title, whose row has no name, and is not torn apart."""
-    found = [BLOCK.fullmatch(layer) for layer in layers]
-    rows = [(*(match.groups() if match else ('', layer)), layer) for match, layer in zip(found, layers, strict=True)]
+    """Labels and names of rows, column by column. A block starts with a title row without name and is not split."""
+    matches = [BLOCK.fullmatch(layer) for layer in layers]
+    rows = [(*(match.groups() if match else ('', layer)), layer) for match, layer in zip(matches, layers, strict=True)]
     blocks = [
         [(title, ''), *((label, layer) for _, label, layer in members)]
         for title, members in groupby(rows, key=itemgetter(0))

@@ -1,4 +1,4 @@
-"""A search that a config describes: on what data, by which measure, of which candidates."""
+"""Search on the task of a config: its data, the measure and the candidates."""
 
 import hashlib
 import json
@@ -18,37 +18,37 @@ from diffseg.cache import format_size
 from diffseg.diffusion.layer_sets import expand, split_timesteps
 from diffseg.diffusion.sites import Site, resolve
 
-from .engine import Place, Reader, Samples, Store, collect, most_at_once, order, rank, walk
+from .engine import Draw, Reader, Samples, Store, collect, order, peak_images, rank, walk
 from .grid import Candidate, Measure, Projection
 from .pck import DIM, JointPCK, PairPCK
 from .probe import LinearProbe
 from .selection import forward_selection
 
-TIMESTEPS = tuple(range(50, 1000, 100))  # ten over the range, the published 50 among them
-COUNTS = {'pairs': 500, 'images': 200}  # samples that are enough
-RAW_BYTES = 2e9  # of activations that one call of the UNet may leave behind
+TIMESTEPS = tuple(range(50, 1000, 100))  # ten over the range, including the published 50
+COUNTS = {'pairs': 500, 'images': 200}  # default number of samples
+RAW_BYTES = 2e9  # of the activations of one UNet call, at most
 PER_LAYER = 2  # timesteps of one activation in the shortlist
-TOKENS = 77  # of a short prompt
-# options of the backbone that concern its training or speed, or that are the search's to say
-OWN = (
+TOKENS = 77  # of a prompt of CLIP
+# options of the backbone that concern training or speed, or that the search sets
+REPLACED = (
     'attention_maps attention_mode cache channels frozen layers lora micro_batch noise timesteps trainable train_noise'
 ).split()
 
 
 class Options(NamedTuple):
-    """What a search may be told.
+    """Options of a search.
 
     Attributes:
         layers: names, patterns and sets of activations.
-        timesteps: at each of which every activation is a candidate.
-        count: how many samples to look at, drawn from a seed; by default all, up to `COUNTS`.
-        seeds: draws of the trajectory's noise; every sample is looked at with each.
-        dim: channels above which maps are projected; by default what the measure wants.
-        dtype: in which maps are kept between samples, 'float16' or 'float32'.
-        store_gb: how much of them, in 10^9 bytes.
-        micro_batch: timesteps in one call of the UNet; by default what fits into 2 GB of activations.
-        shortlist: candidates among which the selection is made.
-        k: how many to select.
+        timesteps: every activation at each of these is a candidate.
+        count: number of samples, drawn with a fixed seed; by default all, up to `COUNTS`.
+        seeds: number of noise seeds; every sample is used with each of them.
+        dim: channels above which maps are projected; by default that of the measure.
+        dtype: of the maps that are kept between samples, 'float16' or 'float32'.
+        store_gb: size of these maps, in 10^9 bytes.
+        micro_batch: timesteps in one call of the UNet; by default as many as take 2 GB of activations.
+        shortlist: number of candidates to select from.
+        k: number of candidates to select.
         device: of the model.
     """
 
@@ -66,10 +66,10 @@ class Options(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a search will take, known before.
+    """Estimated cost of a search.
 
     Attributes:
-        text: the same in words.
+        text: numbers of calls, memory and disk space, as text.
         micro_batch: timesteps in one call of the UNet.
     """
 
@@ -78,48 +78,48 @@ class Plan(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        name: of the figure.
-        ranking: candidates and their figures, the best first.
-        steps: what is selected after each step, and its figure.
-        own: the config's own activations and their figure, if all of them are candidates.
-        grid: height and width at which candidates were joined, if that was the same for all pairs.
+        name: of the score.
+        ranking: candidates and their scores, best first.
+        steps: the selection after each step, and its score.
+        configured: the config's activations and their score, if all of them are candidates.
+        grid: height and width to which maps were resized for joint scores, if equal for all pairs.
         sites: of the activations.
-        settings: how the figures came about, as JSON.
+        settings: everything that the scores depend on, as JSON.
     """
 
     name: str
     ranking: list[tuple[Candidate, float]]
     steps: list[tuple[tuple[Candidate, ...], float]]
-    own: tuple[tuple[Candidate, ...], float] | None
+    configured: tuple[tuple[Candidate, ...], float] | None
     grid: tuple[int, int] | None
     sites: dict[str, Site]
     settings: dict[str, Any]
 
     @property
     def chosen(self) -> tuple[Candidate, ...]:
-        """What is selected, in the order of selection."""
+        """The selected candidates, in the order of selection."""
         return self.steps[-1][0]
 
 
 class Search:
     """Rank candidates on the training data of a config, and select some that complement each other.
 
-    By zero-shot PCK for a `CorrespondenceModel`, else by a linear probe. Images pass through the pipeline of the test,
-    so without augmentation; the noise is seeded; layers of low rank and trained parts of the UNet are left out.
+    The score is zero-shot PCK for a `CorrespondenceModel`, else the mIoU of a linear probe. Images are prepared with
+    the test pipeline, thus without augmentation; the noise is seeded; LoRA layers and trained parts of the UNet are
+    removed.
 
-    Self-attention is ranked where all images have one size, but not selected: no config can say how many channels it
-    has.
+    Self-attention is ranked if all images have one size, but not selected: a config cannot give its number of channels.
 
     Args:
-        cfg: of a training with a `DiffusionBackbone`.
+        cfg: training config with a `DiffusionBackbone`.
         available: the model's activations.
-        options: see there.
+        options: see `Options`.
 
     Raises:
-        ValueError: on a config or an option that cannot be searched.
+        ValueError: an unsupported config or option.
     """
 
     def __init__(self, cfg: Config, available: Mapping[str, Site], options: Options) -> None:
@@ -134,7 +134,7 @@ class Search:
         self.sites = {name: available[name] for name in expand(options.layers, available)}
         timesteps = list(dict.fromkeys(options.timesteps))
         self.candidates = [Candidate(layer, t) for layer in self.sites for t in timesteps]
-        self.own = own_candidates(cfg.model.backbone, available)
+        self.configured = configured_candidates(cfg.model.backbone, available)
         self.dim = options.dim or (DIM if self.pairs else LinearProbe().dim)
 
     def load_data(self) -> Samples:
@@ -144,33 +144,33 @@ class Search:
         prompt = self.cfg.model.get('prompt') if self.pairs else None
         return Samples(DATASETS.build(training_data(self.cfg)), preprocessor, prompt)
 
-    def places(self, samples: Samples) -> list[Place]:
-        """Which samples to look at, those that share images near each other."""
+    def draws(self, samples: Samples) -> list[Draw]:
+        """The samples to use with their seeds; those that share images are near each other."""
         count = self.options.count or COUNTS['pairs' if self.pairs else 'images']
         chosen: Sequence[int] = range(len(samples))
         if count < len(samples):
             chosen = sorted(random.Random(0).sample(chosen, count))
         ordered = [chosen[i] for i in order([samples.images(index) for index in chosen])]
         first = self.cfg.model.backbone.get('seed', 0)
-        return [Place(index, seed) for seed in range(first, first + self.options.seeds) for index in ordered]
+        return [Draw(index, seed) for seed in range(first, first + self.options.seeds) for index in ordered]
 
     def plan(self, samples: Samples | None, size: tuple[int, int] | None = None) -> Plan:
-        """Work out what a search takes, without weights.
+        """Estimate the cost of a search, without weights.
 
         Args:
-            samples: None if there are no data, for the worst case: every image in one pair only.
-            size: height and width of images; by default the first one's.
+            samples: None estimates the worst case without data: every image in one pair only.
+            size: height and width of images; by default that of the first image.
         """
         options, kind = self.options, 'pairs' if self.pairs else 'images'
         if samples is None:
-            places = [
-                Place(index, seed) for seed in range(options.seeds) for index in range(options.count or COUNTS[kind])
+            draws = [
+                Draw(index, seed) for seed in range(options.seeds) for index in range(options.count or COUNTS[kind])
             ]
-            images = [[(*place, view) for view in range(1 + self.pairs)] for place in places]
+            images = [[(*draw, view) for view in range(1 + self.pairs)] for draw in draws]
         else:
-            places = self.places(samples)
-            images = [[(image, place.seed) for image in samples.images(place.index)] for place in places]
-            size = size or next(image.shape[-2:] for place in places for image in samples.load(place.index)[1])
+            draws = self.draws(samples)
+            images = [[(image, draw.seed) for image in samples.images(draw.index)] for draw in draws]
+            size = size or next(image.shape[-2:] for draw in draws for image in samples.load(draw.index)[1])
         if resized := self.cfg.model.backbone.get('input_size'):
             size = (resized, resized) if isinstance(resized, int) else resized
         shapes = {layer: (_channels(site, size), *site.size(*size)) for layer, site in self.sites.items()}
@@ -181,7 +181,7 @@ class Search:
         encoded: list[int] = []
         for _ in walk(images, lambda *where: encoded.append(kept) or kept, int, options.store_gb * 1e9):
             pass
-        memory = min(most_at_once(images) * kept, max(map(len, images)) * kept + options.store_gb * 1e9)
+        memory = min(peak_images(images) * kept, max(map(len, images)) * kept + options.store_gb * 1e9)
         lines = [
             f'{len(self.sites)} activations x {steps} timesteps = {len(self.candidates)} candidates',
             f'{len(images)} {kind} (seeds: {options.seeds}) of {size[0]} x {size[1]} pixels: {len(encoded)} encodings '
@@ -194,27 +194,27 @@ class Search:
         measures = (PairPCK, JointPCK) if self.pairs else (LinearProbe(dim=self.dim),)
         stages = zip(('rank', 'select'), measures, (self.candidates, self._short(self.candidates)), strict=False)
         for stage, measure, members in stages:
-            each = [measure.nbytes(min(shapes[layer][0], self.dim), finest) for layer, _ in members]
+            sizes = [measure.nbytes(min(shapes[layer][0], self.dim), finest) for layer, _ in members]
             lines.append(
-                f'disk, to {stage}: up to {format_size(max(each))} for a sample and candidate, '
-                f'{format_size(len(images) * sum(each))} for {len(each)} candidates'
+                f'disk, to {stage}: up to {format_size(max(sizes))} for a sample and candidate, '
+                f'{format_size(len(images) * sum(sizes))} for {len(sizes)} candidates'
             )
         return Plan('\n'.join(lines), micro_batch)
 
     def run(self, samples: Samples, out: Path, micro_batch: int, shard: tuple[int, int] = (0, 1)) -> Selection | int:
-        """Do what is left to do of the i-th of n parts of the samples, and finish if nothing is left of the others.
+        """Process the remaining samples of the i-th of n shards, and select candidates once all shards are complete.
 
         Args:
-            samples: of which to take some.
-            out: folder for what is kept of them.
+            samples: training data.
+            out: folder for the reductions of samples.
             micro_batch: timesteps in one call of the UNet.
             shard: (i, n) with 0 <= i < n.
 
         Returns:
-            What was found; or how many samples other parts have to do before.
+            The selection; or the number of samples that other shards still have to process.
         """
-        places = self.places(samples)
-        ranked = self._stage('rank', self.candidates, samples, places, out, micro_batch, shard)
+        draws = self.draws(samples)
+        ranked = self._stage('rank', self.candidates, samples, draws, out, micro_batch, shard)
         if isinstance(ranked, int):
             return ranked
         ranking = rank(*ranked)
@@ -223,45 +223,47 @@ class Search:
             raise ValueError('nothing can be selected: self-attention alone was searched; add other --layers')
         joined = ranked
         if self.pairs:
-            joined = self._stage('select', candidates, samples, places, out, micro_batch, shard)
+            joined = self._stage('select', candidates, samples, draws, out, micro_batch, shard)
             if isinstance(joined, int):
                 return joined
         store, measure = joined
         usable = [reduction for reduction in store if reduction]
         steps = forward_selection(candidates, lambda chosen: measure.score(usable, chosen), self.options.k)
-        own = (self.own, measure.score(usable, self.own)) if self.own and set(self.own) <= set(candidates) else None
+        configured = None
+        if self.configured and set(self.configured) <= set(candidates):
+            configured = self.configured, measure.score(usable, self.configured)
         grids = {tuple(reduction[candidates[0]].shape[1:]) for reduction in usable} if self.pairs else set()
         grid = grids.pop() if len(grids) == 1 else None
         settings = {key: x for key, x in ranked[0].settings.items() if key not in ('candidates', 'layers')}
-        return Selection(measure.name, ranking, steps, own, grid, self.sites, settings)
+        return Selection(measure.name, ranking, steps, configured, grid, self.sites, settings)
 
     def _short(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The first candidates, few of each activation, and the config's own ones."""
-        found: list[Candidate] = []
+        """The first candidates, at most `PER_LAYER` of each activation, and those of the config."""
+        shortlist: list[Candidate] = []
         numbers: dict[str, int] = {}
         for candidate in candidates:
             numbers[candidate.layer] = numbers.get(candidate.layer, 0) + 1
-            if len(found) < self.options.shortlist and numbers[candidate.layer] <= PER_LAYER:
-                found.append(candidate)
-        return found + [own for own in self.own if own in candidates and own not in found]
+            if len(shortlist) < self.options.shortlist and numbers[candidate.layer] <= PER_LAYER:
+                shortlist.append(candidate)
+        return shortlist + [c for c in self.configured if c in candidates and c not in shortlist]
 
     def _stage(
         self,
         name: str,
         candidates: Sequence[Candidate],
         samples: Samples,
-        places: Sequence[Place],
+        draws: Sequence[Draw],
         out: Path,
         micro_batch: int,
         shard: tuple[int, int],
     ) -> tuple[Store, Measure] | int:
-        """Reduce samples; returns how many are missing, if some are."""
+        """Reduce samples for a stage; returns the number of missing samples instead if there are any."""
         measure, reader = self._build(name, candidates, micro_batch)
         extractor = reader.backbone.extractor
-        self.sites |= extractor.sites  # which know how many tokens the prompt has
+        self.sites |= extractor.sites  # with the number of tokens of the prompt
         settings = {
             **extractor.fingerprint,
-            'text_encoder': reader.backbone.fingerprint['text_encoder'],  # also that of captions
+            'text_encoder': reader.backbone.fingerprint['text_encoder'],  # the one that also encodes captions
             'measure': {key: x for key, x in vars(measure).items() if isinstance(x, int | float | str)},
             'input_size': reader.backbone.input_size,
             'match_size': self.cfg.model.get('match_size'),
@@ -269,16 +271,16 @@ class Search:
             'dtype of maps': self.options.dtype,
             'micro_batch': micro_batch,
             'data': training_data(self.cfg),
-            'samples': digest([list(samples.images(place.index)) for place in places]),
+            'samples': digest([list(samples.images(draw.index)) for draw in draws]),
             'seeds': self.options.seeds,
         }
-        store = Store(out / name, places, candidates, settings)
+        store = Store(out / name, draws, candidates, settings)
         collect(store, shard, samples, reader, measure, self.options.store_gb * 1e9)
         return len(store.missing()) or (store, measure)
 
     def _build(self, name: str, candidates: Sequence[Candidate], micro_batch: int) -> tuple[Measure, Reader]:
-        """The measure of a stage, and a backbone that reads no more than it needs."""
-        backbone = {key: value for key, value in self.cfg.model.backbone.items() if key not in OWN} | {
+        """The measure of a stage, and a reader of its candidates only."""
+        backbone = {key: value for key, value in self.cfg.model.backbone.items() if key not in REPLACED} | {
             'layers': list(dict.fromkeys(candidate.layer for candidate in candidates)),
             'timesteps': list(dict.fromkeys(candidate.timestep for candidate in candidates)),
             'noise': 'seeded',
@@ -299,7 +301,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _channels(site: Site, size: tuple[int, int]) -> int:
-    """Of an activation of an image of this size; attention has as many as there are keys."""
+    """Channels of an activation for an image of this size; those of attention maps are the keys."""
     return site.channels or (math.prod(site.size(*size)) if site.name.endswith('self-map') else TOKENS)
 
 
@@ -309,13 +311,13 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
         raise ValueError(f'the backbone is a {backbone["type"]}; a search is for one DiffusionBackbone')
     if backbone.get('conditioner') is not None:
         raise ValueError(
-            f'the prompt is learned by {backbone["conditioner"]["type"]}, so that activations mean nothing before the '
-            f'training; search with a prompt'
+            f'the prompt is learned by {backbone["conditioner"]["type"]}, so that activations are meaningless before '
+            f'training; search with a text prompt'
         )
 
 
-def own_candidates(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> tuple[Candidate, ...]:
-    """The activations of a config at its timesteps; none if aggregated attention, no candidate, is among them."""
+def configured_candidates(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> tuple[Candidate, ...]:
+    """The activations of a config at its timesteps; empty if it uses aggregated attention, which is no candidate."""
     if backbone.get('attention_maps'):
         return ()
     readings, _ = split_timesteps(backbone['layers'], backbone.get('timesteps'))
@@ -323,45 +325,45 @@ def own_candidates(backbone: Mapping[str, Any], available: Mapping[str, Site]) -
 
 
 def training_data(cfg: Config) -> dict[str, Any]:
-    """Config of the training data, with the pipeline of the test.
+    """Config of the training data, with the test pipeline.
 
     Raises:
-        ValueError: there are none, or they are those of the validation or the test, or there is no such pipeline.
+        ValueError: no training data, or they are also validation or test data, or there is no test pipeline.
     """
     if not cfg.get('train_dataloader'):
         raise ValueError(
-            'the config has no train_dataloader, and candidates are chosen on training data; inherit a base of '
+            'the config has no train_dataloader, and candidates are selected on training data; inherit a base of '
             'configs/_base_/datasets that has one'
         )
     config = deepcopy(cfg.train_dataloader.dataset)
     others = [cfg[f'{name}_dataloader'].dataset for name in ('test', 'val') if cfg.get(f'{name}_dataloader')]
     held_out = [leaf for other in others for leaf in leaves(other)]
     if not held_out:
-        raise ValueError('the config has no test_dataloader, whose pipeline, without augmentation, is needed')
+        raise ValueError('the config has no test_dataloader; its pipeline, without augmentation, is needed')
     for leaf in leaves(config):
         if _source(leaf) in map(_source, held_out) or leaf.get('split') in ('val', 'test'):
             raise ValueError(
                 f'the training data ({", ".join(f"{key}={value!r}" for key, value in _source(leaf).items())}) are '
-                f'those of the validation or test, by which nothing may be selected; point train_dataloader to others'
+                f'also validation or test data, on which nothing may be selected; point train_dataloader to others'
             )
         leaf.update(pipeline=held_out[0].pipeline, test_mode=True)
     return config
 
 
 def leaves(config: Any) -> Iterator[Any]:
-    """Configs of data sets within those that wrap or join others."""
+    """Configs of the data sets inside wrappers and concatenations."""
     inner = config.get('datasets') or [config[key] for key in ('dataset',) if key in config]
-    for each in inner:
-        yield from leaves(each)
+    for child in inner:
+        yield from leaves(child)
     if not inner:
         yield config
 
 
 def _source(leaf: Mapping[str, Any]) -> dict[str, Any]:
-    """Where data come from."""
+    """Options of a data set that identify its data."""
     return {key: value for key, value in leaf.items() if key not in ('pipeline', 'test_mode', 'strict')}
 
 
 def digest(value: Any) -> str:
-    """Of anything that JSON has."""
+    """Digest of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

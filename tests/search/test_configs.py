@@ -47,24 +47,24 @@ def build_and_train(model: dict) -> torch.nn.Module:
 def test_a_level_for_each_stride_where_the_head_takes_several(available: dict[str, Site]):
     model = segmentor_config(MODEL, {'input_size': 64}, decode_head=UPER, auxiliary_head=AUXILIARY)
     before = model.to_dict()
-    found = segmentation_model(model, SELECTED, available)
+    config = segmentation_model(model, SELECTED, available)
     assert model.to_dict() == before
-    assert found['backbone'] == {
+    assert config['backbone'] == {
         'type': 'DiffusionBackbone',
         'model': str(MODEL),
         'input_size': 64,
         'layers': list(map(str, FINE_TO_COARSE)),
         'channels': [48, 64, 64, 96],
     }
-    assert found['neck']['levels'] == [[48], [64, 64], [96]] and found['neck']['out_channels'] == 32
-    assert found['neck']['layer_names'] == [
+    assert config['neck']['levels'] == [[48], [64, 64], [96]] and config['neck']['out_channels'] == 32
+    assert config['neck']['layer_names'] == [
         [str(FINE_TO_COARSE[0])],
         [*map(str, FINE_TO_COARSE[1:3])],
         [str(SELECTED[2])],
     ]
-    assert found['decode_head']['in_channels'] == [32, 32, 32] and found['decode_head']['in_index'] == [0, 1, 2]
-    assert found['auxiliary_head']['in_channels'] == 32 and found['auxiliary_head']['in_index'] == 2
-    built = build_and_train(found)
+    assert config['decode_head']['in_channels'] == [32, 32, 32] and config['decode_head']['in_index'] == [0, 1, 2]
+    assert config['auxiliary_head']['in_channels'] == 32 and config['auxiliary_head']['in_index'] == 2
+    built = build_and_train(config)
     assert [x.shape[2] for x in built.extract_feat(torch.zeros(1, 3, 64, 64))] == [16, 8, 4]
 
 
@@ -74,27 +74,27 @@ def test_one_level_where_the_head_takes_one_map(available: dict[str, Site], neck
     model = segmentor_config(MODEL, {'input_size': 64}, decode_head=head)
     if neck == 'ConcatNeck':
         model['neck'] = {'type': neck, 'levels': [[32]], 'timesteps': 3}
-    found = segmentation_model(model, SELECTED, available)
+    config = segmentation_model(model, SELECTED, available)
     width = 32 if neck == 'AggregationNeck' else 48 + 64 + 64 + 96
-    assert found['neck']['type'] == neck and found['neck']['levels'] == [[48, 64, 64, 96]]
-    assert found['decode_head']['in_channels'] == width and found['decode_head']['in_index'] == 0
-    build_and_train(found)
+    assert config['neck']['type'] == neck and config['neck']['levels'] == [[48, 64, 64, 96]]
+    assert config['decode_head']['in_channels'] == width and config['decode_head']['in_index'] == 0
+    build_and_train(config)
 
 
 def test_without_a_neck_the_head_takes_the_maps(available: dict[str, Site]):
     head = {'type': 'PixelClassifierHead', 'in_channels': [32, 32, 64, 64], 'num_classes': 3, 'num_members': 2}
-    found = segmentation_model(segmentor_config(MODEL, neck=None, decode_head=head), SELECTED, available)
-    assert found['neck'] is None and found['decode_head']['in_channels'] == [48, 64, 64, 96]
-    build_and_train(found)
+    config = segmentation_model(segmentor_config(MODEL, neck=None, decode_head=head), SELECTED, available)
+    assert config['neck'] is None and config['decode_head']['in_channels'] == [48, 64, 64, 96]
+    build_and_train(config)
 
 
 def test_the_cosine_of_the_concatenation_is_the_mean_of_the_cosines(available: dict[str, Site]):
     model = {'type': 'CorrespondenceModel', 'backbone': {'type': 'DiffusionBackbone', 'model': str(MODEL)}}
     model |= {'head': {'type': 'ConvDescriptorHead', 'in_channels': 96}, 'match_size': 64}
-    found = correspondence_model(ConfigDict(model), SELECTED, available, output_size=16)
-    assert found['match_size'] == 64 and 'head' not in found
+    config = correspondence_model(ConfigDict(model), SELECTED, available, output_size=16)
+    assert config['match_size'] == 64 and 'head' not in config
     init_default_scope('mmseg')
-    built = MODELS.build(ConfigDict(found)).eval()
+    built = MODELS.build(ConfigDict(config)).eval()
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     maps = built.backbone(images)
     cosines = torch.stack([cosine(resize(x, (16, 16))) for x in maps])  # (L, h*w, h*w)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffseg.search import Candidate
-from diffseg.search.engine import Place, Samples, Store, most_at_once, order, part, rank, walk
+from diffseg.search.engine import Draw, Samples, Store, order, peak_images, rank, select_shard, walk
 
 A, B, C = (Candidate(name, 50) for name in 'abc')
 
@@ -28,17 +28,17 @@ def test_walk_gives_the_same_whatever_is_kept(budget):
         made.append(samples[position][view])
         return f'maps of {made[-1]}'
 
-    found = list(walk(samples, make, lambda x: 1, budget))
-    assert found == [[f'maps of {image}' for image in images] for images in samples]
-    if budget >= most_at_once(samples):
+    values = list(walk(samples, make, lambda x: 1, budget))
+    assert values == [[f'maps of {image}' for image in images] for images in samples]
+    if budget >= peak_images(samples):
         assert len(made) == len(set(made))
 
 
 def test_pairs_that_share_images_come_together():
     pairs = chain(50)
-    found = order(pairs)
-    assert sorted(found) == list(range(50))
-    assert most_at_once([pairs[i] for i in found]) <= 3 < most_at_once(pairs)
+    indices = order(pairs)
+    assert sorted(indices) == list(range(50))
+    assert peak_images([pairs[i] for i in indices]) <= 3 < peak_images(pairs)
 
 
 def test_order_of_samples_that_share_nothing_is_kept():
@@ -46,7 +46,7 @@ def test_order_of_samples_that_share_nothing_is_kept():
     assert order([(), (1, 1), ()]) == [0, 1, 2]
 
 
-def test_images_are_told_apart_by_their_paths():
+def test_images_are_identified_by_their_paths():
     infos = [{'img_path0': 'a', 'img_path1': 'b'}, {'damaged': 'c: cannot be read'}, {'category': 'cat'}]
     samples = Samples(SimpleNamespace(get_data_info=infos.__getitem__), None)
     assert samples.images(0) == (('a', None), ('b', None)) and samples.images(1) == ()
@@ -55,13 +55,13 @@ def test_images_are_told_apart_by_their_paths():
 
 
 def test_parts_make_a_whole():
-    places = [Place(i, 0) for i in range(11)]
-    assert [place for i in range(3) for place in part(places, (i, 3))] == places
+    draws = [Draw(i, 0) for i in range(11)]
+    assert [draw for i in range(3) for draw in select_shard(draws, (i, 3))] == draws
 
 
 def test_what_is_stored_comes_back(tmp_path):
-    places = [Place(7, 0), Place(3, 1)]
-    store = Store(tmp_path, places, [A, B, C], {'seeds': 2})
+    draws = [Draw(7, 0), Draw(3, 1)]
+    store = Store(tmp_path, draws, [A, B, C], {'seeds': 2})
     reduction = {
         A: torch.rand(3, 2),
         'labels': torch.arange(4),
@@ -69,18 +69,18 @@ def test_what_is_stored_comes_back(tmp_path):
         B: torch.rand(5).half(),
         'number': torch.tensor(3),
     }
-    assert store.missing() == places
-    store.write(places[1], reduction)
-    assert store.missing() == places[:1]
-    store.write(places[0], {A: torch.zeros(0, dtype=torch.bool)})
-    again = Store(tmp_path, places, [A, B, C], {'seeds': 2})
+    assert store.missing() == draws
+    store.write(draws[1], reduction)
+    assert store.missing() == draws[:1]
+    store.write(draws[0], {A: torch.zeros(0, dtype=torch.bool)})
+    again = Store(tmp_path, draws, [A, B, C], {'seeds': 2})
     assert set(again[1]) == set(reduction) and len(again[1]) == 5
     for key, x in reduction.items():
         assert torch.equal(again[1][key], x) and again[1][key].dtype == x.dtype
     assert B not in again[0] and again[0][A].shape == (0,)
     assert len(list(again)) == 2
     with pytest.raises(ValueError, match=r'another search, which differs in seeds, candidates'):
-        Store(tmp_path, places, [A, B], {'seeds': 1})
+        Store(tmp_path, draws, [A, B], {'seeds': 1})
 
 
 def test_what_could_not_be_read_or_measured_is_left_out(tmp_path):
@@ -88,17 +88,17 @@ def test_what_could_not_be_read_or_measured_is_left_out(tmp_path):
         def score(self, reductions, candidates):
             return float(torch.cat([reduction[candidates[0]].flatten() for reduction in reductions]).mean())
 
-    places = [Place(i, 0) for i in range(3)]
-    store = Store(tmp_path, places, [A, B, C], {})
-    store.write(places[0], {A: torch.tensor(1.0), B: torch.tensor(4.0), C: torch.tensor(9.0)})
-    store.write(places[1], {})  # damaged
-    store.write(places[2], {A: torch.tensor(2.0), B: torch.tensor(0.0)})
+    draws = [Draw(i, 0) for i in range(3)]
+    store = Store(tmp_path, draws, [A, B, C], {})
+    store.write(draws[0], {A: torch.tensor(1.0), B: torch.tensor(4.0), C: torch.tensor(9.0)})
+    store.write(draws[1], {})  # damaged
+    store.write(draws[2], {A: torch.tensor(2.0), B: torch.tensor(0.0)})
     assert rank(store, Mean()) == [(B, 2.0), (A, 1.5)]
-    store = Store(tmp_path / 'sizes', places[:2], [A, B], {})
-    for place, channels in zip(places, (3, 4), strict=False):
-        store.write(place, {A: torch.ones(5 - channels, 2), B: torch.ones(5, channels)})
+    store = Store(tmp_path / 'sizes', draws[:2], [A, B], {})
+    for draw, channels in zip(draws, (3, 4), strict=False):
+        store.write(draw, {A: torch.ones(5 - channels, 2), B: torch.ones(5, channels)})
     assert rank(store, Mean()) == [(A, 1.0)]
-    empty = Store(tmp_path / 'empty', places[:1], [A], {})
-    empty.write(places[0], {})
+    empty = Store(tmp_path / 'empty', draws[:1], [A], {})
+    empty.write(draws[0], {})
     with pytest.raises(ValueError, match='none of the samples could be read'):
         rank(empty, Mean())

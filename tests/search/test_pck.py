@@ -66,7 +66,7 @@ def test_candidates_together_are_a_normalised_concatenation(model, monkeypatch, 
     monkeypatch.setattr(search_pck, 'KEPT', torch.float64)
     measure = JointPCK(model)
     pairs = [pair(seed) for seed in range(6)]
-    reductions = [measure.reduce(*each) for each in pairs]
+    reductions = [measure.reduce(*pair) for pair in pairs]
     levels = [[maps[0].shape[0] for maps in (pairs[0][1][c] for c in chosen)]]
     neck = MODELS.build({'type': 'ConcatNeck', 'levels': levels, 'output_sizes': [12], 'normalize': True})
     correct = []
@@ -80,9 +80,9 @@ def test_candidates_together_are_a_normalised_concatenation(model, monkeypatch, 
 def test_rounding_hardly_matters(model, monkeypatch):
     pairs = [pair(seed) for seed in range(6)]
     measure = JointPCK(model)
-    rounded = measure.score([measure.reduce(*each) for each in pairs], [PLANTED, NOISE])
+    rounded = measure.score([measure.reduce(*pair) for pair in pairs], [PLANTED, NOISE])
     monkeypatch.setattr(search_pck, 'KEPT', torch.float64)
-    assert rounded == pytest.approx(measure.score([measure.reduce(*each) for each in pairs], [PLANTED, NOISE]), abs=4)
+    assert rounded == pytest.approx(measure.score([measure.reduce(*pair) for pair in pairs], [PLANTED, NOISE]), abs=4)
 
 
 def test_a_pair_without_keypoints_does_not_count(model):

@@ -35,16 +35,16 @@ def make_labels(seed: int, height: int = 24, width: int = 32) -> Tensor:
 
 def make_reductions(probe: LinearProbe, pictures: int = 6, noise: float = 0.3) -> list[Reduction]:
     """`GOOD` tells the lower two classes from the upper two, `OTHER` the odd from the even ones."""
-    found = []
+    reductions = []
     for seed in range(pictures):
         labels, generator = make_labels(seed), torch.Generator().manual_seed(seed)
-        known = labels.clamp(max=CLASSES - 1)
-        maps = {GOOD: (known // 2)[None].float(), OTHER: (known % 2)[None].float(), NOISE: torch.zeros(1, 1, 1)}
+        classes = labels.clamp(max=CLASSES - 1)
+        maps = {GOOD: (classes // 2)[None].float(), OTHER: (classes % 2)[None].float(), NOISE: torch.zeros(1, 1, 1)}
         maps = {
             name: x.expand(5, 24, 32) + noise * torch.randn(5, 24, 32, generator=generator) for name, x in maps.items()
         }
-        found.append(probe.reduce(picture(labels), maps))
-    return found
+        reductions.append(probe.reduce(picture(labels), maps))
+    return reductions
 
 
 # ---- pixels
@@ -55,11 +55,11 @@ def test_as_many_pixels_of_each_class_are_drawn():
     labels[-1, -3:] = 7  # a class smaller than what is drawn
     drawn, areas = draw_pixels(labels, 16)
     assert len(set(drawn.tolist())) == len(drawn)
-    found = labels.flatten()[drawn]
+    drawn_labels = labels.flatten()[drawn]
     for label in labels.unique().tolist():
-        assert (found == label).sum() == {255: 0, 7: 3}.get(label, 16)
+        assert (drawn_labels == label).sum() == {255: 0, 7: 3}.get(label, 16)
         if label != 255:
-            assert areas[found == label].sum() == pytest.approx((labels == label).sum().item(), rel=1e-5)
+            assert areas[drawn_labels == label].sum() == pytest.approx((labels == label).sum().item(), rel=1e-5)
     assert torch.equal(draw_pixels(labels, 16)[0], drawn)
 
 
@@ -93,8 +93,8 @@ def least_squares(x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float) -> 
 def test_ridge_regression_is_that_of_numpy(ridge: float):
     x, y, w = torch.randn(50, 6).double() + 2, torch.randn(50, 3).double(), torch.rand(50).double()
     wx = w[:, None] * x
-    found = fit_ridge(wx.T @ x, wx.T @ y, wx.sum(0), (w[:, None] * y).sum(0), w.sum(), ridge)
-    for ours, theirs in zip(found, least_squares(x.numpy(), y.numpy(), w.numpy(), ridge), strict=True):
+    fitted = fit_ridge(wx.T @ x, wx.T @ y, wx.sum(0), (w[:, None] * y).sum(0), w.sum(), ridge)
+    for ours, theirs in zip(fitted, least_squares(x.numpy(), y.numpy(), w.numpy(), ridge), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-7, atol=1e-9)
 
 

@@ -8,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.sites import sites
 from diffseg.search import Candidate
-from diffseg.search.task import Options, Search, own_candidates, training_data
+from diffseg.search.task import Options, Search, configured_candidates, training_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,8 +25,8 @@ def test_training_data_pass_through_the_pipeline_of_the_test():
     train = {'type': 'RepeatDataset', 'times': 9, 'dataset': dataset('a', 'Load', 'Flip')}
     test = {'type': 'ConcatDataset', 'datasets': [dataset('b', 'Load', 'Pack'), dataset('c')]}
     cfg = config(train, test)
-    found = training_data(cfg)
-    assert found == {**train, 'dataset': dataset('a', 'Load', 'Pack', test_mode=True)}
+    data = training_data(cfg)
+    assert data == {**train, 'dataset': dataset('a', 'Load', 'Pack', test_mode=True)}
     assert cfg.train_dataloader.dataset == train  # as it was
 
 
@@ -49,27 +49,27 @@ def test_a_pipeline_without_augmentation_is_needed():
         training_data(Config({'train_dataloader': {'dataset': dataset('a')}}))
 
 
-def test_own_candidates_are_told_by_their_true_names():
+def test_configured_candidates_have_resolved_names():
     available = sites(meta_unet(str(ROOT / 'demo/tiny-sd')))
     backbone = {'layers': ['dift-1', 'up-level3-repeat0-res-out@7+9'], 'timesteps': [7, 9, 50]}
-    assert list(map(str, own_candidates(backbone, available))) == [
+    assert list(map(str, configured_candidates(backbone, available))) == [
         'up-level1-upsampler-out@7',
         'up-level1-upsampler-out@9',
         'up-level1-upsampler-out@50',
         'up-level3-repeat0-res-out@7',
         'up-level3-repeat0-res-out@9',
     ]
-    assert own_candidates({**backbone, 'attention_maps': ['up_cross']}, available) == ()
+    assert configured_candidates({**backbone, 'attention_maps': ['up_cross']}, available) == ()
 
 
-def test_shortlist_has_few_of_each_activation_and_the_configs_own():
+def test_shortlist_has_few_of_each_activation_and_those_of_the_config():
     cfg = Config.fromfile(ROOT / 'configs/search/pairs.py')
     available = sites(meta_unet(cfg.model.backbone.model))
     search = Search(cfg, available, Options(shortlist=5))
-    found = search._short([Candidate(layer, t) for layer in ('unet-in', 'mid-vit-out') for t in range(9)])
-    assert list(map(str, found)) == ['unet-in@0', 'unet-in@1', 'mid-vit-out@0', 'mid-vit-out@1']
-    found = search._short(search.candidates)
-    assert len(found) == 5 + 4 and set(search.own) <= set(found)
+    shortlist = search._short([Candidate(layer, t) for layer in ('unet-in', 'mid-vit-out') for t in range(9)])
+    assert list(map(str, shortlist)) == ['unet-in@0', 'unet-in@1', 'mid-vit-out@0', 'mid-vit-out@1']
+    shortlist = search._short(search.candidates)
+    assert len(shortlist) == 5 + 4 and set(search.configured) <= set(shortlist)
 
 
 def test_a_prompt_that_is_learned_cannot_be_searched():

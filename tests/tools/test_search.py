@@ -63,13 +63,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_a_search_leaves_behind(undisturbed):
-    found = files(undisturbed)
-    assert {name for name in found if '/' not in name} == NAMES
+    outputs = files(undisturbed)
+    assert {name for name in outputs if '/' not in name} == NAMES
     rows = list(csv.DictReader((undisturbed / 'ranking.csv').open()))
     scores = [float(row['PCK@0.1-bbox/image']) for row in rows]
     assert len(rows) == 5 * 2 and scores == sorted(scores, reverse=True) and scores[-1] < scores[0]
-    assert json.loads(found['ranking.json'])['ranking'][0]['activation'] == rows[0]['activation']
-    selected = json.loads(found['selected.json'])
+    assert json.loads(outputs['ranking.json'])['ranking'][0]['activation'] == rows[0]['activation']
+    selected = json.loads(outputs['selected.json'])
     steps = [step['PCK@0.1-bbox/image'] for step in selected['steps']]
     assert steps == sorted(steps) and 1 <= len(selected['selected']) <= 4
     assert len(selected['own']['candidates']) == 4 and all(
@@ -82,11 +82,11 @@ def test_a_search_that_is_stopped_goes_on(search, pairs, undisturbed, tmp_path, 
     for stop_after in (1, 2):  # in either stage
         written = []
 
-        def interrupted(self, place, reduction, written=written, stop_after=stop_after):
+        def interrupted(self, draw, reduction, written=written, stop_after=stop_after):
             if len(written) == stop_after:
                 raise KeyboardInterrupt
-            written.append(place)
-            write(self, place, reduction)
+            written.append(draw)
+            write(self, draw, reduction)
 
         monkeypatch.setattr(Store, 'write', interrupted)
         with pytest.raises(KeyboardInterrupt):
