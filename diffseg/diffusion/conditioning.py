@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from diffseg.diffusion.textual_inversion import add_tokens, read_inversion, spel
 from diffseg.files import whole_file
 
 T = TypeVar('T')
+Loader = Callable[[str], tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]]  # by the encoder's name
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ class PromptEncoder:
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode prompts, as many as there may be, that are not on disk yet.
 
+        Of few prompts, one text encoder at a time is in memory; of more than 256, all are, which are loaded once.
+
         Raises:
             ValueError: None, or prompts of different numbers of tokens.
         """
@@ -196,9 +199,10 @@ class PromptEncoder:
         self._example = prompts[0]
         lengths = {prompt: self._length(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, length in lengths.items() if length is None]
+        load = self._load if len(missing) <= CHUNK else cache(self._load)
         with tqdm(total=len(missing), desc='encoding prompts', disable=len(missing) <= CHUNK) as progress:
             for start in range(0, len(missing), CHUNK):
-                for prompt, tensors in self._encode(missing[start : start + CHUNK]):
+                for prompt, tensors in self._encode(missing[start : start + CHUNK], load):
                     lengths[prompt] = len(tensors['embeds'])
                     progress.update()
         if len(set(lengths.values())) > 1:
@@ -260,7 +264,7 @@ class PromptEncoder:
         path = self._path_of(self._example)
         if (known := _read(path, _encoders_of)) is not None:
             return known
-        list(self._encode([self._example]))
+        list(self._encode([self._example], self._load))
         return self._encoders_digest()
 
     def _encoders_digest(self) -> str:
@@ -286,15 +290,17 @@ class PromptEncoder:
         return _read(self._path_of(prompt), _count)
 
     def _recall(self, prompt: str) -> dict[str, Tensor]:
-        tensors = self._recent.pop(prompt, None) or _read(self._path_of(prompt)) or dict(self._encode([prompt]))[prompt]
+        tensors = self._recent.pop(prompt, None) or _read(self._path_of(prompt))
+        if tensors is None:
+            tensors = dict(self._encode([prompt], self._load))[prompt]
         self._recent[prompt] = tensors
         while len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]
         return tensors
 
-    def _encode(self, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Encode prompts and write them to disk."""
-        for prompt, tensors in zip(prompts, self._run(prompts), strict=True):
+    def _encode(self, prompts: Sequence[str], load: Loader) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Encode prompts, with the text encoders that `load` gives by name, and write them to disk."""
+        for prompt, tensors in zip(prompts, self._run(prompts, load), strict=True):
             metadata = {
                 'prompt': prompt,
                 'encoders': self._identity,
@@ -304,13 +310,13 @@ class PromptEncoder:
             _write(self._path_of(prompt), tensors, metadata)
             yield prompt, tensors
 
-    def _run(self, prompts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    def _run(self, prompts: Sequence[str], load: Loader) -> Iterator[dict[str, Tensor]]:
         """Embeddings of each prompt on the CPU: `embeds` (N, D) and, of a pair of encoders, `pooled` (D2,)."""
         pair = len(self.encoders) == 2
         states: list[list[Tensor]] = [[] for _ in prompts]  # per prompt, one (N, D_e) for each encoder
         pooled: list[Tensor] = []
         for part in self.encoders:
-            tokenizer, encoder = self._load(part)
+            tokenizer, encoder = load(part)
             for i, prompt in enumerate(prompts):
                 text = spell_out(prompt, tokenizer) if self.inversions else prompt
                 chunks = [_truncated(tokenizer, text)] if self.truncate else _chunks(tokenizer, text)

@@ -231,7 +231,7 @@ def test_a_single_files_text_encoder_is_used(tiny_pipeline, tmp_path):
 def test_a_hub_ids_embeddings_can_be_used_without_its_weights(tmp_path, monkeypatch, forbid_encoders):
     forbid_encoders()
 
-    def run(self, prompts):
+    def run(self, prompts, load):
         return [{'embeds': torch.ones(77, 2048), 'pooled': torch.ones(1280)} for _ in prompts]
 
     with monkeypatch.context() as patch:
@@ -324,14 +324,23 @@ def test_where_embeddings_are_kept(monkeypatch, tmp_path):
 
 
 def test_many_prompts_are_prepared_a_few_at_a_time(model, tmp_path, monkeypatch, forbid_encoders):
-    loaded, load = [], conditioning._load
-    monkeypatch.setattr(conditioning, '_load', lambda source, part: loaded.append(part) or load(source, part))
+    loaded, alive, load = [], [], conditioning._load
+
+    def watched(source, part):
+        tokenizer, encoder = load(source, part)
+        loaded.append(part)
+        alive.append(weakref.ref(encoder))
+        return tokenizer, encoder
+
+    monkeypatch.setattr(conditioning, '_load', watched)
     monkeypatch.setattr(conditioning, 'CHUNK', 4)
     monkeypatch.setattr(conditioning, 'RECENT', 2)
     prompts = [f'horse {i}' for i in range(10)]
     encoder = PromptEncoder(model, cache_dir=tmp_path)
     encoder.prepare(prompts)
-    assert len(loaded) == 3 * len(encoder.encoders) and len(list(tmp_path.iterdir())) == 10
+    assert loaded == list(encoder.encoders) and len(list(tmp_path.iterdir())) == 10
+    gc.collect()
+    assert all(encoder() is None for encoder in alive)
     forbid_encoders()
     embeds = torch.cat([encoder(prompts[i : i + 5]).embeds for i in (0, 5)])
     assert len(encoder._recent) == 2
