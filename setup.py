@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import tempfile
@@ -21,8 +22,37 @@ MM = [
 ONEDL = ['onedl-mmsegmentation>=1.4.2', 'onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6', 'scipy']
 
 
+def write_model_index(folder: Path) -> None:
+    """Describe all configs in model-index.yml and a metafile.yml in each of their folders, as mmseg does.
+
+    mmengine needs them to inherit `diffseg::...`, and `mim search` lists them. The content is JSON, which is YAML.
+    """
+    metafiles = []
+    for configs in sorted({path.parent for path in (folder / 'configs').rglob('*.py')}):
+        name = configs.relative_to(folder / 'configs').as_posix()
+        models = [path for path in sorted(configs.glob('*.py')) if not path.stem.startswith('_')]
+        if name.startswith('_base_') or not models:
+            continue
+        prefix = name.replace('/', '-') + '_' if '/' in name else ''  # names of toy configs are short
+        content = {
+            'Collections': [{'Name': name}],
+            'Models': [
+                {
+                    'Name': prefix + path.stem,
+                    'In Collection': name,
+                    'Config': path.relative_to(folder).as_posix(),
+                    'Metadata': {'Training Data': path.stem.rpartition('_')[2]},
+                }
+                for path in models
+            ],
+        }
+        (configs / 'metafile.yml').write_text(json.dumps(content, indent=1))
+        metafiles.append((configs / 'metafile.yml').relative_to(folder).as_posix())
+    (folder / 'model-index.yml').write_text(json.dumps({'Import': metafiles}, indent=1))
+
+
 class BuildWithMim(build_py):
-    """Add configs and tools where `mim` looks for those of an installed package."""
+    """Add configs and tools where mmengine and `mim` look for those of an installed package."""
 
     def run(self) -> None:
         super().run()
@@ -30,6 +60,7 @@ class BuildWithMim(build_py):
             target = Path(self.build_lib, 'diffseg', '.mim')
             shutil.copytree(HERE / 'configs', target / 'configs', ignore=shutil.ignore_patterns('__pycache__'))
             shutil.copytree(HERE / 'tools', target / 'tools', ignore=shutil.ignore_patterns('__pycache__', 'toy'))
+            write_model_index(target)
 
 
 # no build/ is left behind, and no stale copy in it can slip into a wheel
@@ -44,7 +75,7 @@ with tempfile.TemporaryDirectory() as build_base:
         license_files=['LICENSE'],
         packages=find_packages(include=['diffseg', 'diffseg.*']),
         cmdclass={'build_py': BuildWithMim},
-        python_requires='>=3.10',
+        python_requires='>=3.11',
         install_requires=[
             'torch>=2.6',
             'diffusers>=0.42,<0.43',

@@ -1,8 +1,8 @@
 """The gaps between the installed mm packages and current torch, each filled only where it exists.
 
 mmsegmentation 1.2.2 imports a few names from `mmcv.ops`, for which mmcv-lite has no compiled code. mmengine 0.10.7
-writes checkpoints that `torch.load` refuses since torch 2.6. The onedl fork of mmengine does not find the configs of
-its mmsegmentation. Nothing else is touched.
+writes checkpoints that `torch.load` refuses since torch 2.6. Its configs inherit those of packages that it knows by
+name only, and the onedl fork does not know its own mmsegmentation. Nothing else is touched.
 """
 
 import pickle
@@ -28,6 +28,7 @@ def apply() -> None:
     provide_ops()
     allow_checkpoints()
     name_fork()
+    MODULE2PACKAGE.setdefault('diffseg', 'diffseg')  # configs inherit `diffseg::...`
 
 
 def provide_ops() -> None:

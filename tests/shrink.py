@@ -43,10 +43,9 @@ def shrink(
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.num_workers, loader.persistent_workers = 0, False
         loader.dataset.data_root = str(data_root)
-        for step in loader.dataset.pipeline:
-            for key in ('scale', 'scales', 'max_size', 'crop_size'):
-                if key in step:
-                    step[key] = divide(step[key])
+        shrink_pipeline(loader.dataset.pipeline)
+    for alternatives in cfg.tta_pipeline[-1].transforms:
+        shrink_pipeline(alternatives)
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.train_dataloader.batch_size = 2  # batch norm needs two, where a map is one cell
 
@@ -56,6 +55,14 @@ def shrink(
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
     cfg.work_dir, cfg.resume = str(work_dir), resume
     return cfg
+
+
+def shrink_pipeline(steps: list[dict]) -> None:
+    """Divide the sizes of a pipeline's steps."""
+    for step in steps:
+        for key in ('scale', 'scales', 'max_size', 'crop_size'):
+            if key in step:
+                step[key] = divide(step[key])
 
 
 def divide(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a wheel and a source distribution hold, and that building them leaves the source tree as it was."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -57,7 +59,30 @@ def test_wheel_holds_the_package_and_what_mim_looks_for(wheel):
     tools = {f'diffseg/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'tools').rglob('*.py')}
     assert len(configs) >= 7 and 'diffseg/.mim/tools/train.py' in tools
     held = {name for name in wheel.namelist() if '.dist-info/' not in name}
-    assert held == modules | configs | {path for path in tools if '/tools/toy/' not in path}
+    index = {name for name in held if name.endswith(('model-index.yml', 'metafile.yml'))}
+    assert held - index == modules | configs | {path for path in tools if '/tools/toy/' not in path}
+
+
+def test_every_config_of_the_wheel_is_in_the_model_index(wheel):
+    def read(name):
+        return yaml.safe_load(wheel.read(f'diffseg/.mim/{name}'))
+
+    models = [model for metafile in read('model-index.yml')['Import'] for model in read(metafile)['Models']]
+    paths = [path.relative_to(ROOT) for path in (ROOT / 'configs').rglob('*.py') if path.name[0] != '_']
+    expected = {path.as_posix() for path in paths if '_base_' not in path.parts}
+    assert {model['Config'] for model in models} == expected
+    assert len({model['Name'] for model in models}) == len(models) == len(expected) > 100
+
+
+def test_configs_of_the_wheel_are_inherited(wheel, tmp_path):
+    wheel.extractall(tmp_path / 'site')
+    base = 'segmentation/sd15-t50_agg-upernet_1xb2-80k_ade20k-512x512.py'
+    (tmp_path / 'config.py').write_text(f"_base_ = 'diffseg::{base}'")
+    code = 'import diffseg, sys; from mmengine.config import Config; print(Config.fromfile(sys.argv[1]).model.backbone)'
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path / 'site')}
+    command = [sys.executable, '-c', code, tmp_path / 'config.py']
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "'model': 'sd15'" in done.stdout, done.stderr
 
 
 def test_building_leaves_the_source_as_it_was(source, wheel, tmp_path):

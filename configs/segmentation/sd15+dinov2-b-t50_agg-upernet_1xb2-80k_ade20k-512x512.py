@@ -11,3 +11,10 @@ model = dict(
     backbone=dict(backbones=backbones),
     test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)),
 )
+# DINOv2 has 37 x 37 cells whatever the window. That keeps the order of levels in windows of 512 x 512 pixels, which
+# images that are made smaller have not.
+scales = [dict(type='Resize', scale=(int(r * 2048), int(r * 512)), keep_ratio=True) for r in (1.0, 1.25, 1.5, 1.75)]
+tta_pipeline = [
+    _base_.tta_pipeline[0],
+    dict(type='TestTimeAug', transforms=[scales, *_base_.tta_pipeline[1].transforms[1:]]),
+]

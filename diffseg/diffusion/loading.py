@@ -178,7 +178,10 @@ def find_source(
         return ModelSource('file', str(path), config=config)
     is_path = isinstance(model, Path) or text.count('/') > 1 or text[:1] in './~'
     if is_path or path.suffix.lower() in CHECKPOINT_SUFFIXES:
-        raise FileNotFoundError(f'no model at {path}; give {FOLDER_LAYOUT}, a checkpoint file, a hub id or a preset')
+        demo = '; demo/ comes with the repository, not with the installed package' if 'demo' in path.parts else ''
+        raise FileNotFoundError(
+            f'no model at {path}; give {FOLDER_LAYOUT}, a checkpoint file, a hub id or a preset{demo}'
+        )
     if '/' not in text:
         try:
             get_preset(text)

@@ -349,6 +349,11 @@ def test_suffixes_in_capital_letters(single_file, tiny_pipeline, tmp_path):
         load_parts('ABSENT.SAFETENSORS')
 
 
+def test_models_of_the_demo_are_not_installed():
+    with pytest.raises(FileNotFoundError, match='demo/ comes with the repository, not with the installed package'):
+        load_parts('site-packages/diffseg/.mim/configs/scarce/../../demo/tiny-sd')
+
+
 def test_a_unet_alone_in_one_file(tiny_pipeline, tmp_path):
     unet = tiny.unet(seed=3)
     save_file(unet.state_dict(), tmp_path / 'unet.safetensors')
