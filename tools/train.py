@@ -14,6 +14,8 @@ from mmseg.registry import RUNNERS
 
 import diffseg  # noqa: F401  registers its parts
 
+DDP = 'MMDistributedDataParallel'
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f'--amp replaces OptimWrapper, but optim_wrapper is {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    wrapper = cfg.get('model_wrapper_cfg')
+    if wrapper and wrapper.get('type', DDP) == DDP:  # mmengine's default, which PyTorch's would replace otherwise:
+        wrapper.setdefault('broadcast_buffers', False)  # the frozen network would be sent around in every iteration
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

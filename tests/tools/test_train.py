@@ -118,6 +118,23 @@ def test_a_run_that_began_with_other_weights_is_resumed_from_its_own_checkpoint(
     assert choices == [(False, 'pretrained.pth'), (True, None), (True, 'pretrained.pth')]
 
 
+@pytest.mark.parametrize(
+    ('wrapper', 'broadcast'),
+    [
+        ({'find_unused_parameters': True}, False),
+        ({'type': 'MMDistributedDataParallel', 'broadcast_buffers': True}, True),
+        ({'type': 'MMFullyShardedDataParallel'}, None),
+    ],
+)
+def test_frozen_buffers_are_not_sent_around_unless_a_config_says_so(config, tmp_path, monkeypatch, wrapper, broadcast):
+    configs = []
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: configs.append(cfg) or SimpleNamespace(train=lambda: None))
+    changed = tmp_path / 'wrapped.py'
+    changed.write_text(f'{config.read_text()}\nmodel_wrapper_cfg = {wrapper!r}\n')
+    run_own('train', changed, '--work-dir', tmp_path)
+    assert configs[0].model_wrapper_cfg.get('broadcast_buffers') == broadcast
+
+
 @pytest.mark.skipif(
     MODULE2PACKAGE['mmseg'] != 'mmsegmentation', reason='onedl-mmengine finds mmseg:: only once diffseg is imported'
 )

@@ -85,6 +85,10 @@ class FrozenBackbone(BaseModule):
     Checkpoints hold the fingerprint of the network instead, and loading one compares the two. A deep copy shares the
     network's buffers, which is what `freeze` makes of its frozen tensors.
 
+    In distributed training the network's buffers are the same everywhere and need not be sent around in every
+    iteration: mmengine does not do so, but a config's own `model_wrapper_cfg` does, unless it has
+    `broadcast_buffers=False` (which `tools/train.py` adds).
+
     Args:
         check_fingerprint: what follows where a checkpoint's fingerprint differs: 'error', or 'warn' where the
             difference does not matter, as float32 in place of bfloat16.
