@@ -14,8 +14,11 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from mmengine.device import get_device
+from torch import Tensor
 from tqdm import tqdm
 
 from diffseg.diffusion.extractor import DiffusionExtractor
@@ -24,7 +27,9 @@ from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
+from diffseg.feature_files import DTYPES
 from diffseg.models.correspondence import match_points
+from diffseg.search.engine import order, walk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--ensemble', type=int, default=1)
     parser.add_argument('--seeds', type=int, default=1, help='number of noise seeds; figures are means')
     parser.add_argument('--random', action='store_true', help='use random weights in the UNet')
+    parser.add_argument('--store-gb', type=float, default=8, help='activations to keep between pairs (default: 8)')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the UNet (default: float32)')
+    parser.add_argument('--device', default=get_device(), help='(default: %(default)s)')
     parser.add_argument('--best', type=int, default=10, help='how many of the best activations to print')
     args = parser.parse_args(argv)
     try:
@@ -57,49 +65,71 @@ def score(args: argparse.Namespace) -> None:
         args.timestep,
         prompt=args.prompt,
         ensemble=args.ensemble,
+        dtype=args.dtype,
         random=['unet'] if args.random else [],
-    )
+    ).to(args.device)
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:
         raise FileNotFoundError(
             f'no pairs in {args.data / "PairAnnotation" / args.split}; tools/toy/make_data.py --pairs draws a toy set'
         )
     pairs = [json.loads(path.read_text()) for path in paths]
+    images = [image_paths(args.data, pair) for pair in pairs]
+    positions = order(images)  # those that share images are near each other
     scores = {layer: [[] for _ in args.timestep] for layer in extractor.layers}  # (image, point) of every seed
     for seed in range(args.seeds):
         extractor.seed = seed
-        correct = {layer: [] for layer in extractor.layers}  # of every pair (T, N)
-        for pair in tqdm(pairs, desc=f'pairs, seed {seed}'):
-            for layer, hits in match_pair(extractor, args.data, pair, args.size).items():
-                correct[layer].append(hits)
+        activations = walk(
+            [images[i] for i in positions],
+            lambda position, view: extract(extractor, images[positions[position]][view], args.size, args.device),
+            lambda maps: sum(x.nbytes for x in maps.values()),
+            args.store_gb * 1e9,
+        )
+        correct = {}  # of every pair, of each layer (T, N)
+        for i, maps in tqdm(zip(positions, activations, strict=True), desc=f'pairs, seed {seed}', total=len(pairs)):
+            correct[i] = match_pair(pairs[i], maps, args.device)
         for layer, by_timestep in scores.items():
-            for i, results in enumerate(by_timestep):
-                hits = [pair[i] for pair in correct[layer]]
-                results.append((pck(hits, 'image'), pck(hits, 'point')))
+            for t, figures in enumerate(by_timestep):
+                hits = [correct[i][layer][t] for i in range(len(pairs))]
+                figures.append((pck(hits, 'image'), pck(hits, 'point')))
     print(table(scores, args.timestep, args.best))
 
 
+def image_paths(data: Path, pair: Mapping[str, Any]) -> tuple[Path, Path]:
+    """The source's and the target's file."""
+    source, target = (data / 'JPEGImages' / pair['category'] / pair[f'{side}_imname'] for side in ('src', 'trg'))
+    return source, target
+
+
 @torch.no_grad()
-def match_pair(extractor: DiffusionExtractor, data: Path, pair: dict, size: int | None) -> dict[str, torch.Tensor]:
-    """For each activation, which keypoints are matched correctly at 0.1 of the target's box: bool (T, N)."""
-    activations, shapes = [], []
-    for side in ('src', 'trg'):
-        path = data / 'JPEGImages' / pair['category'] / pair[f'{side}_imname']
-        image = read_image(path, size and (size, size))
-        activations.append(extractor(image[None]))  # {layer: (1, T, C, h, w)}
-        width, height, _ = pair[f'{side}_imsize']
-        shapes.append((height, width))
+def extract(extractor: DiffusionExtractor, path: Path, size: int | None, device: str) -> dict[str, Tensor]:
+    """Activations {layer: (T, C, h, w)} of an image file, on the CPU."""
+    image = read_image(path, size and (size, size)).to(device)
+    return {layer: x[0].cpu() for layer, x in extractor(image[None]).items()}
+
+
+def match_pair(pair: Mapping[str, Any], maps: Sequence[Mapping[str, Tensor]], device: str) -> dict[str, Tensor]:
+    """For each activation, which keypoints are matched correctly at 0.1 of the target's box.
+
+    Args:
+        pair: the annotation.
+        maps: activations {layer: (T, C, h, w)} of the source and of the target.
+        device: to match on.
+
+    Returns:
+        bool with shape (T, N) for each layer, on the CPU.
+    """
+    shapes = [pair[f'{side}_imsize'][1::-1] for side in ('src', 'trg')]  # of (width, height, channels)
     points, truth = torch.tensor(pair['src_kps']), torch.tensor(pair['trg_kps'])
     x1, y1, x2, y2 = pair['trg_bndbox']
-    return {
-        layer: torch.stack(
-            [
-                correct_keypoints(match_points(*maps, points, *shapes), truth, max(x2 - x1, y2 - y1))
-                for maps in zip(source[0], activations[1][layer][0], strict=True)
-            ]
-        )
-        for layer, source in activations[0].items()
-    }
+    correct = {}
+    for layer in maps[0]:
+        source, target = (view[layer].to(device).float() for view in maps)
+        matches = [
+            match_points(*descriptors, points, *shapes).cpu() for descriptors in zip(source, target, strict=True)
+        ]
+        correct[layer] = torch.stack([correct_keypoints(x, truth, max(x2 - x1, y2 - y1)) for x in matches])
+    return correct
 
 
 def table(scores: Mapping[str, Sequence[Sequence[tuple[float, float]]]], timesteps: Sequence[int], best: int) -> str:

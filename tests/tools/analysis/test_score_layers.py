@@ -45,12 +45,33 @@ def test_figures_of_a_grid(load_tool):
 
 
 def test_an_image_matches_itself(load_tool, pairs, tiny_pipeline):
+    tool = load_tool('analysis/score_layers')
     pair = json.loads(next((pairs / 'PairAnnotation/test').glob('*.json')).read_text())
     same = {**pair, **{f'trg_{key}': pair[f'src_{key}'] for key in ('imname', 'imsize', 'kps', 'bndbox')}}
     extractor = DiffusionExtractor(tiny_pipeline, ['unet-in'], [0])
-    hits = load_tool('analysis/score_layers').match_pair(extractor, pairs, same, size=None)
+    maps = [tool.extract(extractor, path, None, 'cpu') for path in tool.image_paths(pairs, same)]
+    hits = tool.match_pair(same, maps, 'cpu')
     assert hits['unet-in'].dtype == torch.bool
     assert hits['unet-in'].all()
+
+
+def test_each_image_is_encoded_once(load_tool, pairs, tiny_pipeline, capsys, monkeypatch):
+    tool = load_tool('analysis/score_layers')
+    for path in (pairs / 'PairAnnotation/test').glob('*.json'):  # each pair in both directions
+        pair = json.loads(path.read_text())
+        sides = {'src': 'trg', 'trg': 'src'}
+        swapped = {f'{sides.get(k[:3], k[:3])}{k[3:]}' if k[:4] in ('src_', 'trg_') else k: v for k, v in pair.items()}
+        path.with_stem(f'{path.stem}-swapped').write_text(json.dumps(swapped))
+    printed, encoded = {}, {}
+    extract = tool.extract
+    monkeypatch.setattr(tool, 'extract', lambda *args: encoded[store].append(args[1]) or extract(*args))
+    for store in ('1', '0'):
+        encoded[store] = []
+        options = ['--layers', 'dift-1', '--size', '32', '--store-gb', store, '--dtype', 'bfloat16', '--device', 'cpu']
+        assert tool.main([str(tiny_pipeline), str(pairs), *options]) == 0
+        printed[store] = capsys.readouterr().out
+    assert printed['0'] == printed['1']
+    assert len(encoded['1']) == len(set(encoded['1'])) == 8 < len(encoded['0'])
 
 
 @pytest.mark.parametrize(('layer', 'message'), [('dift-1', 'no pairs in'), ('adm-*', "no layer matches 'adm-*'")])
