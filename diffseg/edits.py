@@ -21,6 +21,7 @@ from scipy.interpolate import RBFInterpolator
 from scipy.spatial import cKDTree
 
 from diffseg.evaluation.homography import estimate_homography, transform
+from diffseg.geometry import Size
 
 MIN_INLIERS = 8  # any four matches agree on some homography
 MIN_SHARE = 0.1  # of the matches
@@ -32,8 +33,6 @@ MARGIN = 0.1  # of a sticker's extent: how far beyond the matches a spline is tr
 STEPS = 128  # along the longer side of an image, at which a spline is evaluated; it is interpolated in between
 PROBES = 10_000  # pixels at most, at which it is verified that a spline does not fold
 OUTSIDE = -10.0  # a coordinate outside every source
-
-Size = tuple[int, int]
 
 
 def read_sticker(path: str | Path, size: Size) -> np.ndarray:

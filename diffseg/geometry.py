@@ -82,7 +82,13 @@ def pixel_neighbours(cells: int, pixels: int, device: torch.device | str | None 
     return _neighbours(centres, cells)
 
 
-def sample_points(maps: Tensor, points: Tensor, size: Size, convention: Convention = 'centres') -> Tensor:
+def sample_points(
+    maps: Tensor,
+    points: Tensor,
+    size: Size,
+    convention: Convention = 'centres',
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Interpolate a map bilinearly at points of its image.
 
     At whole pixels this is the map that `resize` brings to the size of the image.
@@ -93,22 +99,24 @@ def sample_points(maps: Tensor, points: Tensor, size: Size, convention: Conventi
         size: height H and width W of the image in pixels.
         convention: of coordinates, see `pixels_to_cells`. With 'published', a map is zero outside of its cells, as
             `grid_sample` pads it by default.
+        dtype: of the result and of the interpolation; by default that of the maps, whose lower precisions than float32
+            are interpolated in this.
 
     Returns:
-        Shape (N, C), in the dtype of `maps`; interpolated in this, or in float32 for lower precisions.
+        Shape (N, C).
 
     Raises:
         ValueError: another convention.
     """
     sizes = maps.shape[2], maps.shape[1]
     coordinates = pixels_to_cells(points.to(maps.device), size, maps.shape[1:], convention).unbind(-1)
-    dtype = torch.promote_types(maps.dtype, torch.float32)
+    given, dtype = dtype or maps.dtype, dtype or torch.promote_types(maps.dtype, torch.float32)
     if convention == 'published':
-        return _sample_zero_padded(maps, coordinates, dtype).to(maps.dtype)
+        return _sample_zero_padded(maps, coordinates, dtype).to(given)
     (left, right, across), (top, bottom, down) = map(_neighbours, coordinates, sizes)
     corners = [maps[:, y, x].to(dtype) for y in (top, bottom) for x in (left, right)]  # (C, N) each
     upper, lower = (torch.lerp(*pair, across.to(dtype)) for pair in (corners[:2], corners[2:]))
-    return torch.lerp(upper, lower, down.to(dtype)).T.to(maps.dtype)
+    return torch.lerp(upper, lower, down.to(dtype)).T.to(given)
 
 
 def resize(maps: Tensor, size: Size) -> Tensor:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffseg.evaluation.pck import correct_keypoints, figure_name, pck
+from diffseg.geometry import resize
 from diffseg.models.correspondence import CorrespondenceModel, UpsampledSimilarity
-from diffseg.models.correspondence.matching import cell_products, descriptors_at, settle_on_borders
-from diffseg.models.necks.levels import resize
+from diffseg.models.correspondence.matching import cell_products, descriptors_at
 from diffseg.structures import PairSample
 
 from .grid import Candidate, Maps, Reduction
@@ -114,11 +114,8 @@ class JointPCK:
             if not len(points):
                 continue
             products = sum(reduction[candidate].to(self.device).double() for candidate in candidates)
-            source_size, target_size = (tuple(size) for size in reduction['sizes'].tolist())
-            similarity = UpsampledSimilarity.from_cells([products[:-4], *products[-4:]], target_size)
-            cells = products.shape[1:]
-            found = settle_on_borders(similarity.argmax().cpu(), points, cells, source_size, target_size)
-            predicted = found.double() * reduction['scale']
+            similarity = UpsampledSimilarity.from_cells([products[:-4], *products[-4:]], reduction['sizes'][1].tolist())
+            predicted = similarity.argmax().cpu().double() * reduction['scale']
             correct.append(correct_keypoints(predicted, reduction['truth'], float(reduction['extent']), ALPHA))
         return pck(correct, 'image')
 

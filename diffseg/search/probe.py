@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from diffseg.geometry import sample_points
+
 from .grid import Candidate, Maps, Reduction
 
 IGNORED = 255
@@ -60,8 +62,9 @@ class LinearProbe:
             'areas': areas,
             'picture': torch.tensor(int.from_bytes(digest[:7], 'big')),
         }
+        points = torch.stack([drawn % labels.shape[1], drawn // labels.shape[1]], dim=1)  # (N, 2)
         for candidate, x in maps.items():
-            reduction[candidate] = sample_pixels(x.float(), drawn, labels.shape).to('cpu', torch.float16)
+            reduction[candidate] = sample_points(x.float(), points, labels.shape).to('cpu', torch.float16)
         return reduction
 
     def score(self, reductions: Sequence[Reduction], candidates: Sequence[Candidate]) -> float:
@@ -99,14 +102,6 @@ def draw_pixels(labels: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
             drawn.append(chosen)
             areas.append(torch.full((len(chosen),), len(members) / len(chosen)))
     return torch.cat(drawn), torch.cat(areas)
-
-
-def sample_pixels(x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Values (N, C) of a map (C, h, w), upsampled to `size` (H, W), at pixels (N,), counted row by row."""
-    height, width = size
-    places = torch.stack([(pixels % width + 0.5) / width, (pixels // width + 0.5) / height], dim=1) * 2 - 1
-    grid = places.to(x)[None, None]  # (1, 1, N, 2)
-    return F.grid_sample(x[None], grid, padding_mode='border', align_corners=False)[0, :, 0].T
 
 
 class _Sums:

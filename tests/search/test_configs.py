@@ -12,7 +12,7 @@ from tiny_mmseg import batch, segmentor_config
 
 from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.sites import Site, sites
-from diffseg.models.necks.levels import resize
+from diffseg.geometry import resize
 from diffseg.search import Candidate
 from diffseg.search.configs import correspondence_model, segmentation_model
 

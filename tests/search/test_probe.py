@@ -14,7 +14,7 @@ from torch import Tensor
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.search import Candidate
 from diffseg.search.grid import Reduction
-from diffseg.search.probe import LinearProbe, draw_pixels, fit_ridge, sample_pixels
+from diffseg.search.probe import LinearProbe, draw_pixels, fit_ridge
 
 MODEL = Path(__file__).resolve().parents[2] / 'demo' / 'tiny-sd'
 GOOD, OTHER, NOISE = (Candidate(name, 50) for name in ('good', 'other', 'noise'))
@@ -64,9 +64,11 @@ def test_as_many_pixels_of_each_class_are_drawn():
 
 
 def test_maps_are_sampled_as_mmseg_upsamples():
-    x, pixels = torch.randn(3, 5, 7), torch.randperm(23 * 40)[:50]
-    upsampled = F.interpolate(x[None], (23, 40), mode='bilinear', align_corners=False)[0]
-    torch.testing.assert_close(sample_pixels(x, pixels, (23, 40)), upsampled.flatten(1)[:, pixels].T)
+    x, labels = torch.randn(3, 5, 7), make_labels(0, 24, 40)
+    upsampled = F.interpolate(x[None], (24, 40), mode='bilinear', align_corners=False)[0]
+    found = LinearProbe(pixels=9).reduce(picture(labels), {GOOD: x})[GOOD]
+    expected = upsampled.flatten(1)[:, draw_pixels(labels, 9)[0]].T
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_picture_without_labels_is_left_out():

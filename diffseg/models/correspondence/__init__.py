@@ -3,7 +3,7 @@
 from .heads import ConvDescriptorHead, DescriptorHead
 from .matching import UpsampledSimilarity, best_buddies, descriptors_at, match_points, mutual_nearest_neighbours
 from .model import CorrespondenceModel, PairDataPreProcessor
-from .sparse import SparseMatcher, sample_descriptors
+from .sparse import SparseMatcher
 
 __all__ = [
     'ConvDescriptorHead',
@@ -16,5 +16,4 @@ __all__ = [
     'descriptors_at',
     'match_points',
     'mutual_nearest_neighbours',
-    'sample_descriptors',
 ]

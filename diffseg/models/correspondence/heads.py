@@ -8,11 +8,14 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from diffseg.geometry import pixels_to_cells
+
 
 def points_to_cells(points: Tensor, size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Indices of the cells, row by row, that points are assigned to in training.
 
-    As in DHF and GDF, the coordinates are scaled, cut to the map and rounded (half to even).
+    As in DHF and GDF, coordinates are scaled by the convention 'corners' (see `pixels_to_cells`), cut to the map and
+    rounded (half to even).
 
     Args:
         points: (x, y) with shape (N, 2), in pixels.
@@ -22,11 +25,8 @@ def points_to_cells(points: Tensor, size: tuple[int, int], cells: tuple[int, int
     Returns:
         Shape (N,), int64.
     """
-    (height, width), (h, w) = size, cells
-    x, y = points.double().unbind(dim=1)
-    column = (x * (w / width)).clamp(0, w - 1).round().long()
-    row = (y * (h / height)).clamp(0, h - 1).round().long()
-    return row * w + column
+    x, y = pixels_to_cells(points, size, cells, 'corners').unbind(dim=1)
+    return y.clamp(0, cells[0] - 1).round().long() * cells[1] + x.clamp(0, cells[1] - 1).round().long()
 
 
 def symmetric_cross_entropy(

@@ -14,7 +14,8 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.linalg import vecdot
 
-Size = tuple[int, int]
+from diffseg.geometry import Size, pixel_neighbours, precision, resize, sample_points
+
 CHUNK = 2**20  # similarities that are held at once
 CHANNELS = 2**22  # values of a map that are held in double precision at once
 QUERIES = 256  # that are matched at once
@@ -35,9 +36,8 @@ def match_points(
     pixel of highest cosine similarity is its match (DIFT, arXiv 2306.03881, evaluation on SPair-71k). The upsampled
     maps are not materialised, see `UpsampledSimilarity`.
 
-    From the middle of a border cell outwards all pixels are alike. Of these, the one at the point's own place is taken
-    if it is among them, so that an image matches itself exactly, and otherwise the outermost. Unlike DIFT and DHF,
-    where at the upper and left borders the outermost is taken always, and at the others rounding errors decide.
+    From the middle of a border cell outwards all pixels are alike. Of pixels that are equally similar, the first in
+    row order is taken, as DIFT and DHF do up to rounding errors. So an image matches itself exactly except there.
 
     Args:
         source: descriptors with shape (C, h, w).
@@ -58,26 +58,7 @@ def match_points(
     for queries in descriptors_at(source, points, source_size).split(QUERIES):
         similarity = UpsampledSimilarity.of(queries, target, target_size)
         matches.append(similarity.argmax() if window is None else similarity.soft_argmax(window, temperature))
-    found = torch.cat(matches)
-    return found if window is not None else settle_on_borders(found, points, target.shape[1:], source_size, target_size)
-
-
-def settle_on_borders(found: Tensor, points: Tensor, cells: Size, source_size: Size, target_size: Size) -> Tensor:
-    """Choose among the pixels that are alike at the borders as `match_points` does.
-
-    Args:
-        found: matches with shape (N, 2).
-        points: that were matched, with shape (N, 2).
-        cells: height and width of the target's map.
-        source_size: height and width of the source image in pixels.
-        target_size: height and width of the target image in pixels.
-
-    Returns:
-        Shape (N, 2).
-    """
-    own = points.to(found) * found.new_tensor(target_size[::-1]) // found.new_tensor(source_size[::-1])
-    axes = zip(found.T, own.T, cells[::-1], target_size[::-1], strict=True)
-    return torch.stack([_settle_on_border(*axis) for axis in axes], dim=1)
+    return torch.cat(matches)
 
 
 def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
@@ -100,16 +81,31 @@ def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
         raise ValueError(
             f'points {points.tolist()} are not all inside the source image of {width} x {height} pixels (x, y)'
         )
-    top, bottom, dy = (each[y] for each in _neighbours(maps.shape[1], height, maps.device))
-    left, right, dx = (each[x] for each in _neighbours(maps.shape[2], width, maps.device))
-    upper = torch.lerp(_precise(maps[:, top, left]), _precise(maps[:, top, right]), dx)  # (C, N)
-    lower = torch.lerp(_precise(maps[:, bottom, left]), _precise(maps[:, bottom, right]), dx)
-    return torch.lerp(upper, lower, dy).T
+    return sample_points(maps, torch.stack([x, y], dim=-1), size, dtype=precision(maps.device))
+
+
+def upsampled_similarity(queries: Tensor, maps: Tensor, size: Size) -> Tensor:
+    """Cosine similarity of K queries with every pixel of an upsampled map, in plain lines.
+
+    What `UpsampledSimilarity` computes without the upsampled map of C x H x W values, and is tested against.
+
+    Args:
+        queries: descriptors with shape (K, C).
+        maps: with shape (C, h, w).
+        size: height H and width W in pixels to which the map is upsampled.
+
+    Returns:
+        Shape (K, H, W), in double precision where the device has it.
+    """
+    dtype = precision(maps.device)
+    upsampled = resize(maps[None].to(dtype), size)[0]  # (C, H, W)
+    pixels = F.normalize(upsampled.flatten(1), dim=0)  # (C, H*W)
+    return (F.normalize(queries.to(dtype), dim=1) @ pixels).unflatten(1, size)
 
 
 @dataclass(frozen=True)
 class UpsampledSimilarity:
-    """Cosine similarity of K queries with every pixel of an upsampled map, evaluated where it is wanted.
+    """`upsampled_similarity`, evaluated where it is wanted.
 
     A pixel's descriptor is v = sum_i w_i f_i over the four cells around it. So the product <q, v> = sum_i w_i <q, f_i>
     is the upsampled map of the cells' products, and |v|^2 = sum_ij w_i w_j <f_i, f_j> follows from the products of
@@ -150,7 +146,7 @@ class UpsampledSimilarity:
             raise ValueError(
                 f'queries have {queries.shape[1]} channels and the map {maps.shape[0]}; they must be of the same kind'
             )
-        return cls.from_cells(cell_products(F.normalize(_precise(queries), dim=1), maps), size)
+        return cls.from_cells(cell_products(F.normalize(queries.to(precision(queries.device)), dim=1), maps), size)
 
     @classmethod
     def from_cells(cls, products: Sequence[Tensor], size: Size) -> 'UpsampledSimilarity':
@@ -161,13 +157,13 @@ class UpsampledSimilarity:
             size: height H and width W in pixels to which the map is upsampled.
         """
         dots, norm, along, cross, diagonals = products
-        left, right, b = _neighbours(dots.shape[2], size[1], dots.device)
+        left, right, b = pixel_neighbours(dots.shape[2], size[1], dots.device)
         a = 1 - b
         return cls(
             torch.lerp(dots[..., left], dots[..., right], b),
             a * a * norm[:, left] + 2 * a * b * along[:, left] + b * b * norm[:, right],
             a * a * cross[:, left] + a * b * diagonals[:, left] + b * b * cross[:, right],
-            *_neighbours(dots.shape[1], size[0], dots.device),
+            *pixel_neighbours(dots.shape[1], size[0], dots.device),
         )
 
     @property
@@ -351,9 +347,10 @@ def cell_products(queries: Tensor, maps: Tensor) -> list[Tensor]:
         cell below, and of both diagonals, summed, each (h, w). Where there is no such cell the product is 0.
     """
     step = max(1, CHANNELS // maps[0].numel())
+    dtype = precision(maps.device)
     total: list[Tensor | float] = [0.0] * 5
     for q, part in zip(queries.split(step, 1), maps.split(step), strict=True):
-        f = part.permute(1, 2, 0).to(_precision(maps.device), memory_format=torch.contiguous_format)  # (h, w, c)
+        f = part.permute(1, 2, 0).to(dtype, memory_format=torch.contiguous_format)  # (h, w, c)
         products = [
             torch.einsum('kc,hwc->khw', q, f),
             vecdot(f, f),
@@ -363,31 +360,3 @@ def cell_products(queries: Tensor, maps: Tensor) -> list[Tensor]:
         ]
         total = [old + new for old, new in zip(total, products, strict=True)]
     return total
-
-
-def _settle_on_border(found: Tensor, own: Tensor, cells: int, pixels: int) -> Tensor:
-    """One coordinate of matches, with shape (N,): choose among the pixels that are alike at either end of an axis."""
-    alike = pixels if cells == 1 else int(pixels / (2 * cells) + 0.5)
-    low, high = found < alike, found >= pixels - alike
-    found = torch.where(low, torch.where(own < alike, own, 0), found)
-    return torch.where(high & ~low, torch.where(own >= pixels - alike, own, pixels - 1), found)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(_precision(x.device))
-
-
-def _precision(device: torch.device) -> torch.dtype:
-    """Double precision, where the device has it."""
-    return torch.float32 if device.type == 'mps' else torch.float64
-
-
-def _neighbours(cells: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pixel the cells before and after its middle, and the fraction of the way between these.
-
-    Beyond the middle of the first and the last cell all pixels are equal.
-    """
-    middle = (torch.arange(pixels, dtype=_precision(device), device=device) + 0.5) * (cells / pixels) - 0.5
-    middle = middle.clamp(0, cells - 1)
-    before = middle.long()
-    return before, (before + 1).clamp(max=cells - 1), middle - before

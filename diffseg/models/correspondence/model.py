@@ -324,6 +324,7 @@ class CorrespondenceModel(PairModel):
     def _matching(self) -> dict[str, Any]:
         return {
             'match_size': self.match_size,
+            'ties': 'first in row order',
             'window': self.window,
             'temperature': None if self.window is None else self.temperature,
         }

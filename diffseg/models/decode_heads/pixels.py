@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Size = tuple[int, int]
+from diffseg import geometry
+from diffseg.geometry import Size, pixel_neighbours
+
 Resize = Literal['bilinear', 'nearest']
 
 
@@ -27,7 +29,7 @@ def upsample(x: Tensor, size: Size, finest: Size, resize: Resize = 'bilinear') -
     """
     if resize == 'nearest':
         x = F.interpolate(x, finest, mode='nearest')
-    return F.interpolate(x, size, mode='bilinear', align_corners=False)
+    return geometry.resize(x, size)
 
 
 def spread_resize(resize: Resize | Sequence[Resize], maps: int) -> list[Resize]:
@@ -108,22 +110,17 @@ def _corners(source: Size, through: Size, target: Size, device: torch.device | s
     Returns:
         Indices into the flattened map and weights, with shapes (H*W, 4), int64 and float32.
     """
-    (rows, down), (columns, across) = (
-        _neighbours(*lengths, device) for lengths in zip(source, through, target, strict=True)
-    )
+    (rows, down), (columns, across) = (_axis(*lengths, device) for lengths in zip(source, through, target, strict=True))
     cells = rows[:, None, :, None] * source[1] + columns[None, :, None, :]  # (H, W, 2, 2)
     weights = down[:, None, :, None] * across[None, :, None, :]
     return cells.reshape(-1, 4), weights.reshape(-1, 4)
 
 
-def _neighbours(source: int, through: int, target: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """The two cells along one axis between which each of `target` pixels lies, and their weights: (target, 2) each."""
-    position = (torch.arange(target, device=device) + 0.5) * (through / target) - 0.5
-    position = position.clamp(min=0)
-    low = position.long()
-    cells = torch.stack([low, (low + 1).clamp(max=through - 1)], dim=1)
-    share = position - low
-    return cells * source // through, torch.stack([1 - share, share], dim=1)
+def _axis(source: int, through: int, target: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """`_corners` along one axis: the two cells of each of `target` pixels, and their shares, (target, 2) each."""
+    before, after, share = pixel_neighbours(through, target, device)
+    cells = torch.stack([before, after], dim=1) * source // through
+    return cells, torch.stack([1 - share, share], dim=1).float()
 
 
 class LabelledPixels:

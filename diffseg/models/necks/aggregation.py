@@ -11,7 +11,9 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .levels import Size, check_order, finest, parse_sizes, resize, split_levels, spread_timesteps
+from diffseg.geometry import resize
+
+from .levels import Size, check_order, finest, parse_sizes, split_levels, spread_timesteps
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .levels import Order, Size, check_order, finest, parse_sizes, resize, split_levels, spread_timesteps
+from diffseg.geometry import resize
+
+from .levels import Order, Size, check_order, finest, parse_sizes, split_levels, spread_timesteps
 
 
 @MODELS.register_module()

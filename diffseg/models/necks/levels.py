@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from diffseg.geometry import Size
+
 Order = Literal['fine-to-coarse', 'coarse-to-fine']
 
 
@@ -94,10 +94,3 @@ def check_order(sizes: Sequence[Size], order: Order = 'fine-to-coarse') -> None:
                 f'levels must go from {order.replace("-", " ")}, but their sizes (height, width) are {list(sizes)}; '
                 f'reorder the levels of the neck and the layers of the backbone'
             )
-
-
-def resize(x: Tensor, size: Size) -> Tensor:
-    """Bilinear resize of (B, C, h, w) to `size` (height, width)."""
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size, mode='bilinear', align_corners=False)

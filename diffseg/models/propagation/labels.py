@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-Size = tuple[int, int]  # height, width
+from diffseg.geometry import Size, cells_to_pixels, pixels_to_cells, resize
+
 VOID = 255
 SIGMA = 0.5  # of a joint's Gaussian, in cells
 PEAK = 3  # cells of the highest values, whose mean place is a joint's
@@ -41,7 +42,7 @@ def decode_mask(soft: Tensor, frame_size: Size, size: Size) -> Tensor:
     Returns:
         Shape (H, W), uint8, on the CPU.
     """
-    upsampled = F.interpolate(soft[None], frame_size, mode='bilinear', align_corners=False)[0]  # (K, H', W')
+    upsampled = resize(soft[None], frame_size)[0]  # (K, H', W')
     return _nearest(stretch(upsampled).argmax(0).to(torch.uint8), size)
 
 
@@ -72,8 +73,7 @@ def encode_joints(joints: Tensor, size: Size, cells: Size) -> Tensor:
     Returns:
         Shape (J, h, w), float32.
     """
-    scale = torch.tensor([cells[1] / size[1], cells[0] / size[0]], dtype=torch.float64)
-    middles = (joints.double().cpu() * scale + 0.5).floor()  # (J, 2)
+    middles = (pixels_to_cells(joints.cpu(), size, cells, 'corners') + 0.5).floor()  # (J, 2)
     x, y = (
         torch.arange(count, dtype=torch.float64) - middle[:, None]
         for count, middle in zip(cells[::-1], middles.T, strict=True)
@@ -95,8 +95,8 @@ def decode_joints(soft: Tensor, size: Size) -> Tensor:
     h, w = soft.shape[1:]
     values, places = soft.flatten(1).double().topk(min(PEAK, h * w))  # (J, 3)
     weights = values / values.sum(1, keepdim=True)
-    scale = soft.new_tensor([size[1] / w, size[0] / h], dtype=torch.float64)
-    points = torch.stack([(weights * (places % w)).sum(1), (weights * (places // w)).sum(1)], dim=1) * scale
+    means = torch.stack([(weights * (places % w)).sum(1), (weights * (places // w)).sum(1)], dim=1)
+    points = cells_to_pixels(means, size, (h, w), 'corners')
     return points.where(values[:, :1] > 0, -1).float()
 
 

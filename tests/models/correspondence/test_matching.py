@@ -13,6 +13,7 @@ from diffseg.models.correspondence.matching import (
     descriptors_at,
     match_points,
     mutual_nearest_neighbours,
+    upsampled_similarity,
 )
 
 SHAPES = [  # cells, pixels
@@ -26,18 +27,12 @@ SHAPES = [  # cells, pixels
 ]
 
 
-def materialised(queries, maps, size):
-    """Similarity (K, H, W) with all pixels of the upsampled map, in double precision."""
-    upsampled = F.normalize(F.interpolate(maps[None].double(), size, mode='bilinear')[0], dim=0)
-    return torch.einsum('kc,chw->khw', F.normalize(queries.double(), dim=1), upsampled)
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize(('cells', 'size'), SHAPES)
 def test_similarity_is_that_of_the_upsampled_map(cells, size, dtype):
     maps, queries = torch.randn(70, *cells, dtype=dtype), torch.randn(6, 70, dtype=dtype)
     similarity = UpsampledSimilarity.of(queries, maps, size)
-    expected = materialised(queries, maps, size)
+    expected = upsampled_similarity(queries, maps, size)
     assert similarity.size == size
     torch.testing.assert_close(similarity.rows(0, size[0]), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(similarity.rows(1, 2), expected[:, 1:2], rtol=0, atol=1e-12)
@@ -51,7 +46,7 @@ def test_similarity_is_that_of_the_upsampled_map(cells, size, dtype):
 def test_the_nearest_neighbour_is_exact(cells, size, chunk, dtype):
     maps, queries = torch.randn(8, *cells, dtype=dtype), torch.randn(40, 8, dtype=dtype)
     found = UpsampledSimilarity.of(queries, maps, size).argmax(chunk)
-    expected = materialised(queries, maps, size)
+    expected = upsampled_similarity(queries, maps, size)
     reached = expected[torch.arange(40), found[:, 1], found[:, 0]]
     torch.testing.assert_close(reached, expected.amax((1, 2)), rtol=0, atol=1e-12)
 
@@ -72,21 +67,30 @@ def test_descriptors_are_those_of_the_upsampled_map():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_an_image_matches_itself(dtype):
+def test_an_image_matches_itself_but_at_the_borders_the_first_in_row_order(dtype):
     maps = torch.randn(32, 12, 18).to(dtype)
     for height, width in (48, 72), (50, 41), (12, 18), (7, 5):
         points = torch.cartesian_prod(torch.arange(width), torch.arange(height))
-        assert torch.equal(match_points(maps, maps, points, (height, width), (height, width)), points)
+        expected = torch.stack([first_alike(points[:, 0], 18, width), first_alike(points[:, 1], 12, height)], dim=1)
+        assert torch.equal(match_points(maps, maps, points, (height, width), (height, width)), expected)
     points = torch.tensor([[3, 0], [0, 6]])
-    assert torch.equal(match_points(maps[:, :1, :1], maps[:, :1, :1], points, (7, 5), (7, 5)), points)
+    assert not match_points(maps[:, :1, :1], maps[:, :1, :1], points, (7, 5), (7, 5)).any()
 
 
-def test_on_a_border_the_outermost_pixel_is_taken():
+def first_alike(coordinates, cells, pixels):
+    """The first pixel between the same centres of cells as each, if it lies beyond the outermost; else the pixel."""
+    place = (coordinates + 0.5) * cells / pixels - 0.5
+    last = torch.arange(pixels)[(torch.arange(pixels) + 0.5) * cells / pixels - 0.5 >= cells - 1]
+    ends = torch.where(place >= cells - 1, last[0] if len(last) else 0, coordinates)
+    return torch.where(place <= 0, 0, ends)
+
+
+def test_on_a_border_the_first_pixel_is_taken_whatever_the_source_point():
     source, target = torch.eye(4).reshape(4, 2, 2), torch.eye(4).flip(1).reshape(4, 2, 2)
     points = torch.tensor([[0, 0], [19, 0], [0, 19], [16, 19]])
-    expected = [[29, 29], [0, 29], [29, 0], [0, 0]]
+    expected = [[22, 22], [0, 22], [22, 0], [0, 0]]
     assert match_points(source, target, points, (20, 20), (30, 30)).tolist() == expected
-    assert match_points(source, source, points, (20, 20), (40, 30)).tolist() == [[0, 0], [28, 0], [0, 38], [24, 38]]
+    assert match_points(source, source, points, (20, 20), (40, 30)).tolist() == [[0, 0], [22, 0], [0, 30], [22, 30]]
 
 
 def test_a_shift_is_found_at_image_resolution():
@@ -120,7 +124,7 @@ def test_soft_argmax_is_the_weighted_mean_of_a_window():
     queries, maps, size = torch.randn(3, 8), torch.randn(8, 4, 5), (9, 11)
     soft = UpsampledSimilarity.of(queries, maps, size).soft_argmax(window=5, temperature=0.1)
     for point, peak, similarity in zip(
-        soft, match_queries(queries, maps, size), materialised(queries, maps, size), strict=True
+        soft, match_queries(queries, maps, size), upsampled_similarity(queries, maps, size), strict=True
     ):
         weights = torch.zeros(size, dtype=torch.float64)
         window = [slice(max(c - 2, 0), c + 3) for c in reversed(peak.tolist())]
@@ -198,4 +202,8 @@ def test_nearest_neighbours_are_those_of_hyperfeatures(reference):
     source, target = values['hyperfeature']
     points = (inputs['source_points_yx'].flip(1) * 4).clamp(0, 31).round()
     matches = match_points(source, target, points, (32, 32), (32, 32))
-    assert torch.equal(matches.flip(1), values['nn_points_yx'])
+    published = values['nn_points_yx'].flip(1)
+    assert matches[:2].tolist() == published[:2].tolist() == [[23, 12], [6, 29]]
+    assert matches[2].tolist() == [30, 29] and published[2].tolist() == [31, 29]  # alike but for rounding errors there
+    similarity = upsampled_similarity(descriptors_at(source, points, (32, 32)), target, (32, 32))[2]
+    assert similarity[29, 30] == similarity[29, 31] == similarity.max()

@@ -10,12 +10,10 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
 from scenes import draw_homography, draw_scene, scene_size, view
-from torch.nn import functional as F
 
 from diffseg.evaluation import corner_error, estimate_homography
 from diffseg.keypoints import sift_keypoints
 from diffseg.models import CorrespondenceModel, SparseMatcher
-from diffseg.models.correspondence import descriptors_at, sample_descriptors
 from diffseg.structures import HomographySample
 
 DEMO = Path(__file__).resolve().parents[3] / 'demo/tiny-sd'
@@ -37,44 +35,6 @@ def make_sample(images: tuple[str, str], points: list[torch.Tensor], size: tuple
     for number, image in enumerate(images):
         meta |= {f'img_path{number}': image, f'ori_shape{number}': size, f'img_shape{number}': size}
     return HomographySample(metainfo=meta, keypoints0=points[0], keypoints1=points[1])
-
-
-# ---- sampling
-
-
-def test_at_whole_pixels_it_is_the_upsampled_map():
-    maps, size = torch.randn(6, 5, 7), (33, 40)
-    y, x = torch.meshgrid(torch.arange(33), torch.arange(40), indexing='ij')
-    points = torch.stack([x, y], dim=-1).flatten(0, 1)
-    expected = descriptors_at(maps, points, size).float()
-    torch.testing.assert_close(sample_descriptors(maps, points.float(), size), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_between_pixels_a_ramp_goes_on():
-    """A map whose value is the place of each cell's middle in pixels gives back the points."""
-    rows, columns = torch.arange(8.0), torch.arange(10.0)
-    maps = torch.stack([(4 * columns + 1.5).expand(8, 10), (4 * rows + 1.5)[:, None].expand(8, 10)])
-    points = torch.tensor([[1.5, 1.5], [20.25, 13.75], [37.5, 29.5], [11.0, 9.9]])
-    torch.testing.assert_close(sample_descriptors(maps, points, (32, 40)), points)
-
-
-def test_the_published_convention_is_that_of_the_released_code():
-    maps, points, (height, width) = torch.randn(6, 5, 7), torch.rand(50, 2) * 30, (33, 40)
-    points[:4] = torch.tensor([[0, 0], [39, 0], [0, 32], [39, 32]])
-    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2])
-    expected = F.grid_sample(maps[None], ((points - middle) / middle)[None, None], align_corners=False)[0, :, 0].T
-    found = sample_descriptors(maps, points, (height, width), 'published')
-    torch.testing.assert_close(found, expected)
-    exact = sample_descriptors(maps, points, (height, width))
-    assert not torch.allclose(found, exact, atol=1e-2)
-    centre = torch.tensor([[19.5, 16]])  # where both agree
-    both = [sample_descriptors(maps, centre, (height, width), each) for each in ('published', 'centres')]
-    torch.testing.assert_close(*both)
-
-
-def test_another_convention_is_refused():
-    with pytest.raises(ValueError, match="convention is 'dift'; it is 'centres' or 'published'"):
-        sample_descriptors(torch.randn(2, 3, 3), torch.zeros(1, 2), (9, 9), 'dift')
 
 
 # ---- the model
