@@ -91,7 +91,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'mm': MM,
             'onedl': ONEDL,
             'xformers': ['xformers'],
-            'demo': [*MM, 'matplotlib'],
+            'demo': [*MM, 'matplotlib', 'psutil'],
             'lora': ['peft'],
             'dev': [*MM, 'hypothesis', 'matplotlib', 'peft', 'pytest', 'pytest-xdist', 'ruff', 'setuptools>=70.1'],
         },

@@ -1,16 +1,18 @@
 """Train a decode head on a frozen diffusion model with 30 labelled pictures, and on the same UNet with random weights.
 
-Draws the data, trains and tests both segmentors with mmengine's runner and writes a page of pictures. Takes a few
-minutes on two CPU cores; nothing is downloaded.
+Draws the data, trains and tests both segmentors with mmengine's runner and writes a page of pictures. Takes a minute on
+two CPU cores; nothing is downloaded. The network is frozen and pictures are flipped at most, so its activations of a
+picture are computed twice and kept: training reads them from a cache.
 """
 
 import argparse
-import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
@@ -22,6 +24,9 @@ from diffseg.diffusion.images import read_image
 from diffseg.visualization import colour_labels, grid, mixing_figure, pca_rgb, to_picture
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / 'tools/toy'))
+from make_data import main as draw  # noqa: E402
+
 CONFIG = ROOT / 'configs/scarce/tiny-sd-t50+150+300_agg-fcn_1xb8-300_toy-64x64.py'
 
 
@@ -34,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     args = parser.parse_args(argv)
 
-    draw = [sys.executable, str(ROOT / 'tools/toy/make_data.py'), str(args.out / 'data'), '--test', '100']
-    subprocess.run(draw, check=True)
+    draw([str(args.out / 'data'), '--test', '100'])
     models, scores = {}, {}
     for weights, random in (('pretrained', []), ('random', ['unet'])):
         runner = Runner.from_cfg(configure(args, weights, random))
@@ -46,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'pictures: {args.out / "page.png"} and {args.out / "mixing.png"}')
     for weights, score in scores.items():
         print(f'mIoU {weights}: {score:.2f}')
+    print(f'took {time.time() - psutil.Process().create_time():.0f} s')
 
 
 def configure(args: argparse.Namespace, weights: str, random: list[str]) -> Config:
-    """The demo's config, with random weights in the parts of the network named by `random`."""
+    """The demo's config, with random weights in the parts of the network named by `random`, and without validation."""
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options)
     cfg.merge_from_dict(
@@ -57,9 +62,11 @@ def configure(args: argparse.Namespace, weights: str, random: list[str]) -> Conf
             'work_dir': str(args.out / weights),
             'experiment_name': f'demo-{weights}',
             'model.backbone.random': random,
+            'model.backbone.cache': str(args.out / 'features'),
+            **dict.fromkeys(('val_cfg', 'val_dataloader', 'val_evaluator')),
             **{
                 f'{split}_dataloader.dataset.data_root': str(args.out / 'data/toy')
-                for split in ('train', 'val', 'test')
+                for split in ('train', 'test')
             },
         }
     )
