@@ -71,7 +71,7 @@ def fake_device(*modules: nn.Module, waits: bool = False) -> Iterator[Callable[[
             fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
         tensors[name] = fakes[id(tensor)]
     try:
-        with mode, _Transfers(waits), _Indexing(), torch.no_grad():
+        with mode, _Transfers(waits), _Bindings(), torch.no_grad():
             yield to_device
     finally:
         for tensors, name, tensor in places:
@@ -107,13 +107,23 @@ class _Transfers(TorchDispatchMode):
         return result
 
 
-class _Indexing(TorchFunctionMode):
-    """`x[...]`, whose implementation asks for the device's driver, out of operations that do not."""
+def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
+
+
+# What asks for the device's driver, out of operations that do not.
+REPLACED = {Tensor.contiguous: _contiguous, Tensor.copy_: torch.ops.aten.copy_.default}
+
+
+class _Bindings(TorchFunctionMode):
+    """`REPLACED`, and `x[...]`, likewise out of operations that do not ask for the device's driver."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         on_device = args and isinstance(args[0], Tensor) and args[0].device.type == DEVICE.type
         if on_device and func in SHAPED_BY_VALUES:
             raise HostWaitsError(f'the shape of what {func.__name__} returns depends on values')
+        if on_device and func in REPLACED:
+            return REPLACED[func](*args, **(kwargs or {}))
         if not on_device or func not in (Tensor.__getitem__, Tensor.__setitem__):
             return func(*args, **(kwargs or {}))
         x, index, *value = args

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffseg.diffusion.devices import upload
 from diffseg.diffusion.loading import (
     FOLDER_LAYOUT,
     ModelSource,
@@ -100,16 +101,17 @@ class Conditioning:
         """
         if not self.embeds.shape[1]:
             return {}
-        index = torch.as_tensor(index, device=self.embeds.device)
-        embeds = self.embeds[index].to(device, dtype)
+        index = upload(torch.as_tensor(index), self.embeds.device)
+        embeds = upload(self.embeds[index], device, dtype)
         added = None
         if self.pooled is not None:
-            time_ids = torch.tensor([*size, 0, 0, *size], device=embeds.device, dtype=torch.float32)
-            pooled = self.pooled[index.to(self.pooled.device)].to(embeds)
+            time_ids = upload(torch.tensor([*size, 0, 0, *size], device='cpu', dtype=torch.float32), embeds.device)
+            pooled = upload(self.pooled[index.to(self.pooled.device)], embeds.device, embeds.dtype)
             added = {'text_embeds': pooled, 'time_ids': time_ids.expand(len(index), -1)}
         kwargs = {'encoder_hidden_states': embeds, 'added_cond_kwargs': added}
         if self.times is not None:
-            kwargs['time_embeddings'] = self.times.to(embeds).expand(len(index), -1, -1)
+            times = upload(self.times, embeds.device, embeds.dtype)
+            kwargs['time_embeddings'] = times.expand(len(index), -1, -1)
         return kwargs
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from diffseg.diffusion.conditioning import Conditioning, NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.controlnet import load_control
-from diffseg.diffusion.images import check_images, extend_images
+from diffseg.diffusion.devices import upload
+from diffseg.diffusion.images import check_images, check_range, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.lora import fuse_lora, read_lora
 from diffseg.diffusion.sites import AttentionMode, Site, aggregates, resolve, sites
@@ -30,6 +31,8 @@ from diffseg.diffusion.trajectories import (
     unet_dtype,
 )
 from diffseg.geometry import fit_to_image
+
+LATENT = 'the latent'  # what errors call the VAE's result
 
 LoraSource = str | Path | tuple[str | Path, float]  # alone or with its scale
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
@@ -91,7 +94,8 @@ class DiffusionExtractor(nn.Module):
         channels_last: Memory format of the convolutions.
         compile: Compile the transformer blocks in which nothing is read; a dict gives `torch.compile` options.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
-        check_finite: Raise `FloatingPointError` for activations with NaN or infinity.
+        check_finite: Raise `FloatingPointError` for activations with NaN or infinity, and `ValueError` for images whose
+            values are out of range. For this each call waits for its device, once.
         textual_inversion: Files of learned tokens, which prompts may hold, see `read_inversion`.
         truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
         cache_dir: Where encoded prompts are kept, see `PromptEncoder`.
@@ -311,19 +315,22 @@ class DiffusionExtractor(nn.Module):
             channels of an attention map are its keys; those of self-attention are the cells of the continued image.
 
         Raises:
-            ValueError: Images of a wrong shape, type or range, or smaller than one latent cell.
+            ValueError: Images of a wrong shape or type, smaller than one latent cell, or, if `check_finite`, out of
+                range.
             FloatingPointError: NaN or infinity, if `check_finite`.
         """
         check_images(images, self.parts.vae_scale_factor)
         canvas = extend_images(images, self.multiple)
+        encoded = None
         if self.trajectory.from_image:
-            latents = self._encode_images(canvas, self.ensemble)
+            latents = encoded = self._encode_images(canvas, self.ensemble)
         else:
             size = (side // self.parts.vae_scale_factor for side in canvas.shape[-2:])
             shape = (len(images), self.unet.config.in_channels, *size)
             draws = [self._draw('noise', member, shape, images.device) for member in range(self.ensemble)]
             latents = torch.stack(draws, dim=1)  # (B, E, 4, h, w)
-        activations = self.extract_latents(latents, prompts, canvas)  # {name: (B, T, C, h', w')}
+        activations = self._extract(latents, prompts, canvas)  # {name: (B, T, C, h', w')}
+        self._check(activations, images=images, latents=encoded)
         return {name: fit_to_image(x, self.sites[name].stride, images.shape[-2:]) for name, x in activations.items()}
 
     def encode(self, images: Tensor) -> Tensor:
@@ -332,7 +339,9 @@ class DiffusionExtractor(nn.Module):
         They are those of the continued images. Raises what `forward` does.
         """
         check_images(images, self.parts.vae_scale_factor)
-        return self._encode_images(extend_images(images, self.multiple), 1)[:, 0]
+        latents = self._encode_images(extend_images(images, self.multiple), 1)[:, 0]
+        self._check({}, images=images, latents=latents)
+        return latents
 
     def extract_latents(
         self, latents: Tensor, prompts: Prompts | None = None, images: Tensor | None = None
@@ -356,13 +365,21 @@ class DiffusionExtractor(nn.Module):
         """
         if self.controls and images is None:
             raise ValueError('ControlNets look at images; give those of the latents')
+        activations = self._extract(latents, prompts, images)
+        self._check(activations)
+        return activations
+
+    def _extract(self, latents: Tensor, prompts: Prompts | None, images: Tensor | None) -> Activations:
+        """`extract_latents` without the checks."""
         if latents.ndim == 4:
             latents = latents.unsqueeze(1).expand(-1, self.ensemble, -1, -1, -1)  # (B, E, 4, h, w)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # until the UNet, for the noise's sake
         b, e = latents.shape[:2]
         conditioning, rows = self._choose(prompts, b)
         guided = self._is_guided(prompts)
         views = {str(i): control.view(images) for i, control in enumerate(self.controls)}  # (B, 3, 8h, 8w) each
-        fit = e if self.micro_batch is None else max(1, self.micro_batch // (b * len(self.timesteps)))
+        folded = b * (len(self.timesteps) if self.trajectory.folds_timesteps else 1)
+        fit = e if self.micro_batch is None else max(1, self.micro_batch // folded)
         total: Activations = {}
         with torch.set_grad_enabled(_wants_grad(self.unet, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
@@ -370,11 +387,7 @@ class DiffusionExtractor(nn.Module):
                 for name, x in found.items():  # (m, B, T, C, h, w)
                     part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
                     total[name] = total[name] + part if name in total else part
-            activations = {name: total[name].to(found[name].dtype) for name in self._order}
-        device = _autocast_device(latents)
-        autocast = torch.is_autocast_enabled(device)
-        self._check(activations, torch.get_autocast_dtype(device) if autocast else unet_dtype(self.unet))
-        return activations
+            return {name: total[name].to(found[name].dtype) for name in self._order}
 
     def generate(self, size: tuple[int, int], prompt: Prompts | None = None) -> tuple[Activations, Tensor]:
         """Generate an image and read the activations on the way; they are those that `forward` gives.
@@ -404,10 +417,10 @@ class DiffusionExtractor(nn.Module):
         condition = self._condition(*self._choose(prompt, 1), noise)
         negative = None
         if self._is_guided(prompt):
-            negative = self._condition(self._negative, torch.zeros(1, dtype=torch.long), noise)
+            negative = self._condition(self._negative, torch.zeros(1, dtype=torch.long, device='cpu'), noise)
         with torch.set_grad_enabled(_wants_grad(self.unet)):
             found, latent = self.trajectory.generate(self._denoiser, noise, condition, negative=negative)
-        self._check({**found, 'the latent': latent}, unet_dtype(self.unet))
+        self._check({**found, 'the generated latent': latent})
         return found, latent
 
     def _read_members(
@@ -443,9 +456,7 @@ class DiffusionExtractor(nn.Module):
         if self.vae is None:
             return images.float().unsqueeze(1).expand(-1, members, -1, -1, -1)
         posterior = self._posterior(images)
-        latents = torch.stack([self._sample(posterior, member) for member in range(members)], dim=1)
-        self._check({'the latent': latents}, self.vae.dtype)
-        return latents
+        return torch.stack([self._sample(posterior, member) for member in range(members)], dim=1)
 
     def _posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The VAE's posterior, computed in its own dtype even under autocast, in which it might overflow."""
@@ -467,7 +478,7 @@ class DiffusionExtractor(nn.Module):
         """Standard normal noise of `shape`, the batch first. Seeded noise is the same for the whole batch."""
         if self.noise == 'random':
             return torch.randn(shape, device=device)
-        return seeded_noise(shape[1:], self.seed, purpose, member).to(device).expand(shape)
+        return upload(seeded_noise(shape[1:], self.seed, purpose, member), device).expand(shape)
 
     def _encode(self, prompts: Prompts) -> Conditioning:
         if isinstance(prompts, Tensor):
@@ -494,7 +505,7 @@ class DiffusionExtractor(nn.Module):
             rows = list(range(len(conditioning.embeds)))
         if len(rows) not in (1, batch):
             raise ValueError(f'{len(rows)} prompts for a batch of {batch}; give one for all or one for each')
-        return conditioning, torch.tensor(rows).expand(batch)
+        return conditioning, torch.tensor(rows, device='cpu').expand(batch)
 
     def _is_guided(self, prompts: Prompts | None) -> bool:
         """Whether guidance changes anything: not where the prompts of a call are the negative prompt itself."""
@@ -506,19 +517,37 @@ class DiffusionExtractor(nn.Module):
         size = latents.shape[-2] * factor, latents.shape[-1] * factor
         return conditioning.unet_kwargs(rows, size, latents.device, unet_dtype(self.unet))
 
-    def _check(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Raise for NaN and infinity, unless it is switched off; waits for the device once."""
-        if not self.check_finite or any(x.is_meta for x in tensors.values()):
+    def _check(
+        self, activations: Mapping[str, Tensor], *, images: Tensor | None = None, latents: Tensor | None = None
+    ) -> None:
+        """Raise for images out of range, and for NaN and infinity in what was made of them, unless it is switched off.
+
+        Waits for the device, once.
+        """
+        if not self.check_finite or next(iter(activations.values()), latents).is_meta:
             return
-        finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
-        if not all(finite):
-            wrong = [name for name, ok in zip(tensors, finite, strict=True) if not ok]
+        extremes = [] if images is None else [x.detach().float() for x in images.aminmax()]
+        computed = {} if latents is None or self.vae is None else {LATENT: (latents, self.vae.dtype)}
+        computed |= {name: (x, self._computed_in(x)) for name, x in activations.items()}
+        finite = [x.isfinite().all().float() for x, _ in computed.values()]
+        numbers = torch.stack([*extremes, *finite]).tolist()
+        if extremes:
+            check_range(*numbers[:2])
+        wrong = [name for name, ok in zip(computed, numbers[len(extremes) :], strict=True) if not ok]
+        if wrong:
+            names = wrong[:1] if wrong[0] == LATENT else wrong  # from which the others have it
+            dtype = computed[wrong[0]][1]
             remedy = (
                 "the images or the model's weights are damaged"
                 if dtype in (torch.float32, torch.float64)
                 else "use dtype 'bfloat16' or 'float32' (for a VAE alone, set force_upcast in its config)"
             )
-            raise FloatingPointError(f'NaN or infinity in {", ".join(wrong)} computed in {dtype}: {remedy}')
+            raise FloatingPointError(f'NaN or infinity in {", ".join(names)} computed in {dtype}: {remedy}')
+
+    def _computed_in(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the UNet made an activation."""
+        device = _autocast_device(x)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unet_dtype(self.unet)
 
 
 def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:

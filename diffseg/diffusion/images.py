@@ -71,7 +71,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def check_images(images: Tensor, cell: int) -> None:
-    """Verify that images are what a network takes.
+    """Verify that images are what a network takes, but for their values; does not wait for their device.
 
     Args:
         images: RGB in [-1, 1], with shape (B, 3, H, W).
@@ -89,9 +89,14 @@ def check_images(images: Tensor, cell: int) -> None:
             f'images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than one cell of the network, '
             f'{cell} x {cell}; enlarge them'
         )
-    if images.is_meta:
-        return
-    low, high = torch.stack(images.aminmax()).tolist()
+
+
+def check_range(low: float, high: float) -> None:
+    """Verify the smallest and the largest value of images.
+
+    Raises:
+        ValueError: they are not those of images in [-1, 1].
+    """
     if low < -RANGE or high > RANGE:
         raise ValueError(
             f'images are in [{low:.4g}, {high:.4g}]; expected [-1, 1], as x / 127.5 - 1 of 8 bit '

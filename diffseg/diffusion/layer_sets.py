@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import NamedTuple
 
-from diffseg.diffusion.sites import aliases, nearest, resolve
+from diffseg.diffusion.sites import aliases, nearest, refuse_string, resolve
+from diffseg.diffusion.trajectories import whole_timesteps
 
 # Variants of one set are for different UNet topologies; the first one whose layers all exist is meant.
 LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -76,6 +77,7 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
     Raises:
         ValueError: if a set has no variant for this UNet, a pattern matches nothing, or a name is unknown.
     """
+    refuse_string('layers', names)
     available = list(available)
     layers: list[str] = []
     for name in names:
@@ -121,6 +123,9 @@ def split_timesteps(
     Raises:
         ValueError: timesteps are malformed or missing, or a layer is to be read twice at one.
     """
+    refuse_string('layers', layers)
+    if timesteps is not None:
+        timesteps = whole_timesteps(timesteps)
     readings: list[Reading] = []
     for text in layers:
         layer, at, own = text.partition('@')

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from operator import itemgetter
+from operator import index, itemgetter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from diffseg.diffusion.controlnet import Control, residual_kwargs
+from diffseg.diffusion.devices import upload
 from diffseg.diffusion.recorder import ActivationRecorder
 from diffseg.diffusion.sites import AttentionMode, Network
 
@@ -55,9 +56,24 @@ def seeded_noise(shape: Sequence[int], seed: int, *key: int | str) -> Tensor:
 
 
 def add_noise(latent: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """Variance-preserving forward process, x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps (DDPM, equation 4)."""
-    alpha_bar = torch.as_tensor(alpha_bar, dtype=latent.dtype, device=latent.device)
-    return alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
+    """Variance-preserving forward process, x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps (DDPM, equation 4).
+
+    Args:
+        latent: x_0.
+        noise: eps.
+        alpha_bar: abar, a number or of a shape that broadcasts to that of `latent`.
+
+    Returns:
+        x_t in float32 at least: in bfloat16, the abar of small timesteps would be 1.
+    """
+    dtype = torch.promote_types(latent.dtype, torch.float32)
+    if not isinstance(alpha_bar, Tensor):
+        alpha_bar = torch.tensor(alpha_bar, device='cpu', dtype=torch.float64)
+    alpha_bar = alpha_bar.to(dtype)
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if alpha_bar.ndim:  # else they are numbers to any device
+        signal, sigma = upload(signal, latent.device), upload(sigma, latent.device)
+    return signal * latent.to(dtype) + sigma * noise
 
 
 def sampling_timesteps(
@@ -120,6 +136,7 @@ class NoiseSchedule:
         if prediction_type not in ('epsilon', 'v_prediction'):
             raise ValueError(f"prediction type {prediction_type!r}; known are 'epsilon' and 'v_prediction'")
         self.alphas_cumprod = alphas_cumprod.double().cpu()
+        self._alphas: list[float] = self.alphas_cumprod.tolist()
         self.prediction_type = prediction_type
         self.spacing = spacing
         self.steps_offset = steps_offset
@@ -129,7 +146,7 @@ class NoiseSchedule:
 
     def alpha_bar(self, t: int) -> float:
         """Cumulative alpha of timestep `t`; 1 for the clean latent's -1."""
-        return 1.0 if t == CLEAN else float(self.alphas_cumprod[t])
+        return 1.0 if t == CLEAN else self._alphas[t]
 
     def ddim_step(self, x_t: Tensor, prediction: Tensor, t: int, t_next: int) -> Tensor:
         """One deterministic DDIM step from `t` to `t_next`, in either direction (DDIM, equation 12 with sigma = 0)."""
@@ -231,7 +248,8 @@ class Denoiser:
     ) -> Activations:
         n = len(x_t)
         x_t = x_t.to(unet_dtype(self.unet))
-        timestep = torch.as_tensor(timestep, device=x_t.device).expand(n)
+        if not isinstance(timestep, Tensor):
+            timestep = torch.full((n,), timestep, device=x_t.device)
         size = self.micro_batch or n
         chunks = []
         for rows in (slice(start, start + size) for start in range(0, n, size)):
@@ -281,6 +299,7 @@ class Trajectory(ABC):
 
     from_image: ClassVar[bool] = True  # whether it starts from an image's latent, or else from noise
     adds_noise: ClassVar[bool] = False  # whether `__call__` needs `noise`
+    folds_timesteps: ClassVar[bool] = False  # whether all timesteps are in one batch of the UNet, or one after another
 
     def __post_init__(self):
         allowed, name = self.allowed(), self.name
@@ -337,7 +356,7 @@ class Trajectory(ABC):
 def _read_at_once(denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], condition: Condition) -> Activations:
     """Activations of x_t (N, T, 4, h, w), timesteps folded into the batch."""
     n, t = x_t.shape[:2]
-    folded = torch.tensor(timesteps, device=x_t.device).repeat(n)  # (N*T,)
+    folded = upload(torch.tensor(timesteps, device='cpu').repeat(n), x_t.device)  # (N*T,)
     found = denoiser.read(x_t.flatten(0, 1), folded, map_condition(lambda x: x.repeat_interleave(t, 0), condition))
     return {name: activation.unflatten(0, (n, t)) for name, activation in found.items()}
 
@@ -349,6 +368,7 @@ class Noise(Trajectory):
     """
 
     adds_noise = True
+    folds_timesteps = True
 
     def allowed(self) -> Sequence[int]:
         """Every timestep of the schedule."""
@@ -362,6 +382,8 @@ class Noise(Trajectory):
 
 class Clean(Trajectory):
     """The latent without noise, whatever timestep the UNet is told: CleanDIFT's 261, Hyperfeatures' one-step -1."""
+
+    folds_timesteps = True
 
     def allowed(self) -> Sequence[int]:
         """Every timestep of the schedule, and -1."""
@@ -520,7 +542,21 @@ def build_trajectory(
     known = [field.name for field in fields(kind) if field.name not in SHARED]
     if wrong := sorted(set(options) - set(known)):
         raise ValueError(f'the {name} trajectory has no options {wrong}; it has {known}')
-    return kind(schedule, tuple(int(t) for t in timesteps), **options)
+    return kind(schedule, whole_timesteps(timesteps), **options)
+
+
+def whole_timesteps(timesteps: Sequence[int]) -> tuple[int, ...]:
+    """Timesteps as integers.
+
+    Raises:
+        ValueError: They are no sequence of whole numbers.
+    """
+    try:
+        return tuple(map(index, timesteps))
+    except TypeError:
+        raise ValueError(
+            f'timesteps is {timesteps!r}; it is a list of whole numbers, such as [50] or [50, 261]'
+        ) from None
 
 
 def dhf_timesteps(save_timestep: Sequence[int], trajectory: str = 'inversion', steps: int = 50) -> list[int]:

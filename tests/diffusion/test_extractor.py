@@ -431,6 +431,47 @@ def test_on_the_meta_device_shapes_are_the_same(make, images):
     assert {name: x.shape for name, x in found.items()} == shapes
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_latents_in_half_precision_are_noised_in_single(make, dtype):
+    extractor = make(['unet-in'], (0, 5), dtype=dtype)
+    latents = torch.zeros(1, 4, 32, 32, dtype=getattr(torch, dtype))
+    deviations = extractor.extract_latents(latents)['unet-in'].float().std(dim=(0, 2, 3, 4))
+    expected = (1 - extractor.parts.alphas_cumprod[[0, 5]]).sqrt()  # 0.029 and 0.072
+    torch.testing.assert_close(deviations, expected, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({'timesteps': (50, 261, 400)}, [3] * 4),  # a member's three timesteps
+        ({'timesteps': (-1, 250, 500), 'trajectory': {'type': 'inversion', 'steps': 4}}, [4] * 4),  # all members
+        ({'timesteps': (0, 1, 2), 'trajectory': 'refinement'}, [4] * 3),
+    ],
+    ids=['noise', 'inversion', 'refinement'],
+)
+@torch.no_grad()
+def test_micro_batches_are_filled(make, options, expected):
+    extractor = make(ensemble=4, micro_batch=4, **options)
+    sizes = []
+    extractor.unet.conv_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    extractor.extract_latents(torch.randn(1, 4, 8, 8))
+    assert sizes == expected
+
+
+def test_all_values_are_checked_at_once(make, images, monkeypatch):
+    reads, read = [], torch.Tensor.tolist
+    extractor = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, 'tolist', lambda x: reads.append(x) or read(x))
+        extractor(images)
+        assert len(reads) == 1
+        with pytest.raises(ValueError, match=r'images are in \[.*127.5\]; expected \[-1, 1\]'):
+            extractor(images / images.max() * 127.5)
+        extractor.check_finite = False
+        extractor(images / images.max() * 127.5)
+        assert len(reads) == 2
+
+
 def test_not_finite_activations_name_the_layer_the_dtype_and_the_remedy(make, images):
     extractor = make(dtype='float16')
     extractor.unet.up_blocks[2].attentions[1].transformer_blocks[0].attn2.to_q.weight.fill_(torch.inf)

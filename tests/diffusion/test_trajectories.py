@@ -140,6 +140,16 @@ def test_noise_is_the_schedulers(t):
     torch.testing.assert_close(add_noise(latent, noise, SCHEDULER.alphas_cumprod[t]), theirs)
 
 
+@pytest.mark.parametrize('t', [0, 1, 50])
+def test_noise_of_small_timesteps_survives_half_precision(t):
+    latent, noise = torch.zeros(4, 64, 64), torch.randn(4, 64, 64)
+    expected = add_noise(latent, noise, SCHEDULER.alphas_cumprod[t])
+    for abar in (SCHEDULER.alphas_cumprod[t], float(SCHEDULER.alphas_cumprod[t]), SCHEDULER.alphas_cumprod[[t]]):
+        x_t = add_noise(latent.bfloat16(), noise, abar)
+        assert x_t.dtype == torch.float32
+        torch.testing.assert_close(x_t, expected)
+
+
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
 def test_a_ddim_step_with_the_true_prediction_stays_on_the_closed_form(schedule, prediction_type):
     schedule = NoiseSchedule(schedule.alphas_cumprod, prediction_type)
@@ -236,6 +246,9 @@ def test_seeded_noise_depends_on_its_key_and_on_nothing_else():
         ({'type': 'generation', 'spacing': 'middle'}, [0], "'middle'; it is 'leading', 'trailing', 'linspace'"),
         ({'type': 'inversion', 'steps': 0}, [-1], '1 to 1000'),
         ('noise', [], 'no timesteps'),
+        ('noise', [50.9], r'timesteps is \[50\.9\]; it is a list of whole numbers, such as'),
+        ('noise', 50, r'timesteps is 50; it is a list'),
+        ('noise', '50', r"timesteps is '50'; it is a list"),
         ('ddpm', [1], 'noise, clean, inversion, generation'),
         ({'steps': 50}, [1], 'noise, clean, inversion, generation'),
         ({'type': 'noise', 'steps': 50}, [1], r"no options \['steps'\]"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffseg.diffusion.sites.aggregates import ATTENTION, Aggregate, AttentionMode, aggregates
 from diffseg.diffusion.sites.latent_unet import LATENT_UNET
-from diffseg.diffusion.sites.names import aliases, nearest, resolve
+from diffseg.diffusion.sites.names import aliases, nearest, refuse_string, resolve
 from diffseg.diffusion.sites.pixel_unet import PIXEL_UNET
 from diffseg.diffusion.sites.site import NetworkKind, Site
 
@@ -28,6 +28,7 @@ __all__ = [
     'default_scale_factor',
     'kind_of',
     'nearest',
+    'refuse_string',
     'resolve',
     'sites',
 ]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from diffseg.diffusion.sites.names import refuse_string
 from diffseg.diffusion.sites.site import Site
 
 ATTENTION = 'attn'  # the name of aggregated attention maps, or its beginning
@@ -51,6 +52,7 @@ def aggregates(
         ValueError: An unknown category or mode, attention that the network does not have, or an average of cross- and
             self-attention, whose keys are not the same.
     """
+    refuse_string('attention', categories)
     if mode not in ATTENTION_STRIDES:
         raise ValueError(f'attention mode is {mode!r}; it is {" or ".join(map(repr, ATTENTION_STRIDES))}')
     if not categories:

@@ -27,8 +27,7 @@ def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
         ValueError: For an unknown name, with the nearest known ones, for one site named twice, or for a string in place
             of a sequence of them.
     """
-    if isinstance(names, str):
-        raise ValueError(f'layers is the string {names!r}; give a list of names, such as [{names!r}]')
+    refuse_string('layers', names)
     available = list(available)
     known = aliases(available)
     resolved = [
@@ -40,6 +39,12 @@ def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
         if resolved.count(name) > 1:
             raise ValueError(f'activation {name!r} is named twice')
     return resolved
+
+
+def refuse_string(option: str, value: object) -> None:
+    """Raise a ValueError for a lone string, which would be taken for a sequence of letters."""
+    if isinstance(value, str):
+        raise ValueError(f'{option} is the string {value!r}; give a list, such as [{value!r}]')
 
 
 def nearest(name: str, available: Sequence[str]) -> str:

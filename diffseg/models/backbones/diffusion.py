@@ -260,7 +260,9 @@ class DiffusionBackbone(FrozenBackbone):
         every = tuple(self.extractor.timesteps)
         maps = []
         for layer, own in self._readings:
-            activation = found[layer] if own == every else found[layer][:, [every.index(t) for t in own]]
+            activation = found[layer]
+            if own != every:
+                activation = torch.stack([activation[:, every.index(t)] for t in own], dim=1)
             maps.append(activation.flatten(1, 2).to(x.dtype))  # (B, T*C, h, w)
         return tuple(maps)
 
@@ -326,6 +328,6 @@ class DiffusionBackbone(FrozenBackbone):
 def _contiguous(norm: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """PyTorch's CPU kernel crashes where a norm is trained whose input is channels-last and has no gradient.
 
-    Such is the output of attention in a network of pixels.
+    Such is the output of attention in a network of pixels. On other devices inputs keep their memory format.
     """
-    return tuple(x.contiguous() for x in inputs)
+    return tuple(x.contiguous() if x.device.type == 'cpu' else x for x in inputs)

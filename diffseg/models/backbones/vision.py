@@ -27,8 +27,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from diffseg.cache import build_cache
-from diffseg.diffusion.images import check_images, extend_images
+from diffseg.diffusion.images import check_images, check_range, extend_images
 from diffseg.diffusion.loading import fingerprint
+from diffseg.diffusion.sites import refuse_string
 from diffseg.geometry import fit_to_image
 
 from .frozen import FrozenBackbone, freeze, verify_channels
@@ -204,6 +205,7 @@ def resolve_layers(layers: Sequence[int | str], stages: Sequence[str]) -> list[s
     Raises:
         ValueError: no such hidden state, or one is asked for twice.
     """
+    refuse_string('layers', layers)
     numbered = {**dict(enumerate(stages)), **{i - len(stages): name for i, name in enumerate(stages)}}
     known = {**numbered, **{name: name for name in stages}}
     if unknown := [layer for layer in layers if layer not in known]:
@@ -363,6 +365,7 @@ class VisionBackbone(FrozenBackbone):
         revision: commit, tag or branch of a hub model.
         cache: folder in which maps are kept, or options, see `FeatureCache`.
         check_fingerprint: 'error' or 'warn', see `FrozenBackbone`.
+        check_finite: raise for NaN and infinity, and for images out of range; each call then waits for its device.
 
     Attributes:
         channels: channels C of each layer.
@@ -385,6 +388,7 @@ class VisionBackbone(FrozenBackbone):
         revision: str | None = None,
         cache: str | Mapping[str, Any] | None = None,
         check_fingerprint: Literal['error', 'warn'] = 'error',
+        check_finite: bool = True,
     ) -> None:
         super().__init__(check_fingerprint)
         config = load_vision_config(model, revision, from_preset=random)
@@ -397,6 +401,7 @@ class VisionBackbone(FrozenBackbone):
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.layernorm = layernorm
         self.cache = build_cache(cache)
+        self.check_finite = check_finite
         if dtype not in DTYPES:
             raise ValueError(f'unknown dtype {dtype!r}; use {", ".join(DTYPES)}')
 
@@ -434,7 +439,8 @@ class VisionBackbone(FrozenBackbone):
             L maps with shapes (B, C, h, w), one for each layer.
 
         Raises:
-            ValueError: images of a wrong shape, type or range, or smaller than a patch.
+            ValueError: images of a wrong shape or type, smaller than a patch, or, if `check_finite`, out of range.
+            FloatingPointError: NaN or infinity, if `check_finite`.
         """
         if self.cache is None:
             return self._extract(x)
@@ -449,9 +455,22 @@ class VisionBackbone(FrozenBackbone):
         pixels = (extend_images(x, self.patch_size) - self.mean) / self.std
         with self.resident(x.device):
             maps = self.network(pixels.to(self.dtype)).feature_maps
+        self._check(x, maps)
         maps = [fit_to_image(y, self.patch_size, x.shape[-2:]) for y in maps]
         found = dict(zip(self._out_features, maps, strict=True))
         return tuple(found[name].to(x.dtype) for name in self.layers)
+
+    def _check(self, images: Tensor, maps: Sequence[Tensor]) -> None:
+        """Raise for images out of range and for maps with NaN or infinity, unless that is switched off."""
+        if not self.check_finite or images.is_meta:
+            return
+        numbers = [*(x.detach() for x in images.aminmax()), *(x.isfinite().all() for x in maps)]
+        low, high, *finite = torch.stack([x.float() for x in numbers]).tolist()
+        check_range(low, high)
+        if not all(finite):
+            raise FloatingPointError(
+                f"NaN or infinity in the maps, computed in {self.dtype}; use dtype 'float32', or the images are damaged"
+            )
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -90,14 +90,19 @@ class LevelAggregation(nn.Module):
         self.timesteps = list(timesteps)
         self.kept = [list(steps) for steps in kept]
         self.bottleneck_layers = nn.ModuleList(nn.Sequential(Bottleneck(c, out_channels, num_groups)) for c in channels)
-        held = torch.tensor([[step in steps for steps in kept] for step in range(max(timesteps))])  # (T, L)
-        self.register_buffer('held', held, persistent=False)
-        self.mixing_weights = nn.Parameter(torch.ones(sum(map(len, kept))))  # index s*L + l, if all are held
+        held = [[step in steps for steps in kept] for step in range(max(timesteps))]
+        self.register_buffer('held', torch.tensor(held), persistent=False)  # (T, L)
+        # Indices are buffers, for one that has to be copied to the device is waited for.
+        places = [place for place, is_held in enumerate(chain(*held)) if is_held]  # of `mixing_weights` in T*L
+        self.register_buffer('places', torch.tensor(places), persistent=False)
+        for layer, steps in enumerate(self.kept):
+            self.register_buffer(f'kept{layer}', torch.tensor(steps), persistent=False)
+        self.mixing_weights = nn.Parameter(torch.ones(len(places)))  # index s*L + l, if all are held
 
     def weights(self) -> Tensor:
         """Softmax over all timesteps and layers together, shape (T, L)."""
         weights = self.mixing_weights.softmax(0)
-        return weights.new_zeros(self.held.shape).masked_scatter(self.held, weights)
+        return weights.new_zeros(self.held.numel()).scatter(0, self.places, weights).view(self.held.shape)
 
     def forward(self, maps: Sequence[Tensor], size: Size, resize_first: bool) -> Tensor:
         """Mix.
@@ -117,13 +122,14 @@ class LevelAggregation(nn.Module):
         sums: dict[Size, Tensor | float] = defaultdict(float)  # size -> (B, P, h, w)
         for layer, (x, steps, kept) in enumerate(zip(maps, self.timesteps, self.kept, strict=True)):
             x = x.unflatten(1, (steps, -1))  # (B, T, C, h, w)
+            indices = self.get_buffer(f'kept{layer}')
             if len(kept) < steps:
-                x = x[:, kept]
+                x = x.index_select(1, indices)
             x = x.flatten(0, 1)  # (B*T, C, h, w)
             if resize_first:
                 x = resize(x, size)
             y = self.bottleneck_layers[layer](x).unflatten(0, (-1, len(kept)))  # (B, T, P, h, w)
-            w = weights[kept, layer].to(y.dtype)
+            w = weights[:, layer].index_select(0, indices).to(y.dtype)
             sums[y.shape[-2:]] = sums[y.shape[-2:]] + torch.einsum('t,btphw->bphw', w, y)
         return sum(resize(y, size) for y in sums.values())
 

@@ -65,5 +65,5 @@ def test_a_site_named_twice(tiny_unet):
 
 
 def test_a_string_in_place_of_names(tiny_unet):
-    with pytest.raises(ValueError, match=r"layers is the string 'dift-1'; give a list of names, such as \['dift-1'\]"):
+    with pytest.raises(ValueError, match=r"layers is the string 'dift-1'; give a list, such as \['dift-1'\]"):
         resolve('dift-1', sites(tiny_unet()))

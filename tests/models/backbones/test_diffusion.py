@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from fake_device import fake_device
 from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
 from mmseg.registry import MODELS
@@ -380,6 +381,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(make: Callable):
         gradients.append([parameter.grad for parameter in backbone.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_norms_that_are_trained_keep_the_memory_format_of_a_device(make: Callable):
+    """On the CPU it is changed, since the kernel there crashes on some of them."""
+    backbone = make(frozen=False, trainable=TRAINABLE, channels_last=True)
+    (hook,) = next(m for m in backbone.modules() if isinstance(m, nn.GroupNorm))._forward_pre_hooks.values()
+    x = torch.randn(1, 4, 2, 3).to(memory_format=torch.channels_last)
+    with fake_device() as to_device:
+        (kept,) = hook(None, (to_device(x),))
+        assert kept.is_contiguous(memory_format=torch.channels_last)
+    (changed,) = hook(None, (x,))
+    assert changed.is_contiguous() and torch.equal(changed, x)
 
 
 def test_trained_parts_are_in_the_checkpoint(make: Callable):
