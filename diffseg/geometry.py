@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffseg.diffusion.devices import upload
+
 Size = tuple[int, int]  # height, width
 Convention = Literal['centres', 'corners', 'published']
 
@@ -197,8 +199,8 @@ def _fit_axis(maps: Tensor, dim: int, stride: int, pixels: int, cells: int) -> T
         return maps.narrow(dim, 0, 1)
     centres = (torch.arange(cells, dtype=torch.float64) + 0.5) * (pixels / (cells * stride)) - 0.5  # in given cells
     before = centres.long()  # of the first centre, which may be negative, 0
-    fraction = (centres - before).to(maps.device, maps.dtype)
+    fraction = upload(centres - before, maps.device, maps.dtype)
     shape = [-1 if axis == dim % maps.ndim else 1 for axis in range(maps.ndim)]
-    before = before.to(maps.device)
+    before = upload(before, maps.device)
     first, second = maps.index_select(dim, before), maps.index_select(dim, before + 1)
     return torch.lerp(first, second, fraction.view(shape))
