@@ -5,6 +5,9 @@ generic-diffusion-feature, GDF): 197 for Stable Diffusion 1.5 and 612 for SDXL. 
 describes it by data, listed in `KINDS`.
 """
 
+from functools import reduce
+from operator import or_
+
 from torch import nn
 
 from diffseg.diffusion.sites.aggregates import ATTENTION, Aggregate, AttentionMode, aggregates
@@ -12,9 +15,10 @@ from diffseg.diffusion.sites.latent_unet import LATENT_UNET
 from diffseg.diffusion.sites.names import aliases, nearest, refuse_string, resolve
 from diffseg.diffusion.sites.pixel_unet import PIXEL_UNET
 from diffseg.diffusion.sites.site import NetworkKind, Site
+from diffseg.diffusion.sites.transformers import TRANSFORMERS
 
-KINDS = (LATENT_UNET, PIXEL_UNET)
-Network = LATENT_UNET.network | PIXEL_UNET.network
+KINDS = (LATENT_UNET, PIXEL_UNET, *TRANSFORMERS)
+Network = reduce(or_, (kind.network for kind in KINDS))
 
 __all__ = [
     'ATTENTION',
@@ -62,9 +66,21 @@ def sites(network: Network, vae_scale_factor: int | None = None) -> dict[str, Si
 
     The attention of pixel-space UNets is not inside transformer blocks; of it there is `vit-out` alone.
 
+    In transformers they are those of the image's tokens, never the text's; B counts the blocks of all stacks through
+    (in Flux, single blocks go on after double ones):
+
+    * `vit-block{B}-in`, `vit-block{B}-mod`: the block's raw input, and the same normalised and modulated (DiTF)
+    * `vit-block{B}-{self-q,self-k,self-v,self-map,cross-q,cross-map,ffn-inner,out}` with self- and cross-attention
+      (PixArt, Hunyuan-DiT, Sana; DiT without `cross`)
+    * `vit-block{B}-{q,k,v,cross-map,self-map,attn-out,norm-out,ffn-inner,out}` with joint attention (SD3, Flux, Flux2,
+      QwenImage, AuraFlow, Lumina2, ZImage; single blocks of Flux and Flux2 without `norm-out` and `ffn-inner`)
+    * `vit-block{B}-attn2-{mod,q,k,v,self-map,out}`: the second attention of SD3.5-medium's first blocks
+    * `refiner-vit-block{B}-...`: blocks of Lumina2 and ZImage that the image passes before it meets the text
+    * `transformer-out`: the prediction; packed, where the network takes packed latents
+
     Args:
-        network: A `UNet2DConditionModel` (of latents) or `UNet2DModel` (of pixels).
-        vae_scale_factor: Image pixels per latent cell; None is 8 for latents and 1 for pixels.
+        network: A network of one of the classes that `KINDS` lists.
+        vae_scale_factor: Image pixels per latent cell; None is 32 for Sana, 8 for other latents and 1 for pixels.
 
     Raises:
         TypeError: Another network.
@@ -74,5 +90,5 @@ def sites(network: Network, vae_scale_factor: int | None = None) -> dict[str, Si
 
 
 def default_scale_factor(network: Network) -> int:
-    """Image pixels per cell of the network's input: 8 with Stable Diffusion's VAE, 1 without a VAE."""
+    """Image pixels per cell of the latent: 8 with Stable Diffusion's VAE, 32 with Sana's, 1 without a VAE."""
     return kind_of(network).vae_scale_factor

@@ -49,14 +49,19 @@ def aggregates(
         tokens: Of the prompt, the keys of cross-attention.
 
     Raises:
-        ValueError: An unknown category or mode, attention that the network does not have, or an average of cross- and
-            self-attention, whose keys are not the same.
+        ValueError: An unknown category or mode, attention that the network does not have, an average of cross- and
+            self-attention, whose keys are not the same, or a network that is no UNet.
     """
     refuse_string('attention', categories)
     if mode not in ATTENTION_STRIDES:
         raise ValueError(f'attention mode is {mode!r}; it is {" or ".join(map(repr, ATTENTION_STRIDES))}')
     if not categories:
         return []
+    if 'unet-in' not in available:
+        raise ValueError(
+            f'attention {list(categories)} is aggregated over the levels of a UNet, which this network does not have; '
+            'read its maps by their names, which end with -cross-map and -self-map'
+        )
     latent = available['unet-in'].stride
     finest, coarsest = (latent * stride for stride in ATTENTION_STRIDES[mode])
     layers = {category: _attention_layers(category, available.values(), finest, coarsest) for category in categories}

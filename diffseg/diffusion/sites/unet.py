@@ -19,7 +19,7 @@ def walk_unet(unet: nn.Module, stride: int, walk_attention: AttentionWalk) -> It
         stride: Image pixels per cell of its input.
         walk_attention: Lists what is inside its attention modules.
     """
-    yield Site('unet-in', 'conv_in', unet.config.in_channels, stride, 'input')
+    yield Site('unet-in', 'conv_in', unet.config.in_channels, stride, is_input=True)
     yield Site('unet-after-conv-in', 'conv_in', unet.config.block_out_channels[0], stride)
     for level, block in enumerate(unet.down_blocks):
         name, path = f'down-level{level}', f'down_blocks.{level}'
