@@ -336,8 +336,9 @@ def parse_size(size: int | str) -> int:
 
 def format_size(size: int) -> str:
     """A size with three digits and a unit."""
-    unit = next((unit for unit in reversed(UNITS) if size >= UNITS[unit]), 'B')
-    return f'{size / UNITS[unit]:.3g} {unit}'
+    unit = next((unit for unit in reversed(UNITS) if size >= 0.9995 * UNITS[unit]), 'B')  # 999 600 B round to 1 MB
+    value = size / UNITS[unit]
+    return f'{value:.3g} {unit}' if value < 999.5 else f'{value:.0f} {unit}'
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:

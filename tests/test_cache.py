@@ -16,6 +16,8 @@ import pytest
 import tiny
 import torch
 from cache_worker import ENTRY, IMAGES, compute, die_in_writing, make_images, use, write_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
@@ -108,6 +110,26 @@ def test_key_is_that_of_everything(tmp_path: Path):
     assert len(set(keys)) == len(keys)
     reordered = {key: context[key] for key in reversed(context)}
     assert cache.keys(image.to(memory_format=torch.channels_last), reordered) == keys[:1]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.dictionaries(st.text(), st.integers(), max_size=3))
+def test_keys_are_those_of_images_and_context_alone(numbers: list[int], context: dict[str, int]):
+    """Equal keys are those of equal images, at any place in any batch; every change of the context changes all."""
+    cache, images = FeatureCache('unused'), make_images(4, size=4)
+    single = [cache.keys(images[[i]], context)[0] for i in range(4)]
+    assert len(set(single)) == 4
+    assert cache.keys(images[numbers], context) == [single[i] for i in numbers]
+    assert cache.keys(images[numbers], dict(reversed(context.items()))) == [single[i] for i in numbers]
+    for changed in ({**context, 'more': 'x'}, {key: value + 1 for key, value in context.items()} or {'': 0}):
+        assert not set(cache.keys(images, changed)) & set(single)
+    assert not set(cache.keys(images, context, each=[[]] * 4)) & set(single)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 10**15))
+def test_a_formatted_size_is_the_size_to_three_digits(size: int):
+    assert parse_size(format_size(size)) == pytest.approx(size, rel=0.005)
 
 
 # ---- storage

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from diffseg.search import Candidate
 from diffseg.search.engine import Draw, Samples, Store, order, peak_images, rank, select_shard, walk
@@ -54,9 +56,22 @@ def test_images_are_identified_by_their_paths():
         samples.images(2)
 
 
-def test_parts_make_a_whole():
-    draws = [Draw(i, 0) for i in range(11)]
-    assert [draw for i in range(3) for draw in select_shard(draws, (i, 3))] == draws
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_shards_make_a_whole_and_are_equally_long(count, number):
+    draws = [Draw(i, 0) for i in range(count)]
+    shards = [select_shard(draws, (i, number)) for i in range(number)]
+    assert [draw for shard in shards for draw in shard] == draws
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(0, 8), max_size=3), max_size=12), st.integers(0, 9))
+def test_samples_are_complete_in_any_order_and_memory(samples, budget):
+    positions = order(samples)
+    assert sorted(positions) == list(range(len(samples)))
+    ordered = [samples[i] for i in positions]
+    assert list(walk(ordered, lambda i, view: ordered[i][view], lambda _: 1, budget)) == ordered
 
 
 def test_what_is_stored_comes_back(tmp_path):
