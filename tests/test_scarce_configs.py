@@ -35,6 +35,17 @@ PUBLISHED = {  # GDF and DDPM: channels of a pixel
     'sdxl-t50': 3840,
     'sdxl+sd15+playground-v2': 8154,
 }
+FIGURES = {  # arXiv 2410.03558, Horse-21
+    'swav-w2-lsun-horse_pixel-classifier': '54.0 ± 0.9',
+    'mae-l8-lsun-horse_pixel-classifier': '63.4 ± 1.4',
+    'deeplabv3-r101': '60.8 ± 1.0',
+    'ddpm-lsun-horse-t50+150+250_pixel-classifier': '65.0 ± 0.8',
+    'sd15-legacy-t51_pixel-classifier-published': '59.4 ± 1.3',
+    'sdxl-legacy-t50_pixel-classifier-published': '53.0 ± 0.9',
+    'sd15-t51_pixel-classifier-published': '60.2 ± 0.9',
+    'sdxl-t50_pixel-classifier-published': '62.7 ± 0.7',
+    'sdxl+sd15+playground-v2_pixel-classifier-published': '66.3 ± 0.9',
+}
 OTHER_LAYERS = {
     'mae-l8-lsun-horse': list(range(13, 25)),  # the last twelve of 24 blocks, counted from 1
     'swav-w2-lsun-horse': [f'layer{i + 1}.{j}' for i, blocks in enumerate((3, 4, 6, 3)) for j in range(0, blocks, 2)],
@@ -133,6 +144,21 @@ def test_published_configs_repeat_maps_to_the_largest_of_their_model(path):
         assert resize == ['nearest'] * (4 + 5) + ['bilinear']
         sides = [[x.shape[2] for x in described(part, 1024, 1024)] for part in parts]
         assert [max(each) for each in sides] == [64, 64, 32]
+
+
+def test_the_readme_has_every_config_of_horse_21_and_what_is_published_of_it():
+    folder = ROOT / 'configs/scarce'
+    rows = re.findall(r'^\| `(.+?)` \| (.*?) \|(?: (\d*) \|)?$', (folder / 'README.md').read_text(), re.M)
+    wanted = [path.stem for path in folder.glob('*horse-21-*.py') if '100e_dataset-ddpm' not in path.stem]
+    horse = {stem: (figure, channels) for stem, figure, channels in rows if stem in wanted}
+    assert sorted(horse) == sorted(wanted)
+    figures = {stem: figure.partition(': ')[2] for stem, (figure, _) in horse.items() if figure}
+    assert {stem.split('_1xb')[0]: figure for stem, figure in figures.items()} == FIGURES
+    for stem, (_, channels) in horse.items():
+        if channels:
+            assert int(channels) == sum(Config.fromfile(folder / f'{stem}.py').model.decode_head.in_channels)
+    others = [stem for stem, _, _ in rows if stem not in wanted and stem.startswith('ddpm')]
+    assert len(others) == 5 and all((folder / f'{stem}.py').is_file() for stem in others)
 
 
 @pytest.fixture(scope='module')
