@@ -79,6 +79,7 @@ def without_weights() -> Iterator[None]:
     with (
         patch.object(PromptEncoder, '__call__', encode),
         patch.object(PromptEncoder, 'class_embeddings', embed_classes),
+        patch.object(PromptEncoder, 'fingerprint', None),
         torch.device('meta'),
     ):
         yield
@@ -126,7 +127,8 @@ def describe(path: Path) -> list[str]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.encode_decode(torch.empty(1, 3, height, width, device='meta'), [{'img_shape': (height, width)}])
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    with without_weights():  # which a checkpoint identifies, those of text encoders included
+        size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     return [
         f'[{path.stem}]({path.name})',
         published(path.stem),
