@@ -9,8 +9,10 @@ Keypoints are matched between random maps of CELLS x CELLS cells, at the size of
   normalise the whole target map and multiply it with the keypoint's descriptor.
 
 Each case runs in a separate process. The ratio is the median over pairs of measurements; memory is what a procedure
-needs in addition to the maps. The last column is the number of equal matches. On random maps the outermost pixels have
-equal descriptors, so that rounding errors decide which of them is the match.
+needs in addition to the maps. The last columns are the number of equal matches, and the largest difference of the
+cosine similarities that the two procedures reach, computed in double precision. Beyond the centres of border cells all
+pixels have the same descriptor, so the same similarity: there `match_points` takes the first one, and the published
+procedure the one that rounding errors in single precision choose.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 
 from diffseg.benchmarking import in_subprocess, in_turn, machine, print_rows, table_head
 from diffseg.command_line import default_device
-from diffseg.models.correspondence import match_points
+from diffseg.models.correspondence import UpsampledSimilarity, descriptors_at, match_points
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def measure(case: Case) -> dict[str, Any]:
 
     Returns:
         For each procedure its `ms` (median), its peak `memory` in bytes beyond that before the call (None where it
-        cannot be read), the `ratio` of their times, and how many of the matches are the `same`.
+        cannot be read), the `ratio` of their times, how many of the matches are the `same`, and the largest
+        `difference` of the similarities that both reach.
     """
     source, target = torch.randn(2, case.channels, case.cells, case.cells, device=case.device)
     size = case.height, case.width
@@ -83,10 +86,17 @@ def measure(case: Case) -> dict[str, Any]:
     match_points(*small, (8, 8), (8, 8)), published_matches(*small, (8, 8))  # warm-up: kernels load at the first call
     result, matches = in_turn(procedures, case.device, case.repeat)
     result['same'] = int((matches['ours'] == matches['published']).all(1).sum())
+    similarity = UpsampledSimilarity.of(descriptors_at(source, points, size), target, size)
+    queries = torch.arange(len(points), device=source.device)
+    ours, theirs = (similarity.at(queries, *match.to(source.device).T.flip(0)) for match in matches.values())
+    result['difference'] = float((ours - theirs).abs().max())
     return result
 
 
-TITLES = 'cells', 'channels', 'image', 'keypoints', 'ms', 'published ms', 'ratio', 'MB', 'published MB', 'same'
+TITLES = (
+    *('cells', 'channels', 'image', 'keypoints', 'ms', 'published ms', 'ratio', 'MB', 'published MB'),
+    *('same', 'difference'),
+)
 
 
 def line(case: Case, measured: Mapping[str, Any]) -> str:
@@ -95,7 +105,8 @@ def line(case: Case, measured: Mapping[str, Any]) -> str:
     cells = [case.cells, case.channels, f'{case.height} x {case.width}', case.keypoints]
     cells += [f'{procedure["ms"]:.0f}' for procedure in procedures] + [f'{measured["ratio"]:.0f}']
     cells += ['-' if (memory := procedure['memory']) is None else f'{memory / 1e6:.0f}' for procedure in procedures]
-    return f'| {" | ".join(map(str, [*cells, measured["same"]]))} |'
+    cells += [measured['same'], f'{measured["difference"]:.0e}']
+    return f'| {" | ".join(map(str, cells))} |'
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -31,3 +31,4 @@ def test_matching(tool, tmp_path, capfd, monkeypatch):
     assert [line.split('|')[1:5] for line in lines[4:]] == [[f' {n} ', ' 16 ', ' 30 x 40 ', ' 10 '] for n in (6, 8)]
     for row in json.loads((tmp_path / 'm.json').read_text()):
         assert row['measured']['ratio'] > 0 and row['measured']['same'] <= 10
+        assert row['measured']['difference'] < 1e-6

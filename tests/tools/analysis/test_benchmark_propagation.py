@@ -17,6 +17,13 @@ def test_published_propagation_finds_the_same(tool):
     torch.testing.assert_close(tool.masked_matrix(target, context, labels, 5, 2, 0.2), ours)
 
 
+def test_a_cell_whose_last_similarity_is_not_unique_is_undecided(tool):
+    target, context = torch.randn(8, 1, 1).expand(8, 3, 3), torch.randn(1, 8, 3, 3)
+    context[0, :, 2] = 5 * context[0, :, 0]  # other lengths, the same cosines
+    margins = [tool.margin(target, context, 1, 1, topk, 1) for topk in range(1, 9)]
+    assert sum(each < tool.ROUNDING for each in margins) == 3
+
+
 def test_propagation(tool, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(tool, 'in_subprocess', lambda _, case: tool.measure(case))
     options = f'--cells 8 12 --frames 2 --channels 16 --repeat 1 --device cpu --json {tmp_path / "p.json"}'
