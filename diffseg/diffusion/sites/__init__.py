@@ -15,7 +15,7 @@ from diffseg.diffusion.sites.latent_unet import LATENT_UNET
 from diffseg.diffusion.sites.names import aliases, nearest, refuse_string, resolve
 from diffseg.diffusion.sites.pixel_unet import PIXEL_UNET
 from diffseg.diffusion.sites.site import NetworkKind, Site
-from diffseg.diffusion.sites.transformers import TRANSFORMERS
+from diffseg.diffusion.sites.transformer_tables import TRANSFORMERS
 
 KINDS = (LATENT_UNET, PIXEL_UNET, *TRANSFORMERS)
 Network = reduce(or_, (kind.network for kind in KINDS))

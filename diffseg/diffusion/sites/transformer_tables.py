@@ -125,8 +125,7 @@ def _single_block(attention: str, norm: str, feed_forward: tuple[str, str]) -> t
     )
 
 
-GELU_INNER = BlockSite('ffn-inner', 'ff.net.2', 'ff.net.2.in_features', INPUT)
-PIXART_BLOCK = _cross_block(GELU_INNER)
+GELU_BLOCK = _cross_block(BlockSite('ffn-inner', 'ff.net.2', 'ff.net.2.in_features', INPUT))
 SANA_BLOCK = _cross_block(  # self-attention is linear: no probabilities
     BlockSite('ffn-inner', 'ff.conv_point', 'ff.conv_point.in_channels', SPATIAL_INPUT), self_map=False
 )
@@ -205,9 +204,9 @@ def _call_hunyuan(network: nn.Module, x_t: Tensor, timestep: Tensor | float, **k
 
 
 TRANSFORMERS = (
-    transformer_kind(PixArtTransformer2DModel, (Stack('transformer_blocks', PIXART_BLOCK),)),
+    transformer_kind(PixArtTransformer2DModel, (Stack('transformer_blocks', GELU_BLOCK),)),
     # diffusers cuts its output into a square of patches, whatever their number; ours is the last projection's
-    transformer_kind(DiTTransformer2DModel, (Stack('transformer_blocks', PIXART_BLOCK),), Head('proj_out_2')),
+    transformer_kind(DiTTransformer2DModel, (Stack('transformer_blocks', GELU_BLOCK),), Head('proj_out_2')),
     transformer_kind(SD3Transformer2DModel, (Stack('transformer_blocks', SD3_BLOCK),)),
     transformer_kind(
         FluxTransformer2DModel,
@@ -234,7 +233,7 @@ TRANSFORMERS = (
         packed=True,
     ),
     transformer_kind(SanaTransformer2DModel, (Stack('transformer_blocks', SANA_BLOCK),), vae_scale_factor=32),
-    transformer_kind(HunyuanDiT2DModel, (Stack('blocks', PIXART_BLOCK),), call=_call_hunyuan),
+    transformer_kind(HunyuanDiT2DModel, (Stack('blocks', GELU_BLOCK),), call=_call_hunyuan),
     transformer_kind(
         AuraFlowTransformer2DModel,
         (
