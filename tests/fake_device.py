@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -111,8 +112,18 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
     return x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
 
 
+def _interpolate(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    like = torch.empty(x.shape, dtype=x.dtype, device='meta')
+    return x.new_empty(F.interpolate(like, *args, **kwargs).shape)
+
+
 # What asks for the device's driver, out of operations that do not.
-REPLACED = {Tensor.contiguous: _contiguous, Tensor.copy_: torch.ops.aten.copy_.default}
+REPLACED = {
+    Tensor.contiguous: _contiguous,
+    Tensor.copy_: torch.ops.aten.copy_.default,
+    Tensor.__invert__: torch.logical_not,
+    F.interpolate: _interpolate,
+}
 
 
 class _Bindings(TorchFunctionMode):
