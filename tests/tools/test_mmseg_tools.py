@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import mmcv
 import numpy as np
 import pytest
+import tiny_vision
 import torch
 from layouts import write_ade20k
 from mmengine.config import Config
@@ -113,13 +114,15 @@ def scarce_data(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope='module', params=['pixel classifiers', 'maps of any size', 'ResNet', 'ADE20K'])
+@pytest.fixture(scope='module', params=['pixel classifiers', 'maps of any size', 'ResNet', 'ADE20K', 'ensemble'])
 def run(request, tiny_pipeline, scarce_data, tmp_path_factory) -> Run:
     init_default_scope('mmseg')
     folder = tmp_path_factory.mktemp('run')
-    if request.param == 'ADE20K':
-        path = ROOT / 'configs/segmentation/sd15-t50_agg-upernet_1xb2-80k_ade20k-512x512.py'
-        cfg = shrink(path, {'sd15': tiny_pipeline}, write_ade20k(tmp_path_factory.mktemp('ade'), val=2), folder, 1)
+    if request.param in ('ADE20K', 'ensemble'):
+        model = {'ADE20K': 'sd15', 'ensemble': 'sd15+dinov2-b'}[request.param]
+        path = ROOT / f'configs/segmentation/{model}-t50_agg-upernet_1xb2-80k_ade20k-512x512.py'
+        models = {'sd15': tiny_pipeline, 'dinov2-b': tiny_vision.save(tmp_path_factory.mktemp('vision') / 'dinov2')}
+        cfg = shrink(path, models, write_ade20k(tmp_path_factory.mktemp('ade'), val=2), folder, 1)
         cfg.default_hooks.visualization.interval = 1  # not 50
         cfg.tta_pipeline[-1].transforms[0] = cfg.tta_pipeline[-1].transforms[0][:2]
         return Run(cfg, folder)
