@@ -2,11 +2,14 @@
 
 mmsegmentation 1.2.2 imports a few names from `mmcv.ops`, for which mmcv-lite has no compiled code. mmengine 0.10.7
 writes checkpoints that `torch.load` refuses since torch 2.6. Its configs inherit those of packages that it knows by
-name only, and the onedl fork does not know its own mmsegmentation. Nothing else is touched.
+name only, and the onedl fork does not know its own mmsegmentation. Warnings that ask nothing of the user are hidden.
+Nothing else is touched.
 """
 
 import pickle
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.metadata import distributions
@@ -23,11 +26,20 @@ from torch import Tensor
 STATISTICS = {name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')}
 
 
+HARMLESS = {
+    '``build_loss`` would be deprecated soon': 'mmseg calls it, not the user',
+    'pkg_resources is deprecated as an API': 'mmengine calls it to find `mmseg::...`, not the user',
+    'The draw is False, it means that the hook for visualization will not take effect': 'as meant without --show-dir',
+}  # the beginnings of warnings, and why the user need not see them
+WITHOUT_OPS = 'Fail to import ``MultiScaleDeformableAttention``'  # heads that need it say so when they are built
+
+
 def apply() -> None:
     """Fill the gaps that exist; calling it again changes nothing."""
     provide_ops()
     allow_checkpoints()
     name_fork()
+    hide_warnings()
     MODULE2PACKAGE.setdefault('diffseg', 'diffseg')  # configs inherit `diffseg::...`
 
 
@@ -43,6 +55,13 @@ def provide_ops() -> None:
     ops.sigmoid_focal_loss = sigmoid_focal_loss
     ops.CrissCrossAttention = ops.PSAMask = None  # the heads that need them say so when they are built
     sys.modules['mmcv.ops'] = ops
+
+
+def hide_warnings() -> None:
+    """Hide warnings that every start would print and that ask nothing of the user; a user's filters come first."""
+    without_ops = [WITHOUT_OPS] if find_spec('mmcv._ext') is None else []
+    for message in (*HARMLESS, *without_ops):
+        warnings.filterwarnings('ignore', re.escape(message), append=True)
 
 
 def point_sample(input: Tensor, points: Tensor, align_corners: bool = False, **kwargs) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -172,3 +173,21 @@ def test_mmseg_configs_are_found_under_the_installed_name(monkeypatch, installed
     monkeypatch.setattr(compat, 'distributions', lambda name: [name] if name in installed else [])
     compat.name_fork()
     assert compat.MODULE2PACKAGE['mmseg'] == name
+
+
+CODE = """
+import diffseg, mmseg.models
+from mmengine.visualization import Visualizer
+from mmseg.registry import HOOKS
+
+Visualizer.get_instance('visualizer')
+HOOKS.build({'type': 'SegVisualizationHook'})
+"""
+
+
+@pytest.mark.parametrize('options, shown', [([], False), (['-W', 'always'], True)], ids=['hidden', "a user's filter"])
+def test_warnings_at_every_start_are_hidden(options, shown):
+    done = subprocess.run([sys.executable, *options, '-c', CODE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    messages = [message for message in (*compat.HARMLESS, compat.WITHOUT_OPS) if message in done.stderr]
+    assert bool(messages) == shown
