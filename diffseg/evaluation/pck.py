@@ -241,6 +241,8 @@ class PCKMetric(BaseMetric):
             results = [r for r in results if any(fnmatchcase(r['category'], each) for each in self.categories)]
             if not results:
                 raise ValueError(f'no pair is of a category like {self.categories}')
+        if not results:
+            raise ValueError('there is no pair to evaluate: the test data set is empty')
         damaged = [record['damaged'] for record in results if 'damaged' in record]
         if len(damaged) == len(results):
             raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')

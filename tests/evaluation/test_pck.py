@@ -104,6 +104,11 @@ def test_all_figures_are_exactly_100_for_perfect_predictions():
     assert len(found) == 4 * 2 * 3 and set(found.values()) == {100}
 
 
+def test_an_empty_data_set_is_an_error():
+    with pytest.raises(ValueError, match='there is no pair to evaluate'):
+        PCKMetric().compute_metrics([])
+
+
 def test_damaged_pairs_are_counted_and_do_not_count():
     damaged = {'pair_id': '9', 'category': 'cat', 'damaged': 'cat.jpg: cannot be read', 'protocol': {}}
     with_damaged = evaluate(PCKMetric(), [*HAND_MADE, damaged])
