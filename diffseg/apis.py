@@ -1,4 +1,4 @@
-"""Matching two image files outside of a data set: what `tools/apply/match.py` and its like share."""
+"""Matching of two image files outside of a data set, for the tools in `tools/apply`."""
 
 import argparse
 import json
@@ -25,10 +25,11 @@ from diffseg.structures import PairSample
 
 
 def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
-    """The model that `command_line.add_model_arguments` describe, and the pipeline that prepares images for it.
+    """Build the model for the options of `command_line.add_model_arguments`, and the pipeline that prepares its images.
 
     Raises:
-        ValueError: the config is of another model, the checkpoint does not fit it, or its prompt lacks a category.
+        ValueError: the config has another model, the checkpoint does not fit, or `--category` is missing for the
+            prompt.
     """
     init_default_scope('mmseg')
     if args.config is None:
@@ -36,7 +37,7 @@ def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[di
         return MODELS.build(zero_shot_config(args)), [{'type': 'LoadPair'}, *resize, {'type': 'PackPair'}]
     cfg = Config.fromfile(args.config)
     if cfg.get('model', {}).get('type') != 'CorrespondenceModel':
-        raise ValueError(f'{args.config}: its model is no CorrespondenceModel')
+        raise ValueError(f'{args.config}: its model is not a CorrespondenceModel')
     model = MODELS.build(cfg.model)
     if args.checkpoint is not None:
         try:
@@ -44,12 +45,12 @@ def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[di
         except RuntimeError as error:
             raise ValueError(f'{args.checkpoint} does not fit {args.config}: {error}') from error
     if model.prompt is not None and '{category}' in model.prompt and args.category is None:
-        raise ValueError(f'the prompt of {args.config} is {model.prompt!r}; say --category')
+        raise ValueError(f'the prompt of {args.config} is {model.prompt!r}; give --category')
     return model, cfg.test_dataloader.dataset.pipeline
 
 
 def zero_shot_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Config of a model that compares activations as they are."""
+    """Config of a zero-shot model that matches activations."""
     available = sites(meta_unet(args.model))
     layers = expand(args.layers, available)
     return {
@@ -75,13 +76,13 @@ def zero_shot_config(args: argparse.Namespace) -> dict[str, Any]:
 def prepare_pair(
     paths: Sequence[Path], points: np.ndarray, pipeline: Sequence[Mapping[str, Any]], category: str | None
 ) -> dict[str, Any]:
-    """A batch of one pair, as the data set of the pipeline would give it.
+    """A batch of one pair, as from a data set with this pipeline.
 
     Args:
         paths: of the source and the target.
         points: (x, y) in pixels of the source's file, with shape (N, 2).
-        pipeline: of transforms.
-        category: of the objects, where the model's prompt names it.
+        pipeline: configs of transforms.
+        category: of the objects, for `{category}` in the model's prompt.
 
     Raises:
         ValueError: a point lies outside the source, or the pipeline crops.
@@ -105,7 +106,7 @@ def read_maps(path: Path, model: CorrespondenceModel) -> list[Tensor]:
     """The backbone's maps (1, T*C, h, w) from a file of activations.
 
     Raises:
-        ValueError: it lacks layers or timesteps of the backbone.
+        ValueError: layers or timesteps of the backbone are missing in the file.
     """
     extractor = getattr(model.backbone, 'extractor', None)
     if extractor is None:
@@ -118,13 +119,11 @@ def read_maps(path: Path, model: CorrespondenceModel) -> list[Tensor]:
             rows = [stored.index(t) for t in extractor.timesteps]
         elif len(stored) == len(extractor.timesteps):
             rows = list(range(len(stored)))
-            warnings.warn(
-                f'{path.name}: timesteps {stored} in place of {list(extractor.timesteps)}', stacklevel=2
-            )
+            warnings.warn(f'{path.name}: timesteps {stored} in place of {list(extractor.timesteps)}', stacklevel=2)
         else:
             raise ValueError(
-                f'{path} has timesteps {stored}, the model reads {list(extractor.timesteps)}; let it have these, or as '
-                f'many others'
+                f'{path} has timesteps {stored}, the model reads {list(extractor.timesteps)}; the file needs these, or '
+                f'the same number of others'
             )
         return [file.get_tensor(layer)[rows].flatten(0, 1)[None].float() for layer in extractor.layers]
 
@@ -132,7 +131,7 @@ def read_maps(path: Path, model: CorrespondenceModel) -> list[Tensor]:
 def descriptors_of(
     model: CorrespondenceModel, image: Tensor, sample: PairSample, view: int, features: Path | None
 ) -> Tensor:
-    """Descriptors (C, h, w) of an image (3, H, W), from its file of activations if `features` is a folder with one."""
+    """Descriptors (C, h, w) of an image (3, H, W), from its file in the folder `features` if there is one."""
     if features is not None:
         path = features / f'{Path(sample.get(f"img_path{view}")).name}.safetensors'
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Counting operations, and measuring two procedures in turn: what the benchmarks share."""
+"""Counting of operations, and measurement of two procedures in turn."""
 
 import gc
 import json
@@ -25,9 +25,9 @@ TOKENS = 77  # of a prompt
 
 
 class Operations(TorchDispatchMode):
-    """Record every operation, with its cost, and what it reads and writes, so that unneeded ones can be told apart.
+    """Record the cost, inputs and outputs of every operation, from which unneeded operations follow.
 
-    Meant for the meta device: all tensors are kept, because a storage's identity stands for its content.
+    Meant for the meta device: all tensors are kept alive, because storages are identified by address.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
-        read, written = (self._storages(each) for each in ((args, kwargs), out))
+        read, written = (self._storages(tensors) for tensors in ((args, kwargs), out))
         self.log.append((count(*args, **kwargs, out_val=out) if count else 0, read, written))
         return out
 
@@ -52,9 +52,9 @@ class Operations(TorchDispatchMode):
         """FLOP of all operations."""
         return sum(flop for flop, _, _ in self.log)
 
-    def needed(self, wanted: Iterable[Tensor]) -> int:
-        """FLOP of the operations on which any of the `wanted` tensors depends."""
-        storages = self._storages(list(wanted))
+    def needed(self, outputs: Iterable[Tensor]) -> int:
+        """FLOP of the operations on which any of the `outputs` depends."""
+        storages = self._storages(list(outputs))
         total = 0
         for flop, read, written in reversed(self.log):
             if written & storages:
@@ -72,14 +72,14 @@ FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_sdpa_fl
 
 
 def executed(run: Callable[[], Any]) -> int:
-    """FLOP that a call executes, on whatever device it runs."""
+    """FLOP that a call executes, on any device."""
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         run()
     return counter.get_total_flops()
 
 
 def placeholder_conditioning(unet: Network, tokens: int = TOKENS) -> Conditioning:
-    """An embedding of the right shape, since no text encoder is needed for a measurement; without tokens for pixels."""
+    """A prompt embedding of the right shape without text encoder; without tokens for models of pixel space."""
     config = unet.config
     if 'cross_attention_dim' not in config:
         return Conditioning(torch.empty(1, 0, 0))
@@ -95,8 +95,8 @@ def in_turn(
     """Run the procedures `ours` and `published` once for their memory, then in turn for their times.
 
     Returns:
-        For each procedure its `ms` (median) and the `memory` in bytes that it took at most on top of what there was
-        (None where it cannot be read), and the `ratio` of their times; and what each of them returned.
+        For each procedure its `ms` (median) and its peak `memory` in bytes beyond that before the call (None where it
+        cannot be read), and the `ratio` of their times; and the value that each procedure returned.
     """
     result: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in procedures}
@@ -118,7 +118,7 @@ def in_turn(
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds that a call takes until its results are there."""
+    """Seconds that a call takes, including the device's work."""
     start = time.perf_counter()
     run()
     if torch.device(device).type != 'cpu':
@@ -127,7 +127,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def reset_peak(device: str) -> None:
-    """Start the count of `peak` anew."""
+    """Reset the count of `peak`."""
     if torch.device(device).type != 'cpu':
         torch.get_device_module(device).reset_peak_memory_stats(device)
     elif sys.platform == 'linux':
@@ -135,7 +135,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str) -> int | None:
-    """The most bytes in use at once, on the device or, for the CPU, in the process; None where it cannot be read."""
+    """Peak memory in bytes, of the device or, for the CPU, of the process; None where it cannot be read."""
     if torch.device(device).type != 'cpu':
         return torch.get_device_module(device).max_memory_allocated(device)
     if sys.platform == 'linux':
@@ -145,7 +145,7 @@ def peak(device: str) -> int | None:
 
 
 def in_subprocess(tool: str | Path, case: Any) -> dict[str, Any]:
-    """Measure a case in a fresh process, so that no case sees the memory of another.
+    """Measure a case in a fresh process, so that cases do not share memory.
 
     Args:
         tool: script that, given `--case JSON`, measures the case and prints the result as the last line, in JSON.
@@ -162,7 +162,7 @@ def in_subprocess(tool: str | Path, case: Any) -> dict[str, Any]:
 
 
 def print_rows(rows: Iterable[tuple[dict[str, Any], str]], path: Path | None) -> None:
-    """Print the text of each row as soon as it is there; write the results to a JSON file, if there is a path."""
+    """Print the text of each row as soon as it is available; write the results to a JSON file if a path is given."""
     results = []
     for result, text in rows:
         results.append(result)
@@ -173,7 +173,7 @@ def print_rows(rows: Iterable[tuple[dict[str, Any], str]], path: Path | None) ->
 
 
 def machine(device: str) -> str:
-    """What a benchmark runs on: the device's name, or the processor and PyTorch's threads; and PyTorch's version."""
+    """Name of the device, or the processor and PyTorch's number of threads; and PyTorch's version."""
     if torch.device(device).type != 'cpu':
         return f'{torch.get_device_module(device).get_device_name(device)}; torch {torch.__version__}'
     processor = platform.processor() or platform.machine()
@@ -181,5 +181,5 @@ def machine(device: str) -> str:
 
 
 def table_head(names: Sequence[str]) -> str:
-    """Head of a Markdown table."""
+    """Header of a Markdown table."""
     return f'| {" | ".join(names)} |\n|{"---|" * len(names)}'

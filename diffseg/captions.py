@@ -1,4 +1,4 @@
-"""Captions of images, one for each, from a file."""
+"""Captions of images from a JSON file."""
 
 import json
 from collections.abc import Mapping
@@ -6,20 +6,20 @@ from pathlib import Path
 
 
 class Captions:
-    """Captions, each in a row of its own, of the images in a JSON file {image name: caption}.
+    """Captions of images from a JSON file {image name: caption}, numbered by row.
 
-    An image's name is that of its file; where folders hold files of the same name, as much of the path as tells them
-    apart stands before it (`horse/1.jpg`). If several names fit a path, the longest does.
+    An image's name is that of its file; if files in several folders share a name, it is preceded by as many folders as
+    make it unique (`horse/1.jpg`). If several names match a path, the longest is used.
 
     Args:
-        file: The JSON file.
+        file: the JSON file.
 
     Attributes:
-        texts: Captions in the order of the file.
+        texts: captions in the order of the file.
 
     Raises:
-        OSError: There is no such file.
-        ValueError: The file holds something else.
+        OSError: the file does not exist.
+        ValueError: the file has other content.
     """
 
     def __init__(self, file: str | Path):
@@ -31,7 +31,7 @@ class Captions:
         if not isinstance(content, Mapping) or not content:
             raise ValueError(f'{file} holds no captions; it is {{"image name": "caption", ...}}')
         if wrong := [name for name, text in content.items() if not isinstance(text, str)]:
-            raise ValueError(f'{file}: the caption of {wrong[0]!r} is {content[wrong[0]]!r}, which is no text')
+            raise ValueError(f'{file}: the caption of {wrong[0]!r} is {content[wrong[0]]!r}, which is not text')
         self.texts: list[str] = list(content.values())
         self._rows = {name: row for row, name in enumerate(content)}
 
@@ -39,7 +39,7 @@ class Captions:
         """The row of an image's caption.
 
         Raises:
-            ValueError: There is none.
+            ValueError: the image has no caption.
         """
         parts = Path(path).parts if path is not None else ()
         for start in range(len(parts)):

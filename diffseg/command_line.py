@@ -6,7 +6,7 @@ import torch
 
 
 def default_device() -> str:
-    """The accelerator that is there, or else the CPU."""
+    """Name of the available accelerator, or `cpu`."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else 'cpu'
 
 
@@ -17,7 +17,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say by which model images are compared; `load_matcher` takes them."""
+    """Add the options of the model that matches images, for `load_matcher`."""
     parser.add_argument('--config', help='of a CorrespondenceModel')
     parser.add_argument('--checkpoint', help='of that model (default: none, as for zero-shot configs)')
     parser.add_argument('--category', help="of the objects, where the config's prompt names it")
@@ -27,13 +27,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
-    parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
+    parser.add_argument(
+        '--size', nargs='+', type=int, help='resize to S x S or H x W (default: the size of each image)'
+    )
     parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
     parser.add_argument('--device', default=default_device())
 
 
 def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a message if they do not go together; `size` becomes a pair."""
+    """Exit with a message if the model options are inconsistent; `size` becomes a pair."""
     if (args.config is None) == (args.model is None):
         parser.error('give either --config or --model')
     if args.model is not None and (not args.layers or not args.timesteps):

@@ -1,12 +1,12 @@
-"""Edits of one image carried to others: what is drawn over the source lands where its targets show the same.
+"""Edit propagation: a sticker drawn over a source image is warped to the same parts of objects in target images.
 
-Pure functions, after DIFT's edit propagation (arXiv 2306.03881). A *sticker* is what is drawn, RGBA with shape
-(H, W, 4), uint8, on a canvas of the source's size. Some of its pixels are matched with each target (see
+Pure functions, after DIFT's edit propagation (arXiv 2306.03881). A *sticker* is the edit as RGBA with shape (H, W, 4),
+uint8, on a canvas of the source's size. Some of its pixels are matched with each target (see
 `diffseg.models.correspondence.match_points`), and a homography or a thin-plate spline of the matches warps it. Points
-are (x, y) in pixels of their own image.
+are (x, y) in pixels of their image.
 
-Unlike DIFT, which resizes all images to 768 x 768 and aligns the corners of maps and images, edits are made in images
-of any size, and a map's cells lie where they are in its image.
+Unlike DIFT, which resizes all images to 768 x 768 and aligns the corners of maps and images, images keep their sizes,
+and the cells of a map tile its image.
 """
 
 import math
@@ -25,7 +25,7 @@ from diffseg.geometry import Size
 
 MIN_INLIERS = 8  # any four matches agree on some homography
 MIN_SHARE = 0.1  # of the matches
-MAX_STRETCH = 10.0  # of a sticker in any direction, besides what the sizes of the images make of it; and 1 / 10
+MAX_STRETCH = 10.0  # of a sticker in any direction, relative to the scale between the images; and 1 / 10
 MAX_TORN = 0.1  # of a sticker's area
 BEND = 0.2  # of a sticker's extent: how far a bent object may be from an affine map
 NEIGHBOURS = 12
@@ -44,12 +44,12 @@ def read_sticker(path: str | Path, size: Size) -> np.ndarray:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow's decoders let many types escape on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(f'{path}: cannot be read as an image ({error})') from error
     if not image.has_transparency_data:
         raise ValueError(
-            f'{path}: has mode {image.mode!r}, no alpha channel; a sticker is transparent where the source is to stay '
-            f'as it is, so save it as a PNG with transparency'
+            f'{path}: has mode {image.mode!r}, no alpha channel; a sticker is transparent where the source is '
+            f'unchanged, so save it as a PNG with transparency'
         )
     if (image.height, image.width) != size:
         raise ValueError(
@@ -58,7 +58,7 @@ def read_sticker(path: str | Path, size: Size) -> np.ndarray:
         )
     sticker = np.array(image.convert('RGBA'))
     if not sticker[..., 3].any():
-        raise ValueError(f'{path}: is transparent everywhere; give the pixels to propagate an alpha above 0')
+        raise ValueError(f'{path}: is transparent everywhere; give pixels that shall be propagated an alpha above 0')
     return sticker
 
 
@@ -67,8 +67,8 @@ def sample_points(sticker: np.ndarray, count: int = 1000, seed: int = 0) -> np.n
 
     Args:
         sticker: with shape (H, W, 4).
-        count: how many at most.
-        seed: the same one draws the same pixels.
+        count: largest number of pixels.
+        seed: of the draw.
 
     Returns:
         (x, y), row by row, with shape (N, 2), int64.
@@ -82,27 +82,27 @@ def sample_points(sticker: np.ndarray, count: int = 1000, seed: int = 0) -> np.n
 def fit_homography(
     points: np.ndarray, matches: np.ndarray, sticker: np.ndarray, size: Size, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The homography to the target that most matches support (RANSAC).
+    """Fit a homography to the matches (RANSAC).
 
-    Unlike DIFT, which warps by whatever is found, a homography that few matches support, or that tears or crushes the
-    sticker, is an error. One that mirrors is right for objects that face the other way.
+    Unlike DIFT, which uses every result, a homography with few inliers, or one that tears or crushes the sticker, is an
+    error. One that mirrors is valid: objects may face the other way.
 
     Args:
         points: of the sticker, with shape (N, 2).
         matches: in the target, with shape (N, 2).
         sticker: with shape (H, W, 4).
         size: (height, width) of the target.
-        threshold: in pixels of the target, how far an inlier may be off.
+        threshold: largest error of an inlier, in pixels of the target.
 
     Returns:
-        The homography with shape (3, 3), and which matches are inliers, bool with shape (N,).
+        The homography with shape (3, 3), and a mask of the inliers, bool with shape (N,).
 
     Raises:
-        ValueError: too few matches agree; its horizon crosses the sticker, so that a part of it is turned over; or it
-            is (nearly) singular there.
+        ValueError: too few inliers; the horizon crosses the sticker, so that a part of it is turned over; or the
+            homography is (nearly) singular on the sticker.
     """
     homography, inliers = estimate_homography(points.astype(float), matches.astype(float), 'ransac', threshold)
-    remedy = 'other layers, more noises, a larger sticker or threshold, or a spline'
+    remedy = 'other layers, a larger ensemble, a larger sticker or threshold, or a spline'
     _check_support(inliers, f'one homography to {threshold:.3g} px', remedy)
     y, x = np.nonzero(sticker[..., 3])
     corners = cv2.convexHull(np.stack([x, y], axis=1).astype(np.int32))[:, 0].astype(float)  # (K, 2)
@@ -110,7 +110,7 @@ def fit_homography(
     if w.min() <= 0 <= w.max():
         raise ValueError(
             f'the homography turns a part of the sticker over: its horizon crosses the sticker, with {(w > 0).sum()} '
-            f'of the {len(w)} corners of its hull on one side; take other layers, more noises, or a smaller sticker'
+            f'of the {len(w)} corners of its hull on one side; use other layers, a larger ensemble or a smaller sticker'
         )
     places = transform(homography, corners)  # (K, 2)
     jacobians = (homography[:2, :2] - places[..., None] * homography[2, :2]) / w[:, None, None]  # (K, 2, 2)
@@ -120,7 +120,7 @@ def fit_homography(
         raise ValueError(
             f'the homography is nearly singular: it scales the sticker by {stretch.min():.3g} to {stretch.max():.3g}, '
             f'allowed is {1 / MAX_STRETCH:g} to {MAX_STRETCH:g} (times {usual:.3g}, the scale between the images); '
-            f'take other layers, a higher resolution, or a sticker that is no narrow strip'
+            f'use other layers, a higher resolution, or a sticker that is not a narrow strip'
         )
     return homography, inliers
 
@@ -144,32 +144,32 @@ def fit_spline(
     tolerance: float,
     smoothing: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The thin-plate spline from the target back to the source, for objects that bend (not in DIFT).
+    """Fit a thin-plate spline from the target to the source, for non-rigid objects (not in DIFT).
 
-    Of the matches those are kept whose own match in the source is near the point, that are near an affine map (RANSAC)
-    and whose distance from it is that of their neighbours.
+    Inliers are cycle-consistent (the match of the match is near the point), near an affine map (RANSAC), and their
+    offset from it is near that of their neighbours.
 
     Args:
         points: of the sticker, with shape (N, 2).
         matches: in the target, with shape (N, 2).
-        returned: what the matches are matched with in the source, with shape (N, 2).
+        returned: the matches of `matches` in the source, with shape (N, 2).
         source_size: (height, width) of the source.
         size: that of the target.
-        threshold: in pixels of the target, how far a match may be off the median of its neighbours.
-        tolerance: in pixels of the source, how near "near" is.
+        threshold: largest distance of an inlier from the median of its neighbours, in pixels of the target.
+        tolerance: largest cycle error, in pixels of the source.
         smoothing: weight of the spline's bending energy, for coordinates in units of the sticker's extent.
 
     Returns:
-        For each pixel of the target where it comes from in the source, (x, y) with shape (height, width, 2), float32,
-        outside the source where the matches do not reach; and which matches it is made of, bool with shape (N,).
+        For each pixel of the target its position in the source, (x, y) with shape (height, width, 2), float32, outside
+        the source far from the matches; and a mask of the inliers, bool with shape (N,).
 
     Raises:
-        ValueError: too few matches agree, all of them lie on a line, or the spline folds or crushes the sticker.
+        ValueError: too few inliers, all of them lie on a line, or the spline folds or crushes the sticker.
     """
     points, matches = points.astype(float), matches.astype(float)
     kept = np.linalg.norm(returned - points, axis=1) <= tolerance
-    remedy = 'other layers, more noises, or a larger sticker'
-    _check_support(kept, f'their own matches to {tolerance:.3g} px', remedy)
+    remedy = 'other layers, a larger ensemble, or a larger sticker'
+    _check_support(kept, f'their backward matches to {tolerance:.3g} px', remedy)
     bend = BEND * _extent(matches[kept])
     affine, near = cv2.estimateAffine2D(points[kept], matches[kept], ransacReprojThreshold=max(bend, threshold))
     kept[kept] = near[:, 0] > 0
@@ -182,10 +182,12 @@ def fit_spline(
     try:
         backward = _evaluate_spline(matches[kept], points[kept], size, smoothing)
     except np.linalg.LinAlgError as error:
-        raise ValueError(f'all matches lie on a line, which determines no spline; take {remedy}') from error
+        raise ValueError(f'all matches lie on a line, which determines no spline; use {remedy}') from error
     hull = cv2.convexHull(matches[kept].round().astype(np.int32))
     inside = cv2.fillConvexPoly(np.zeros(size, np.uint8), hull, 1)
-    derivatives = [each[inside > 0] for each in np.gradient(backward, axis=(1, 0))]  # along x and y, (P, 2) each
+    derivatives = [
+        derivative[inside > 0] for derivative in np.gradient(backward, axis=(1, 0))
+    ]  # along x and y, (P, 2) each
     jacobians = np.stack(derivatives, axis=2)[:: len(derivatives[0]) // PROBES + 1]  # (P, 2, 2)
     stretch = np.linalg.svd(jacobians, compute_uv=False) / np.sqrt(np.prod(source_size) / np.prod(size))  # (P, 2)
     crushed = ((stretch < 1 / MAX_STRETCH) | (stretch > MAX_STRETCH)).any(1)
@@ -193,7 +195,7 @@ def fit_spline(
     torn = (crushed | (turned == (turned.mean() < 0.5))).mean()
     if torn > MAX_TORN:
         raise ValueError(
-            f'the spline folds or crushes {torn:.0%} of the sticker, allowed is {MAX_TORN:.0%}; take {remedy}'
+            f'the spline folds or crushes {torn:.0%} of the sticker, allowed is {MAX_TORN:.0%}; use {remedy}'
         )
     beyond = cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     backward[beyond > MARGIN * _extent(matches[kept])] = OUTSIDE
@@ -210,10 +212,10 @@ def warp_spline(sticker: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
 
 def composite(image: np.ndarray, warped: np.ndarray) -> np.ndarray:
-    """Lay a warped sticker over an image. Pixels at which its alpha is 0 stay what they are.
+    """Composite a warped sticker over an image. Pixels where its alpha is 0 are unchanged.
 
-    Unlike DIFT, colours are premultiplied before the sticker is warped, so that those of its transparent pixels do not
-    seep into its edges.
+    Unlike DIFT, colours are premultiplied before the sticker is warped, so that those of transparent pixels do not
+    bleed into its edges.
 
     Args:
         image: RGB with shape (H, W, 3), uint8.
@@ -235,7 +237,7 @@ def _check_support(agree: np.ndarray, with_what: str, remedy: str) -> None:
     needed = max(MIN_INLIERS, math.ceil(MIN_SHARE * len(agree)))
     if agree.sum() < needed:
         raise ValueError(
-            f'{agree.sum()} of {len(agree)} matches agree with {with_what}, needed are {needed}; take {remedy}'
+            f'{agree.sum()} of {len(agree)} matches agree with {with_what}, needed are {needed}; use {remedy}'
         )
 
 
@@ -253,5 +255,5 @@ def _evaluate_spline(points: np.ndarray, values: np.ndarray, size: Size, smoothi
 
 
 def _extent(points: np.ndarray) -> float:
-    """About the diameter, in pixels, of most of the points with shape (N, 2)."""
+    """Approximate diameter of most of the points (N, 2), in pixels."""
     return max(1.0, 4 * float(np.median(np.linalg.norm(points - np.median(points, axis=0), axis=1))))

@@ -1,4 +1,4 @@
-"""Activations on disk: one safetensors file for each image, and `config.json`, which says how they were made."""
+"""Activations on disk: one safetensors file for each image, and `config.json` with the configuration."""
 
 import collections
 import hashlib
@@ -26,20 +26,20 @@ class Item(NamedTuple):
     name: str
 
     def output(self, out: Path) -> Path:
-        """Its file of activations in the folder `out`."""
+        """Path of its activations in the folder `out`."""
         return out / f'{self.name}.safetensors'
 
 
 def find_images(source: Path, root: Path) -> tuple[list[Item], collections.Counter[str]]:
-    """List what to read, sorted by name.
+    """List the images to read, sorted by name.
 
-    A folder is searched for files with an image's suffix; a list is taken at its word, every line of it.
+    A folder is searched for files with the suffix of an image; every line of a list is used.
 
     Returns:
-        The items, and how many other files of each suffix a folder holds. Hidden files are passed over.
+        The images, and the number of other files in the folder by suffix. Hidden files are ignored.
 
     Raises:
-        ValueError: if there is nothing, or a path lies outside the root.
+        ValueError: there are no images, or a path is outside of the root.
     """
     others: collections.Counter[str] = collections.Counter()
     if source.is_dir():
@@ -57,7 +57,7 @@ def find_images(source: Path, root: Path) -> tuple[list[Item], collections.Count
     items = set()
     for path in map(Path, map(os.path.abspath, paths)):
         if not path.is_relative_to(root):
-            raise ValueError(f'{path} lies outside {root}; say --root with a folder that holds all the images')
+            raise ValueError(f'{path} lies outside {root}; set --root to a folder that contains all images')
         items.add(Item(path, path.relative_to(root).as_posix()))
     if not items:
         raise ValueError(f'no images in {source}' + (f' (but {count_suffixes(others)})' if others else ''))
@@ -70,10 +70,10 @@ def count_suffixes(others: Mapping[str, int]) -> str:
 
 
 def check_configuration(out: Path, configuration: Mapping[str, Any]) -> None:
-    """Record the configuration in an empty output, or compare it with the one that is recorded there.
+    """Record the configuration in a new output folder, or compare it with the recorded one.
 
     Raises:
-        ValueError: naming every key in which the two differ.
+        ValueError: they differ; the message names all differing keys.
     """
     path = out / 'config.json'
     out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _flat(value: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def header(item: Item, configuration: Mapping[str, Any]) -> dict[str, str]:
-    """What a file says of itself: it is complete if it says this."""
+    """Metadata of an image's file; a file with exactly these entries is complete and current."""
     stat = item.path.stat()
     digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
     return {
@@ -115,7 +115,7 @@ def header(item: Item, configuration: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_complete(path: Path, expected: Mapping[str, str]) -> bool:
-    """Tell whether a file is whole and says the expected things of itself."""
+    """Whether a file is readable and has the expected metadata."""
     try:
         with safe_open(path, 'pt') as file:
             return expected.items() <= file.metadata().items()
@@ -124,6 +124,6 @@ def is_complete(path: Path, expected: Mapping[str, str]) -> bool:
 
 
 def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is seen under its name only when it is whole."""
+    """Write a safetensors file atomically: it gets its name when it is complete."""
     with whole_file(path) as partial:
         save_file(dict(tensors), partial, metadata)

@@ -1,4 +1,4 @@
-"""What configs and checkpoints say of backbones and necks, read without building whole models."""
+"""Read backbones and necks from configs and checkpoints without building whole models."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def available_sites(model: str, revision: str | None = None) -> tuple[dict[str, 
 
 
 def backbone_configs(config: Any) -> Iterator[dict[str, Any]]:
-    """Every DiffusionBackbone in a config, however deep."""
+    """Configs of all DiffusionBackbones in a config, at any depth."""
     if isinstance(config, dict):
         if config.get('type') == 'DiffusionBackbone':
             yield config
@@ -39,24 +39,24 @@ def backbone_configs(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def backbone_maps(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> list[Site]:
-    """What a DiffusionBackbone gives: for each map its name, stride, and channels of all its timesteps."""
+    """Output maps of a DiffusionBackbone: names, strides, and channels of all timesteps together."""
     categories, mode = backbone.get('attention_maps', ()), backbone.get('attention_mode', 'concat')
     tokens = count_tokens(backbone.get('conditioner', {}))
     attention = {site.name: site for site, _ in aggregates(available, categories, mode, tokens)}
     available = {**available, **attention}
     readings, every = split_timesteps(backbone['layers'], backbone.get('timesteps'))
-    readings = [Reading(*resolve([layer], available), own) for layer, own in readings]
+    readings = [Reading(*resolve([layer], available), timesteps) for layer, timesteps in readings]
     readings += [Reading(name, every) for name in attention if name not in dict(readings)]
-    found = []
+    maps = []
     for reading in readings:
         site = available[reading.layer]
         channels = site.channels and site.channels * len(reading.timesteps)
-        found.append(replace(site, name=reading.label(every), channels=channels))
-    return found
+        maps.append(replace(site, name=reading.label(every), channels=channels))
+    return maps
 
 
 def count_tokens(conditioner: Mapping[str, Any]) -> int | None:
-    """How many tokens a conditioner has; None for a prompt, whose tokens are not counted here."""
+    """Number of tokens of a conditioner; None for a text prompt, whose tokens are not counted here."""
     from diffseg.models.backbones.conditioners import class_names
 
     if 'dataset' in conditioner:
@@ -65,16 +65,16 @@ def count_tokens(conditioner: Mapping[str, Any]) -> int | None:
 
 
 def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What mmengine wrote while it trained, with tensors on the CPU.
+    """Load a checkpoint of mmengine with its tensors on the CPU.
 
     Raises:
-        OSError: no such file, or one that holds something else.
+        OSError: the file does not exist or is not a checkpoint.
     """
     try:
         checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'no checkpoint at {path}') from error
-    except Exception as error:  # damaged files let torch raise many types
+    except Exception as error:  # torch raises many types on damaged files
         raise OSError(
             f'{path} is no checkpoint, or a damaged one: torch.load reads no tensors in it ({reason_of(error)})'
         ) from error
@@ -84,10 +84,10 @@ def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def stored_model(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """`model` of the config in a checkpoint, which is Python code: only literals and `dict(...)` are read.
+    """`model` of the config in a checkpoint, which is Python code: only literals and `dict(...)` are evaluated.
 
     Raises:
-        ValueError: there is no config, or something else in it.
+        ValueError: no config in the checkpoint, or other code in it.
     """
     text = checkpoint.get('meta', {}).get('cfg')
     if text is None:
@@ -100,10 +100,10 @@ def stored_model(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict':
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for argument in node.args:
-            found |= _literal(argument)
-        return found | {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+            entries |= _literal(argument)
+        return entries | {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict):
         return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, ast.List | ast.Tuple):
@@ -112,7 +112,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def aggregation_necks(config: Any, name: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name in the model, and config, of every AggregationNeck in a model's config."""
+    """Yield the name in the model and the config of every AggregationNeck."""
     if isinstance(config, Mapping):
         if config.get('type') == 'AggregationNeck':
             yield name, dict(config)
@@ -128,12 +128,12 @@ def aggregation_necks(config: Any, name: str = '') -> Iterator[tuple[str, dict[s
 def read_mixing_weights(
     checkpoint: Mapping[str, Any], model: Mapping[str, Any]
 ) -> Iterator[tuple[str, 'MixingWeights']]:
-    """Name and table of each level.
+    """Yield the name and the mixing weights of each level of every AggregationNeck.
 
     Raises:
-        ValueError: there is no AggregationNeck, or its weights are not in the checkpoint.
+        ValueError: the model has no AggregationNeck, or its weights are not in the checkpoint.
     """
-    from mmseg.registry import MODELS  # only here, so that the rest works without the mm packages
+    from mmseg.registry import MODELS  # imported here, so that the rest works without the mm packages
 
     necks = list(aggregation_necks(model))
     if not necks:
@@ -142,9 +142,9 @@ def read_mixing_weights(
     for name, config in necks:
         neck = MODELS.build(config)
         prefix = f'{name}.'
-        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         try:
-            neck.load_state_dict(own)
+            neck.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f'the checkpoint does not fit {name} in the config: {error}') from error
         for level, table in enumerate(neck.mixing_weights()):

@@ -1,6 +1,6 @@
-"""Points of interest in images: read from files, or found by detectors.
+"""Keypoints of images: read from files, or detected.
 
-Points are (x, y) in pixels, whose middles are whole numbers, with shape (N, 2), float32.
+Keypoints are (x, y) in pixels, with pixel centres at integers, with shape (N, 2), float32.
 """
 
 import json
@@ -16,11 +16,11 @@ from transformers import SuperPointForKeypointDetection
 def read_keypoints(path: str | Path) -> np.ndarray:
     """Read points from a file.
 
-    A line for each, `x y` or `x,y`, as in the `.kp` files that DIFT is evaluated with on HPatches; or an array in
-    `.npy`, or a list of pairs in `.json`.
+    Text files have one line per point, `x y` or `x,y`, as the `.kp` files of DIFT's evaluation on HPatches; `.npy`
+    files an array, `.json` files a list of pairs.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: the file cannot be read, or has other content.
     """
     path = Path(path)
     try:
@@ -42,17 +42,17 @@ def read_keypoints(path: str | Path) -> np.ndarray:
 
 
 def sift_keypoints(image: Image.Image, num_points: int = 1000) -> np.ndarray:
-    """The strongest points that OpenCV's SIFT finds, without repetition."""
-    found = cv2.SIFT_create().detect(np.asarray(image.convert('L')), None)
-    points = np.array([point.pt for point in found], np.float32).reshape(-1, 2)
-    return strongest(points, np.array([point.response for point in found]), num_points)
+    """Keypoints of OpenCV's SIFT with the strongest response, without duplicates."""
+    detections = cv2.SIFT_create().detect(np.asarray(image.convert('L')), None)
+    points = np.array([point.pt for point in detections], np.float32).reshape(-1, 2)
+    return strongest(points, np.array([point.response for point in detections]), num_points)
 
 
 def load_superpoint(model: str) -> SuperPointForKeypointDetection:
     """Load transformers' SuperPoint from a folder or a hub id, such as `magic-leap-community/superpoint`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model cannot be loaded.
     """
     try:
         return SuperPointForKeypointDetection.from_pretrained(model).eval()
@@ -67,15 +67,17 @@ def load_superpoint(model: str) -> SuperPointForKeypointDetection:
 def superpoint_keypoints(
     image: Image.Image, model: SuperPointForKeypointDetection, num_points: int = 1000
 ) -> np.ndarray:
-    """The strongest points that SuperPoint (arXiv 1712.07629) finds in an image at its own size."""
+    """Keypoints of SuperPoint (arXiv 1712.07629) with the highest score, at the image's original size."""
     grey = torch.from_numpy(np.array(image.convert('L'))).to(model.device) / 255
-    found = model(grey.expand(1, 3, -1, -1))
-    points = (found.keypoints[0] * found.keypoints.new_tensor(image.size)).round()  # back from fractions to pixels
-    return strongest(points.cpu().numpy(), found.scores[0].cpu().numpy(), num_points)
+    detections = model(grey.expand(1, 3, -1, -1))
+    points = (
+        detections.keypoints[0] * detections.keypoints.new_tensor(image.size)
+    ).round()  # back from fractions to pixels
+    return strongest(points.cpu().numpy(), detections.scores[0].cpu().numpy(), num_points)
 
 
 def strongest(points: np.ndarray, strengths: np.ndarray, num_points: int) -> np.ndarray:
-    """The `num_points` strongest of points (N, 2) with strengths (N,), each place once, in the order of x and y."""
+    """The `num_points` strongest of points (N, 2) with strengths (N,), without duplicates, sorted by x and y."""
     points = points[np.argsort(-strengths, kind='stable')]
     _, first = np.unique(points, axis=0, return_index=True)
     return np.unique(points[np.sort(first)[:num_points]], axis=0)

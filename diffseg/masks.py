@@ -1,4 +1,4 @@
-"""Masks of objects in indexed PNG files, as DAVIS has them: pixel values are object ids, the palette colours them."""
+"""Object masks in indexed PNG files, as in DAVIS: pixel values are object ids, the palette defines their colours."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ def read_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
         shape: (height, width) of the mask's frame.
 
     Raises:
-        ValueError: the file cannot be read, is no indexed image, or has another size than its frame.
+        ValueError: the file cannot be read, is not an indexed image, or has another size than its frame.
     """
     try:
         with Image.open(path) as file:
             file.load()
-    except Exception as error:  # Pillow's decoders let many types escape on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(f'{path}: cannot be read as a mask ({error}); copy the annotation again') from error
     if file.mode != 'P':
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What one sample, a pair of images or a video, holds between data set, model and metric."""
+"""Samples, pairs of images or videos, that data sets, models and metrics exchange."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_array(field: Tensor | np.ndarray) -> np.ndarray:
-    """A sample's field as an array, wherever a data preprocessor has brought it."""
+    """A sample's field as an array, from any device."""
     return field.detach().cpu().numpy() if isinstance(field, Tensor) else np.asarray(field)
 
 
@@ -20,25 +20,25 @@ class PairSample(BaseDataElement):
     A pipeline's output is `{'inputs': {'image0': image, 'image1': image}, 'data_samples': PairSample}` with images
     of shape (3, H, W), uint8, RGB; images of a batch differ in size, so `pseudo_collate` makes lists of them.
 
-    Coordinates are (x, y) in pixels of the original image, flipped and cropped as the image is, but never resized with
-    it: multiply by `img_shape / ori_shape` (or the size of a feature map) to find a point in what the model sees.
+    Coordinates are (x, y) in pixels of the original image, flipped and cropped with the image, but never resized with
+    it: multiply by `img_shape / ori_shape` for the position of a point in the model's input.
 
     Fields:
-        keypoints0, keypoints1: float32 with shape (N, 2), row by row the same part of the object.
+        keypoints0, keypoints1: float32 with shape (N, 2); equal rows are the same part of the object.
         visible: bool with shape (N,), whether a keypoint is annotated and inside the picture in both images. The
-            coordinates of the others mean nothing.
+            coordinates of the others are undefined.
         bbox0, bbox1: the object's box (x1, y1, x2, y2), float32 with shape (4,).
 
     Meta information:
-        img_path0, img_path1: the files; equal paths are equal images, unless an augmentation is drawn at random.
-        category: e.g. "pottedplant", as the data set spells it.
+        img_path0, img_path1: the files; equal paths are equal images, unless augmented at random.
+        category: name in the data set, e.g. "pottedplant".
         pair_id: unique within the split.
         ori_shape0, ori_shape1: (height, width) of the frame that coordinates refer to.
         img_shape0, img_shape1: (height, width) of the images in `inputs`, after resizing.
-        variations: how the data set describes the difference between the two images, e.g. {"mirror": 1}; may be empty.
-        damaged: only where an image or an annotation could not be read: a message that names the file. Such a sample
-            comes from data sets in test mode; it has no fields, both its images are None, of the meta information only
-            `pair_id` and `category` are sure to exist, and a metric counts it as not evaluated.
+        variations: annotated differences between the two images, e.g. {"mirror": 1}; may be empty.
+        damaged: only if an image or annotation could not be read: a message that names the file. Such a sample comes
+            from data sets in test mode; it has no fields, both images are None, only `pair_id` and `category` of the
+            meta information are guaranteed, and a metric counts it as not evaluated.
     """
 
 
@@ -47,26 +47,27 @@ class HomographySample(BaseDataElement):
 
     Fields:
         keypoints0, keypoints1: points of interest, float32 with shapes (N, 2) and (M, 2), (x, y) in original pixels;
-            found in each image alone, so that their rows do not correspond.
-        homography: takes homogeneous (x, y, 1) of image 0 to those of image 1, float64 with shape (3, 3).
-        pred_matches: what a model predicts: rows of keypoints0 and keypoints1 that correspond, int64 with shape (P, 2).
+            detected in each image separately, so that their rows do not correspond.
+        homography: maps homogeneous (x, y, 1) of image 0 to image 1, float64 with shape (3, 3).
+        pred_matches: predicted pairs of rows of keypoints0 and keypoints1, int64 with shape (P, 2).
 
-    Meta information, beside `img_path0`, `ori_shape0`, `img_shape0`, the same with 1, and `pair_id` as in `PairSample`:
-        sequence: what the pair is taken from, e.g. "v_wall"; pairs of a sequence have image 0 in common.
-        keypoint_source: the folder of their files, or the detector.
+    Meta information, in addition to `img_path0`, `ori_shape0`, `img_shape0`, the same with 1, and `pair_id` as in
+    `PairSample`:
+        sequence: name of the pair's sequence, e.g. "v_wall"; pairs of a sequence have image 0 in common.
+        keypoint_source: folder of the keypoint files, or the detector.
     """
 
 
 class VideoFrames:
-    """The frames of a video, read from their files when they are asked for.
+    """The frames of a video, read from their files on access.
 
-    Between processes travel the paths alone. Not a `collections.abc.Sequence`, so that mmengine's `pseudo_collate` and
-    data preprocessors hand it on instead of taking it apart: a batch is `{'frames': [VideoFrames, ...]}`.
+    Only the paths are passed between processes. Not a `collections.abc.Sequence`, so that mmengine's `pseudo_collate`
+    and data preprocessors pass it on as a whole: a batch is `{'frames': [VideoFrames, ...]}`.
 
     Args:
         paths: the files, in order.
         ori_shape: (height, width) that every file must have.
-        shape: (height, width) to resize frames to, bilinearly, as DIFT does; None keeps their own.
+        shape: (height, width) to resize frames to, bilinearly, as DIFT does; None keeps their size.
     """
 
     def __init__(self, paths: Sequence[str], ori_shape: tuple[int, int], shape: tuple[int, int] | None = None) -> None:
@@ -103,20 +104,20 @@ class VideoSample(BaseDataElement):
     """Annotation of one video whose first frame's labels are propagated to all others.
 
     A pipeline's output is `{'inputs': {'frames': VideoFrames}, 'data_samples': VideoSample}`. Masks and (x, y) are in
-    pixels of the original frames, whatever size the model sees.
+    pixels of the original frames, not of the model's input.
 
     Fields:
         first_mask: objects of the first frame, with shape (H, W), uint8: 0 background, 1, 2, ... the objects, 255 void.
-        first_joints: joints in the first frame, with shape (J, 2), float32, and
-        joints: in all frames, with shape (T, J, 2), float32; the first row is `first_joints`.
-        pred_masks: what a model predicts for masks, with shape (T, H, W), uint8; the first one is that given.
-        pred_joints: what a model predicts for joints, with shape (T, J, 2), float; -1 where it finds none.
+        first_joints: joints in the first frame, with shape (J, 2), float32.
+        joints: those in all frames, with shape (T, J, 2), float32; the first row is `first_joints`.
+        pred_masks: predicted masks, with shape (T, H, W), uint8; the first one is `first_mask`.
+        pred_joints: predicted joints, with shape (T, J, 2), float; -1 where there is no prediction.
 
     Meta information:
         video_id: unique within the data set.
         ori_shape: (height, width) of the frames' files.
         img_shape: (height, width) of the frames in `inputs`.
         num_frames: T.
-        frame_names: of each frame, the name of its file without suffix.
-        annotation_paths: for masks, of each frame the file of its annotation.
+        frame_names: file names of the frames, without suffix.
+        annotation_paths: files of the frames' masks, if there are masks.
     """

@@ -140,7 +140,7 @@ def test_matches_that_support_nothing(sticker, points):
     line = np.stack([points[:, 0], np.full(300, 50.0)], axis=1)
     one_place = np.full((300, 2), 40.0) + rng.uniform(0, 0.2, (300, 2))
     for matches, message in (
-        (scattered, 'of 300 matches agree with one homography to 2 px, needed are 30; take other layers'),
+        (scattered, 'of 300 matches agree with one homography to 2 px, needed are 30; use other layers'),
         (one_place, 'of 300 matches agree|nearly singular|turns a part'),
         (line, 'of 300 matches agree|nearly singular'),
     ):
@@ -148,9 +148,9 @@ def test_matches_that_support_nothing(sticker, points):
             fit_homography(points, matches, sticker, SIZE, 2)
     with pytest.raises(ValueError, match=r'0 of 3 matches agree .* needed are 8; .* a larger sticker'):
         fit_homography(few[:3], few[:3], sticker, SIZE, 2)
-    with pytest.raises(ValueError, match=r'5 of 5 matches agree with their own matches .* needed are 8'):
+    with pytest.raises(ValueError, match=r'5 of 5 matches agree with their backward matches .* needed are 8'):
         fit_spline(few, few, few, SIZE, SIZE, 2, 2)
-    with pytest.raises(ValueError, match='0 of 300 matches agree with their own matches to 2 px, needed are 30'):
+    with pytest.raises(ValueError, match='0 of 300 matches agree with their backward matches to 2 px, needed are 30'):
         fit_spline(points, bend(points), points + 9, SIZE, SIZE, 3, 2)
     with pytest.raises(ValueError, match='of 300 matches agree with their neighbours to 2 px'):
         fit_spline(points, scattered, points, SIZE, SIZE, 2, 2)

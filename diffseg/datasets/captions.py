@@ -10,7 +10,7 @@ from diffseg.captions import Captions
 
 @TRANSFORMS.register_module()
 class LoadCaption(BaseTransform):
-    """Note in the sample's meta information which caption is that of its image.
+    """Add the row of an image's caption to the meta information of its sample.
 
     It comes after `PackSegInputs`, in `TestTimeAug` too. `CaptionPreProcessor` passes it on to the backbone.
 
@@ -23,20 +23,20 @@ class LoadCaption(BaseTransform):
     - caption_row, in the meta information of `data_samples`
 
     Args:
-        file: JSON file {image name: caption}, see `Captions`; the one that the backbone's prompt names.
+        file: JSON file {image name: caption}, see `Captions`; the same as in the backbone's prompt.
     """
 
     def __init__(self, file: str) -> None:
         self.captions = Captions(file)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """See the class.
+        """Add `caption_row` to the sample.
 
         Raises:
-            ValueError: the image has no caption, or the sample is not packed yet.
+            ValueError: the image has no caption, or PackSegInputs was not applied before.
         """
         if 'data_samples' not in results:
-            raise ValueError('LoadCaption comes after PackSegInputs, which was not applied yet')
+            raise ValueError('LoadCaption must come after PackSegInputs in the pipeline')
         sample = results['data_samples']
         sample.set_metainfo({'caption_row': self.captions.row(sample.get('img_path'))})
         return results

@@ -38,12 +38,12 @@ class CUBPairsDataset(PairDataset):
     "subsets" is Neural Congealing's (arXiv 2302.03956), which DIFT follows: 14 random subsets of 25 images, each paired
     with each in both directions (600 pairs a subset). The images are those that ACSM kept, and `bbox` is ACSM's box;
     `CropToBoxPair` crops as ACSM does. PCK has the cropped image as base (25.6 pixels of 256 at 0.1), is taken over
-    points of a subset and averaged over the subsets, whose number stands in `variations['subset']`.
+    points of a subset and averaged over the subsets, whose number is in `variations['subset']`.
 
     "random" is a stand-in for the CUB columns of Diffusion Hyperfeatures (arXiv 2305.14334): `num_pairs` random pairs
     of the test half of CUB, any two birds, uncropped, with CUB's own boxes. UNCERTAIN: which images, which pairs and
-    whether they were cropped is not published with its code; "360 random pairs of the validation set" is hearsay, so
-    figures of this protocol cannot be compared with the paper's.
+    whether they were cropped is not published with its code; "360 random pairs of the validation set" is unconfirmed,
+    so figures of this protocol cannot be compared with the paper's.
 
     A keypoint is visible where it is in both images. Coordinates count from 0, one less than in CUB's files.
 
@@ -53,7 +53,7 @@ class CUBPairsDataset(PairDataset):
         subset: one of the 14; None takes all.
         num_pairs: for protocol "random".
         seed: for protocol "random", which pairs are drawn.
-        **kwargs: what `PairDataset` takes.
+        **kwargs: see `PairDataset`.
 
     Raises:
         ValueError: as `PairDataset` does, on another protocol or subset, or metadata that cannot be read.
@@ -161,7 +161,7 @@ def _read_parts(path: Path) -> dict[int, np.ndarray]:
         parts = rows.reshape(-1, NUM_PARTS, 5)
     except ValueError as error:
         raise ValueError(f'{path}: expected {NUM_PARTS} lines of five numbers for every image ({error})') from error
-    return {int(each[0, 0]): each[:, 2:] - (1, 1, 0) for each in parts}
+    return {int(rows[0, 0]): rows[:, 2:] - (1, 1, 0) for rows in parts}
 
 
 def _read_acsm(path: Path) -> dict[str, tuple[int, tuple[float, ...]]]:
@@ -175,5 +175,5 @@ def _read_acsm(path: Path) -> dict[str, tuple[int, tuple[float, ...]]]:
             )
             for image in images
         }
-    except Exception as error:  # scipy's reader lets many types escape on damaged files
+    except Exception as error:  # scipy's reader raises many types on damaged files
         raise ValueError(f'{path}: cannot be read as the images that ACSM kept ({error!r})') from error

@@ -30,11 +30,11 @@ class DAVISDataset(BaseDataset):
     Args:
         data_root: the folder above.
         split: "train" or "val".
-        **kwargs: what `BaseDataset` takes; the pipeline is `LoadVideo`.
+        **kwargs: see `BaseDataset`; the pipeline is `LoadVideo`.
 
     Raises:
-        ValueError: on another split, an empty list, or a folder that is not laid out as expected: frames or
-            annotations that are missing, or that do not belong to each other.
+        ValueError: on another split, an empty list, or a folder with another layout: frames or annotations are missing,
+            or do not belong to each other.
     """
 
     METAINFO: ClassVar[dict] = {'dataset': 'DAVIS-2017'}
@@ -50,12 +50,12 @@ class DAVISDataset(BaseDataset):
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        """Of each video its `video_id`, `frame_paths` and `annotation_paths`."""
+        """An entry for each video: `video_id`, `frame_paths` and `annotation_paths`."""
         listed = f'ImageSets/2017/{self.split}.txt'
         require(self.data_root, ('JPEGImages/480p', 'Annotations/480p', listed), self.REMEDY)
         names = Path(self.data_root, listed).read_text().split()
         if not names:
-            raise ValueError(f'{Path(self.data_root, listed)}: names no video. {self.REMEDY}')
+            raise ValueError(f'{Path(self.data_root, listed)}: lists no video. {self.REMEDY}')
         self._metainfo['split'] = self.split
         return [self._video(name) for name in names]
 
@@ -64,12 +64,12 @@ class DAVISDataset(BaseDataset):
             {Path(path).stem: path for path in list_frames(Path(self.data_root, kind, '480p', name), self.REMEDY)}
             for kind in ('JPEGImages', 'Annotations')
         )
-        for kind, given, wanted in (('Annotations', annotations, frames), ('JPEGImages', frames, annotations)):
-            if missing := sorted(wanted.keys() - given.keys()):
+        for kind, present, expected in (('Annotations', annotations, frames), ('JPEGImages', frames, annotations)):
+            if missing := sorted(expected.keys() - present.keys()):
                 raise ValueError(
                     f'{Path(self.data_root, kind, "480p", name)}: has no {missing[0]}, but there is '
-                    f'{wanted[missing[0]]}; every frame needs its annotation and every annotation its frame '
-                    f'({len(missing)} lack theirs). {self.REMEDY}'
+                    f'{expected[missing[0]]}; every frame needs an annotation and every annotation a frame '
+                    f'({len(missing)} are missing). {self.REMEDY}'
                 )
         return {
             'video_id': name,

@@ -36,15 +36,14 @@ class HPatchesDataset(BaseDataset):
             ├── 1.ppm, ..., 6.ppm
             └── H_1_2, ..., H_1_6       3 x 3 numbers, from image 1 to the other one
 
-    Pairs of a sequence follow each other, so that a model that keeps the descriptors of images it has seen encodes
-    image 1 once.
+    Pairs of a sequence follow one another, so that a model that caches descriptors encodes image 1 once.
 
     Args:
         data_root: the folder above.
         keypoints: folder with a file of points for each image, `SEQUENCE-NUMBER.kp` (or .txt, .csv, .npy), see
-            `read_keypoints`; each point counts once. None leaves them to `DetectKeypoints`.
+            `read_keypoints`; duplicates are dropped. With None they come from `DetectKeypoints`.
         exclude: sequences that are left out.
-        **kwargs: what `BaseDataset` takes; `test_mode` is on by default.
+        **kwargs: see `BaseDataset`; `test_mode` is on by default.
 
     Raises:
         ValueError: the folder has no sequence, or an image, a homography or a file of points is missing or damaged.
@@ -69,10 +68,10 @@ class HPatchesDataset(BaseDataset):
         super().__init__(data_root=data_root, test_mode=test_mode, **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        """Of each pair its `pair_id`, `sequence`, `img_path{0,1}`, `homography` and `keypoints{0,1}`, if from files."""
+        """Entries with `pair_id`, `sequence`, `img_path{0,1}`, `homography`, and `keypoints{0,1}` if from files."""
         root = Path(self.data_root)
-        found = sorted(path.name for path in root.glob('[iv]_*') if path.is_dir())
-        names = [name for name in found if name not in self.exclude]
+        folders = sorted(path.name for path in root.glob('[iv]_*') if path.is_dir())
+        names = [name for name in folders if name not in self.exclude]
         if not names:
             raise ValueError(f'{root}: has no sequence, a folder i_NAME or v_NAME, that is not excluded. {self.REMEDY}')
         self._metainfo['num_sequences'] = len(names)
@@ -91,8 +90,8 @@ class HPatchesDataset(BaseDataset):
                 'pair_id': f'{folder.name}-1-{number}',
                 'sequence': folder.name,
                 'homography': read_homography(folder / f'H_1_{number}'),
-                **{f'img_path{view}': str(images[each]) for view, each in zip(VIEWS, (1, number), strict=True)},
-                **{f'keypoints{view}': points[each] for view, each in zip(VIEWS, (1, number), strict=True) if points},
+                **{f'img_path{view}': str(images[index]) for view, index in zip(VIEWS, (1, number), strict=True)},
+                **{f'keypoints{view}': points[index] for view, index in zip(VIEWS, (1, number), strict=True) if points},
                 'keypoint_source': self.keypoints,
             }
             for number in TARGETS
@@ -104,7 +103,7 @@ class HPatchesDataset(BaseDataset):
         if path is None:
             raise ValueError(
                 f'{paths[0]} is missing (also as {", ".join(SUFFIXES[1:])}); give a file of points for every image, or '
-                f'keypoints=None and DetectKeypoints in the pipeline to find some'
+                f'keypoints=None and DetectKeypoints in the pipeline'
             )
         return np.unique(read_keypoints(path), axis=0)
 
@@ -113,14 +112,14 @@ def read_homography(path: str | Path) -> np.ndarray:
     """Read a homography with shape (3, 3), float64, from a text file.
 
     Raises:
-        ValueError: the file cannot be read, or holds anything else than nine finite numbers of an invertible matrix.
+        ValueError: the file cannot be read, or does not hold nine finite numbers of an invertible matrix.
     """
     try:
         homography = np.array([line.split() for line in Path(path).read_text().splitlines() if line.strip()], float)
     except (OSError, ValueError) as error:
         raise ValueError(f'{path}: cannot be read as a homography, three lines of three numbers ({error})') from error
     if homography.shape != (3, 3) or not np.isfinite(homography).all():
-        raise ValueError(f'{path}: is no homography, which has three lines of three finite numbers')
+        raise ValueError(f'{path}: is not a homography, three lines of three finite numbers')
     if np.linalg.matrix_rank(homography) < 3:
         raise ValueError(f'{path}: is singular ({homography.tolist()}), a homography can be inverted; copy it again')
     return homography
@@ -128,13 +127,13 @@ def read_homography(path: str | Path) -> np.ndarray:
 
 @TRANSFORMS.register_module()
 class DetectKeypoints(BaseTransform):
-    """Find points of interest in each image of a pair, at its own size; behind `LoadPair`, before `ResizePair`.
+    """Detect keypoints in both images of a pair at their original sizes; after `LoadPair`, before `ResizePair`.
 
-    Pairs whose points come from files keep these.
+    Keypoints that come from files are kept.
 
     Args:
-        num_points: how many to keep of each image, the strongest.
-        superpoint: folder or hub id of SuperPoint, see `load_superpoint`; OpenCV's SIFT finds them without.
+        num_points: number of keypoints to keep in each image, those with the highest response.
+        superpoint: folder or hub id of SuperPoint, see `load_superpoint`; by default OpenCV's SIFT is used.
     """
 
     def __init__(self, num_points: int = 1000, superpoint: str | None = None) -> None:
@@ -146,7 +145,7 @@ class DetectKeypoints(BaseTransform):
         return load_superpoint(self.superpoint)
 
     def transform(self, results: dict) -> dict:
-        """Add `keypoints{0,1}`, unless they are there, and whence they are."""
+        """Add `keypoints{0,1}`, unless they exist, and `keypoint_source`."""
         if 'keypoints0' in results:
             return results
         results['keypoint_source'] = f'{self.num_points} of {self.superpoint or "SIFT"}'
@@ -162,10 +161,10 @@ class DetectKeypoints(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PackHomographyPair(BaseTransform):
-    """Turn `results` into `inputs` and a `HomographySample`, see there.
+    """Pack `results` into `inputs` and a `HomographySample`.
 
     Raises:
-        ValueError: an image has no points, or points that do not lie in it.
+        ValueError: an image has no keypoints, or some lie outside of it.
     """
 
     METAINFO = (
@@ -174,7 +173,7 @@ class PackHomographyPair(BaseTransform):
     )  # fmt: skip
 
     def transform(self, results: dict) -> dict:
-        """Pack images (3, H, W), uint8, points and the homography, where it is known."""
+        """Pack images (3, H, W), uint8, points and the homography, if known."""
         sample = HomographySample(metainfo={key: results[key] for key in self.METAINFO})
         if 'homography' in results:
             sample.homography = torch.from_numpy(results['homography'])
@@ -183,14 +182,14 @@ class PackHomographyPair(BaseTransform):
             path, points = results[f'img_path{view}'], results.get(f'keypoints{view}')
             if points is None:
                 raise ValueError(
-                    f'{path}: has no points; give the data set a folder of keypoints, or put DetectKeypoints behind '
+                    f'{path}: has no points; give the data set a folder of keypoints, or put DetectKeypoints after '
                     f'LoadPair into the pipeline'
                 )
             height, width = results[f'ori_shape{view}']
             if ((points < -0.5) | (points > (width - 0.5, height - 0.5))).any():
                 raise ValueError(
                     f'{path}: has {width} x {height} pixels, but points from {points.min(0).tolist()} to '
-                    f'{points.max(0).tolist()}; they refer to the image at its own size'
+                    f'{points.max(0).tolist()}; they must refer to the original size of the image'
                 )
             sample.set_field(torch.from_numpy(points), f'keypoints{view}')
             images[f'image{view}'] = torch.from_numpy(np.array(results[f'image{view}'])).permute(2, 0, 1).contiguous()

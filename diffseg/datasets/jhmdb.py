@@ -30,19 +30,19 @@ class JHMDBDataset(BaseDataset):
         │           └── joint_positions.mat       `pos_img` (2, 15, T): x and y, counted from 1
         └── test.txt
 
-    Each line of the list says where a video's frames and joints are: `FRAMES_FOLDER JOINTS_FILE`, absolute or relative
+    A line of the list has the paths of a video's frames and joints: `FRAMES_FOLDER JOINTS_FILE`, absolute or relative
     to `data_root`. It is the list that the released code of UVC and of Contrastive Random Walk reads.
 
-    Frames behind the last annotated one are left out: no label is propagated backwards, nor is anything scored there.
+    Frames after the last annotated one are left out: they are not scored, and labels are propagated forwards only.
 
     Args:
         data_root: the folder that relative paths refer to.
         ann_file: the list.
-        **kwargs: what `BaseDataset` takes; the pipeline is `LoadVideo`.
+        **kwargs: see `BaseDataset`; the pipeline is `LoadVideo`.
 
     Raises:
-        ValueError: a list that is missing, empty or of another form; frames that are missing; joints that are missing
-            or of another shape.
+        ValueError: the list is missing, empty or has another format; frames are missing; joints are missing or have
+            another shape.
     """
 
     METAINFO: ClassVar[dict] = {'dataset': 'JHMDB'}
@@ -55,18 +55,18 @@ class JHMDBDataset(BaseDataset):
         super().__init__(data_root=data_root, ann_file=ann_file, **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        """Of each video its `video_id`, CLASS/VIDEO, `frame_paths` and `joints` (T, 15, 2), (x, y) counted from 0."""
+        """An entry for each video: `video_id` CLASS/VIDEO, `frame_paths`, and `joints` (T, 15, 2) as (x, y) from 0."""
         path = Path(self.ann_file)
         try:
             lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
         except OSError as error:
             raise ValueError(f'{path}: cannot be read as a list of videos ({error}). {self.REMEDY}') from error
         if not lines:
-            raise ValueError(f'{path}: names no video. {self.REMEDY}')
+            raise ValueError(f'{path}: lists no video. {self.REMEDY}')
         if wrong := [line for line in lines if len(line) != 2]:
             raise ValueError(f'{path}: expected FRAMES_FOLDER JOINTS_FILE, got {" ".join(wrong[0])!r}. {self.REMEDY}')
         self._metainfo['list'] = path.name
-        return [self._video(*(Path(self.data_root, each) for each in line)) for line in lines]
+        return [self._video(*(Path(self.data_root, entry) for entry in line)) for line in lines]
 
     def _video(self, folder: Path, annotation: Path) -> dict:
         joints = read_joints(annotation)
@@ -84,13 +84,13 @@ def read_joints(path: Path) -> np.ndarray:
     """Joints (T, 15, 2) as (x, y) in pixels counted from 0, float32.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: the file cannot be read, or has other content.
     """
     try:
         positions = np.asarray(loadmat(path, variable_names=['pos_img'])['pos_img'], dtype=np.float32)
     except KeyError as error:
         raise ValueError(f'{path}: has no variable "pos_img", expected one with shape (2, {JOINTS}, T)') from error
-    except Exception as error:  # scipy lets many types escape on damaged files
+    except Exception as error:  # scipy raises many types on damaged files
         raise ValueError(f'{path}: cannot be read as a MATLAB file of joints ({error}); copy it again') from error
     if positions.ndim != 3 or positions.shape[:2] != (2, JOINTS) or not positions.shape[2]:
         raise ValueError(f'{path}: pos_img has shape {positions.shape}, expected (2, {JOINTS}, number of frames)')

@@ -1,8 +1,8 @@
-"""Transforms of pairs of images that take keypoints, boxes and visibility along.
+"""Transforms of pairs of images with their keypoints, boxes and visibility.
 
 They work on the `results` that `PairDataset` describes, and on the Pillow images that `LoadPair` adds as `image0` and
-`image1`. Geometry (flip, crop) comes before `ResizePair`: keypoints live in the frame of the image as it was before.
-A keypoint at (x, y) means the pixel of that column and row.
+`image1`. Geometry (flip, crop) comes before `ResizePair`: keypoints refer to the image before that resize. A keypoint
+(x, y) is the pixel in column x and row y.
 """
 
 import math
@@ -25,7 +25,7 @@ class LoadPair(BaseTransform):
     """Read both images.
 
     Raises:
-        DamagedFile: when an image cannot be read, or has another size than its annotation says.
+        DamagedFile: an image cannot be read, or its size is not the annotated one.
     """
 
     def transform(self, results: dict) -> dict:
@@ -84,7 +84,9 @@ class CropToBoxPair(BaseTransform):
         low, high = (np.array([_round_half_away(value) for value in end]) for end in (low - margin, high + margin))
         extent = high - low + 1
         side = int(extent.max())
-        left, top = (int(start - _round_half_away((side - each) / 2)) for start, each in zip(low, extent, strict=True))
+        left, top = (
+            int(start - _round_half_away((side - length) / 2)) for start, length in zip(low, extent, strict=True)
+        )
         return left, top, side
 
 
@@ -92,17 +94,16 @@ class CropToBoxPair(BaseTransform):
 class RandomFlipPair(BaseTransform):
     """Mirror images left to right.
 
-    When both are mirrored, their points correspond as before. When only one is, what is seen on the left of the one
-    corresponds to what is seen on the left of the other, so its keypoints change names as `swaps` says ("left eye"
-    is matched with the mirrored "right eye"), and a keypoint whose partner the pair does not have becomes invisible.
-    `variations` stay as annotated.
+    If both are mirrored, their keypoints correspond as before. If only one is, its keypoints are exchanged by `swaps`
+    ("left eye" is matched with the mirrored "right eye"), as the left of one image corresponds to the left of the
+    other; a keypoint whose counterpart is not in the pair becomes invisible. `variations` stay as annotated.
 
     Args:
         prob: probability of a change.
         views: "both" mirrors both images; "one" mirrors one of them, drawn at random.
 
     Raises:
-        ValueError: for `views="one"` when a category's `swaps` or a pair's `keypoint_ids` are not known.
+        ValueError: `views="one"` and the category's `swaps` or the pair's `keypoint_ids` are unknown.
     """
 
     def __init__(self, prob: float = 0.5, views: Literal['both', 'one'] = 'both') -> None:
@@ -130,7 +131,7 @@ class RandomFlipPair(BaseTransform):
 
 
 def _rename(results: dict) -> dict:
-    """Keypoints of a mirrored pair are called what they now look like, where names are known."""
+    """Exchange the ids of left and right keypoints of a mirrored pair, if they are known."""
     if results.get('swaps') and results.get('keypoint_ids'):
         partner = _partners(results['swaps'])
         results['keypoint_ids'] = [partner.get(name, name) for name in results['keypoint_ids']]
@@ -138,19 +139,19 @@ def _rename(results: dict) -> dict:
 
 
 def _rematch(results: dict, view: int) -> dict:
-    """Put the keypoints of `view`, alone mirrored, into the rows of those that look alike in the other image."""
+    """Reorder the keypoints of `view`, the only mirrored image, to match those of the other image."""
     swaps, ids = results.get('swaps'), results.get('keypoint_ids')
     if swaps is None or ids is None:
         raise ValueError(
-            f'pair {results["pair_id"]} of category {results["category"]!r} does not say which keypoints change names '
-            "when mirrored (the data set's metainfo `swaps`, and ids in its annotation); mirror both images"
+            f'pair {results["pair_id"]} of category {results["category"]!r} does not say which keypoints are exchanged '
+            'by mirroring (metainfo `swaps` of the data set, ids in the annotation); mirror both images'
         )
     partner = _partners(swaps)
     rows = {name: row for row, name in enumerate(ids)}
     order = [rows.get(partner.get(name, name), -1) for name in ids]
-    found = np.array(order, dtype=int) >= 0
+    matched = np.array(order, dtype=int) >= 0
     results[f'keypoints{view}'] = results[f'keypoints{view}'][order]
-    results['visible'] = results['visible'] & results['visible'][order] & found
+    results['visible'] = results['visible'] & results['visible'][order] & matched
     return results
 
 
@@ -160,10 +161,9 @@ def _partners(swaps: tuple) -> dict[int, int]:
 
 @TRANSFORMS.register_module()
 class RandomCropPair(BaseTransform):
-    """Crop each image to a random window around a keypoint that both share, drawn at random.
+    """Crop each image to a random window around a random keypoint that is visible in both.
 
-    At least that keypoint stays in both; those that leave either window become invisible. Boxes are cut off at the
-    window.
+    That keypoint stays in both images; those outside either window become invisible. Boxes are clipped to the window.
 
     Args:
         scale: (lowest, highest) height and width of a window as fractions of the image's.
@@ -204,7 +204,7 @@ class RandomCropPair(BaseTransform):
 class ColourJitterPair(BaseTransform):
     """Change brightness, contrast and saturation of each image by a random factor in [1 - value, 1 + value].
 
-    The factors of the two images are drawn apart, so that a model learns to match across them.
+    The factors of the two images are independent, so that a model learns invariance to them.
     """
 
     def __init__(self, brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2) -> None:
@@ -227,12 +227,12 @@ class ColourJitterPair(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ResizePair(BaseTransform):
-    """Resize both images; keypoints and boxes stay in the frame before.
+    """Resize both images; keypoints and boxes keep referring to the image before.
 
     Args:
         size: (height, width), or one number for both.
-        keep_ratio: make the image as large as fits into `size` instead of exactly that size.
-        interpolation: "bicubic" as DIFT and GDF do, or "bilinear" as Diffusion Hyperfeatures does; both Pillow's.
+        keep_ratio: keep the aspect ratio, with the largest size that fits into `size`.
+        interpolation: "bicubic" as DIFT and GDF do, or "bilinear" as Diffusion Hyperfeatures does; both with Pillow.
     """
 
     def __init__(
@@ -262,7 +262,7 @@ class ResizePair(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PackPair(BaseTransform):
-    """Turn `results` into `inputs` and a `PairSample`, see there."""
+    """Pack `results` into `inputs` and a `PairSample`."""
 
     METAINFO = (
         'img_path0', 'img_path1', 'category', 'pair_id', 'ori_shape0', 'ori_shape1', 'img_shape0', 'img_shape1',
@@ -283,15 +283,17 @@ class PackPair(BaseTransform):
 
 
 def _round_half_away(value: float) -> int:
-    """Round as Python 2 did, in which ACSM is written."""
+    """Round half away from zero, as Python 2 does, in which ACSM is written."""
     return int(math.copysign(math.floor(abs(value) + 0.5), value))
 
 
 def _set_frame(results: dict, view: int, shape: tuple[int, int]) -> None:
-    """Keypoints and box of `view` refer to an image of this (height, width), which is the present one."""
+    """Set the current image of `view`, with this (height, width), as the frame of keypoints and box."""
     results[f'ori_shape{view}'] = results[f'img_shape{view}'] = shape
 
 
 def _check_frame(results: dict, view: int) -> None:
     if results[f'img_shape{view}'] != results[f'ori_shape{view}']:
-        raise ValueError('images are mirrored and cropped before ResizePair, put it behind such transforms')
+        raise ValueError(
+            'images must be mirrored and cropped before they are resized; put ResizePair after such transforms'
+        )

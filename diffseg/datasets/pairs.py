@@ -1,4 +1,4 @@
-"""What the data sets of semantic correspondence have in common: pairs of images, damaged files, wrong folders."""
+"""Base class of the data sets of semantic correspondence: pairs of images, damaged files, wrong folders."""
 
 import logging
 import os
@@ -23,29 +23,29 @@ class DamagedFile(ValueError):
 class PairDataset(BaseDataset):
     """Pairs of images whose keypoints correspond row by row.
 
-    Subclasses say which pairs there are (`list_pairs`) and read the annotation of one (`parse_data_info`). Entries of
-    the data list, and the `results` that transforms work on, have a key for each view, 0 the source and 1 the target:
+    Subclasses list the pairs (`list_pairs`) and read the annotation of one (`parse_data_info`). Entries of the data
+    list, and the `results` that transforms work on, have a key for each view, 0 the source and 1 the target:
     `img_path0`, `keypoints0` (N, 2), `bbox0` (4,), `ori_shape0` if annotated, the same with 1, and `visible` (N,),
     `category`, `pair_id`, `variations`, `swaps`, `keypoint_ids` (N,) if annotated; see `PairSample` for what they mean.
 
-    Pairs of one category follow each other, so that a model that keeps the descriptors of images it has seen needs to
-    keep no more than those of one category.
+    Pairs of one category follow one another, so that a model that caches descriptors needs to cache those of one
+    category only.
 
-    A pair whose annotation or image cannot be used is named once in the log and kept in `damaged`. In training another
-    pair takes its place. In test mode it comes out as a `PairSample` marked `damaged`, so that a metric counts it.
+    A pair whose annotation or image cannot be used is logged once and recorded in `damaged`. In training it is replaced
+    by another pair. In test mode it becomes a `PairSample` marked `damaged`, so that a metric counts it.
 
-    `metainfo` says `dataset`, `split`, `box` (what the boxes are), `num_pairs` and `swaps`: for every category the
-    pairs of keypoint ids that change names when an image is mirrored ("left eye" and "right eye").
+    `metainfo` has `dataset`, `split`, `box` (what the boxes are), `num_pairs` and `swaps`: for every category the pairs
+    of keypoint ids that are exchanged when an image is mirrored ("left eye" and "right eye").
 
     Args:
         data_root: folder of the data set.
-        split: the part of the data, as the data set names it.
+        split: name of the split in the data set.
         categories: keep only pairs of these categories; None keeps all.
         strict: raise `DamagedFile` at the first damaged file.
-        **kwargs: what `BaseDataset` takes; set `test_mode=True` for validation and test.
+        **kwargs: see `BaseDataset`; set `test_mode=True` for validation and test.
 
     Raises:
-        ValueError: on a folder that is not laid out as expected, an unknown category, or when no pair can be used.
+        ValueError: the folder has another layout, a category is unknown, or no pair can be used.
     """
 
     METAINFO: ClassVar[dict] = {'swaps': {}}
@@ -66,25 +66,27 @@ class PairDataset(BaseDataset):
         super().__init__(data_root=data_root, **kwargs)
 
     def list_pairs(self) -> Iterable[dict]:
-        """All pairs of the split: `pair_id`, `category`, `where` (the file, and line, that annotates it), ...
+        """All pairs of the split: `pair_id`, `category`, `where` (file and line of its annotation), ...
 
         Raises:
-            ValueError: when the folder is not laid out as expected.
+            ValueError: the folder has another layout.
         """
         raise NotImplementedError
 
     def parse_data_info(self, raw_data_info: dict) -> dict:
-        """The data list's entry of one of `list_pairs`, or any LookupError, OSError, TypeError, ValueError."""
+        """The entry of one of `list_pairs` in the data list; may raise LookupError, OSError, TypeError, ValueError."""
         raise NotImplementedError
 
     def load_data_list(self) -> list[dict]:
-        """Annotations of all pairs, sorted by category; in test mode with those that cannot be read."""
+        """Annotations of all pairs, sorted by category; in test mode including those that cannot be read."""
         pairs = sorted(self.list_pairs(), key=lambda pair: pair['category'])
-        known = sorted({pair['category'] for pair in pairs})
-        wanted = known if self.categories is None else self.categories
-        if unknown := set(wanted) - set(known):
-            raise ValueError(f'category {", ".join(sorted(unknown))} is not in {self.data_root}: {", ".join(known)}')
-        pairs = [pair for pair in pairs if pair['category'] in wanted]
+        available = sorted({pair['category'] for pair in pairs})
+        selected = available if self.categories is None else self.categories
+        if unknown := set(selected) - set(available):
+            raise ValueError(
+                f'category {", ".join(sorted(unknown))} is not in {self.data_root}: {", ".join(available)}'
+            )
+        pairs = [pair for pair in pairs if pair['category'] in selected]
 
         is_file = cache(os.path.isfile)  # an image is in many pairs
         entries = []
@@ -106,12 +108,12 @@ class PairDataset(BaseDataset):
         return entries if self.test_mode else usable
 
     def get_data_info(self, idx: int) -> dict:
-        """Entry `idx` of the data list, with the category's `swaps`, None where they are not known."""
+        """Entry `idx` of the data list, with the category's `swaps`, None if they are unknown."""
         info = super().get_data_info(idx)
         return info | {'swaps': self._metainfo['swaps'].get(info['category'])}
 
     def prepare_data(self, idx: int) -> dict | None:
-        """Sample `idx` after the pipeline; where it is damaged a marked one in test mode, None in training."""
+        """Sample `idx` after the pipeline; a damaged one is marked in test mode, and None in training."""
         info = self.get_data_info(idx)
         if 'damaged' not in info:
             try:
@@ -120,8 +122,10 @@ class PairDataset(BaseDataset):
                 info['damaged'] = self._record(error)
         if not self.test_mode:
             return None
-        known = {key: info[key] for key in ('pair_id', 'category', 'img_path0', 'img_path1', 'damaged') if key in info}
-        return {'inputs': {'image0': None, 'image1': None}, 'data_samples': PairSample(metainfo=known)}
+        metainfo = {
+            key: info[key] for key in ('pair_id', 'category', 'img_path0', 'img_path1', 'damaged') if key in info
+        }
+        return {'inputs': {'image0': None, 'image1': None}, 'data_samples': PairSample(metainfo=metainfo)}
 
     def _record(self, error: DamagedFile) -> str:
         if self.strict:
@@ -129,7 +133,7 @@ class PairDataset(BaseDataset):
         message = str(error)
         if message not in self.damaged:
             self.damaged.append(message)
-            print_log(f'left out: {message}', 'current', logging.WARNING)
+            print_log(f'skipped: {message}', 'current', logging.WARNING)
         return message
 
     def _entry(self, pair: dict) -> dict:
@@ -146,7 +150,7 @@ class PairDataset(BaseDataset):
             for box in boxes:
                 if not (box[2:] > box[:2]).all():
                     raise ValueError(f'has the box {box.tolist()}, expected x1 < x2 and y1 < y2')
-            if not all(np.isfinite(each[visible]).all() for each in points):
+            if not all(np.isfinite(keypoints[visible]).all() for keypoints in points):
                 raise ValueError('has a keypoint that is not finite')
         except KeyError as error:
             raise DamagedFile(f'{pair["where"]}: has no {error}') from error
@@ -157,17 +161,17 @@ class PairDataset(BaseDataset):
         return entry | {'visible': visible, 'variations': entry.get('variations', {})}
 
 
-def require(root: str | Path, wanted: Sequence[str], remedy: str) -> None:
-    """Check that all of `wanted` lie in the folder `root`.
+def require(root: str | Path, expected: Sequence[str], remedy: str) -> None:
+    """Check that all `expected` files and folders exist in the folder `root`.
 
     Raises:
-        ValueError: names what was expected, the first that is missing, what was found, and `remedy`.
+        ValueError: names the first that is missing, all that are expected, the content of `root`, and `remedy`.
     """
     root = Path(root)
-    for path in wanted:
+    for path in expected:
         if not (root / path).exists():
-            names = sorted(each.name for each in root.iterdir()) if root.is_dir() else []
-            found = ', '.join(names[:12]) + (', ...' if len(names) > 12 else '') or 'nothing'
+            names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+            content = ', '.join(names[:12]) + (', ...' if len(names) > 12 else '') or 'nothing'
             raise ValueError(
-                f'{root / path} is missing; expected {", ".join(wanted)} in {root}, found {found}. {remedy}'
+                f'{root / path} is missing; expected {", ".join(expected)} in {root}, found {content}. {remedy}'
             )

@@ -28,7 +28,7 @@ class PFWillowDataset(PairDataset):
         │   └── IMAGE.png
         └── test_pairs.csv      imageA, imageB, XA1..10, YA1..10, XB1..10, YB1..10
 
-    The first component of the table's image paths is the folder's own name, whatever that was, and is dropped.
+    The first component of the image paths in the table is the folder's name, which is dropped.
 
     There are no annotated boxes. `bbox0` and `bbox1` are the extent of the ten keypoints, so that PCK-bbox has the
     threshold of DHPF and its successors: a fraction of the longer side of the target keypoints' extent. Unlike DHPF,
@@ -36,8 +36,8 @@ class PFWillowDataset(PairDataset):
 
     Args:
         data_root: the folder above.
-        split: "test", the only one.
-        **kwargs: what `PairDataset` takes.
+        split: "test", the only split.
+        **kwargs: see `PairDataset`.
 
     Raises:
         ValueError: as `PairDataset` does.
@@ -92,15 +92,15 @@ class PFPascalDataset(PairDataset):
         ├── val_pairs_pf_pascal.csv
         └── test_pairs_pf_pascal.csv
 
-    The tables are also found as "train_pairs_pf_pascal.csv" and as DHPF's "trn_pairs.csv", "val_pairs.csv", ...
-    Keypoints and boxes come from the annotations, in every split. A keypoint is visible where both images have it.
-    PCK is usually stated with the image as base.
+    The tables may also be named "train_pairs_pf_pascal.csv" and as DHPF's "trn_pairs.csv", "val_pairs.csv", ...
+    Keypoints and boxes come from the annotations, in every split. A keypoint is visible where both images have it. PCK
+    is usually stated with the image as base.
 
     Args:
         data_root: the folder above.
-        split: "trn", "val" or "test". Rows of the training table whose column "flip" is 1, which ask for a mirrored
-            pair, are left out: `RandomFlipPair` mirrors pairs. Unlike DHPF.
-        **kwargs: what `PairDataset` takes.
+        split: "trn", "val" or "test". Rows of the training table whose column "flip" is 1, for a mirrored pair, are
+            left out: `RandomFlipPair` mirrors pairs. Unlike DHPF.
+        **kwargs: see `PairDataset`.
 
     Raises:
         ValueError: as `PairDataset` does, and on another split.
@@ -140,7 +140,7 @@ class PFPascalDataset(PairDataset):
             ),
             strict=True,
         )
-        count = min(len(each) for each in points)  # keypoints at the end of one list only are in no pair
+        count = min(map(len, points))  # the longer list has further keypoints without a counterpart
         visible = ~np.isnan(points[0][:count]).any(axis=1) & ~np.isnan(points[1][:count]).any(axis=1)
         entry = {'visible': visible, 'keypoint_ids': list(range(count))}
         for view in VIEWS:
@@ -153,7 +153,7 @@ class PFPascalDataset(PairDataset):
 
 
 def _rows(path: Path, columns: int, remedy: str) -> list[tuple[list[str], dict]]:
-    """Rows of a table below its heading, each with what `list_pairs` says of a pair but the category."""
+    """Rows of a table below its header, each with the entries of `list_pairs` except the category."""
     try:
         with path.open(newline='') as file:
             reader = csv.reader(file)
@@ -161,7 +161,7 @@ def _rows(path: Path, columns: int, remedy: str) -> list[tuple[list[str], dict]]
     except (OSError, ValueError) as error:
         raise ValueError(f'{path}: cannot be read as a table ({error}). {remedy}') from error
     if not rows or len(rows[0][1]) < columns:
-        raise ValueError(f'{path}: expected rows of at least {columns} columns below a heading. {remedy}')
+        raise ValueError(f'{path}: expected rows of at least {columns} columns below a header. {remedy}')
     return [
         (row, {'pair_id': f'{number:06d}', 'where': f'{path}, line {line}', 'row': row})
         for number, (line, row) in enumerate(rows)
@@ -169,7 +169,7 @@ def _rows(path: Path, columns: int, remedy: str) -> list[tuple[list[str], dict]]
 
 
 def _voc_name(row: list[str]) -> str:
-    """The class of a row by name; it is given by number, from 1."""
+    """Name of the class in a row, which has its number, from 1."""
     number = row[2] if len(row) > 2 and row[2].isdecimal() else '0'
     return _VOC[int(number) - 1] if 0 < int(number) <= len(_VOC) else 'unknown'
 
@@ -179,5 +179,5 @@ def _read_annotation(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         annotation = loadmat(path)
         return annotation['kps'].astype(np.float64).reshape(-1, 2), annotation['bbox'].astype(np.float64).reshape(4)
-    except Exception as error:  # scipy's reader lets many types escape on damaged files
+    except Exception as error:  # scipy's reader raises many types on damaged files
         raise ValueError(f'{path} cannot be read as an annotation with kps and bbox ({error!r})') from error

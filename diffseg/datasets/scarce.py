@@ -33,24 +33,24 @@ class ScarceDataset(BaseSegDataset):
 
     `LoadLabelArray` reads the labels in the pipeline.
 
-    The published tables are means over random splits. `resplit=SEED` draws one as GDF (arXiv 2410.03558) does: the
-    sorted pictures of `train`, followed by those of `test`, are shuffled by `random.Random(SEED).shuffle`; the first
-    ones, as many as `train` has, are for training, the others for testing. So the training and the test set of one seed
-    complement each other, and they keep their sizes.
+    The published tables are means over random splits. `resplit=SEED` draws such a split as GDF (arXiv 2410.03558) does:
+    the sorted pictures of `train`, followed by those of `test`, are shuffled by `random.Random(SEED).shuffle`; the
+    first ones are for training, as many as `train` has, the others for testing. So the training and the test set of one
+    seed are disjoint and keep their sizes.
 
     Args:
         category: key of `CATEGORIES`, gives class names, palette and ignored label.
         data_root: folder of the category, e.g. "data/horse_21".
         split: folder below `data_root` that holds pictures and labels, e.g. "real/train".
-        resplit: seed of a random split into training and test pictures; by default the folders are the split.
-        ignore_label: label of the pixels that are neither trained nor scored, loaded as 255. By default the category's
-            in DatasetDDPM, which for bedroom_28 is 0, the background. Unlike GDF, which trains and scores the
-            background of bedroom_28: that is `ignore_label=255`.
-        **kwargs: what `BaseSegDataset` takes.
+        resplit: seed of a random split into training and test pictures; by default the split is that of the folders.
+        ignore_label: label of pixels that are neither trained nor scored, loaded as 255. By default that of the
+            category in DatasetDDPM, which is 0, the background, for bedroom_28. Unlike GDF, which trains and scores the
+            background of bedroom_28: use `ignore_label=255` for that.
+        **kwargs: see `BaseSegDataset`.
 
     Raises:
-        ValueError: on an unknown category, a folder without pictures, pictures without labels, or a `split` that is
-            neither training nor test set but is to be drawn anew.
+        ValueError: the category is unknown, the folder has no pictures, pictures have no labels, or `resplit` is set
+            for a `split` other than train and test.
     """
 
     CATEGORIES: ClassVar[dict[str, dict]] = {
@@ -70,7 +70,9 @@ class ScarceDataset(BaseSegDataset):
         if category not in self.CATEGORIES:
             raise ValueError(f'category {category!r} is unknown, choose from {", ".join(self.CATEGORIES)}')
         if resplit is not None and Path(split).name not in ('train', 'test'):
-            raise ValueError(f'split {split!r} cannot be drawn anew: its last folder must be train or test')
+            raise ValueError(
+                f'split {split!r} cannot be drawn again with resplit: its last folder must be train or test'
+            )
         self.resplit = resplit
         metainfo = dict(self.CATEGORIES[category])
         if ignore_label is not None:
@@ -94,7 +96,9 @@ class ScarceDataset(BaseSegDataset):
             pictures = redraw(train, test, self.resplit)[('train', 'test').index(folder.name)]
         labels = [picture.with_suffix(self.seg_map_suffix) for picture in pictures]
         if missing := [label for label in labels if not label.is_file()]:
-            raise ValueError(f'{len(missing)} pictures in {folder} have no label, the first one misses {missing[0]}')
+            raise ValueError(
+                f'{len(missing)} pictures in {folder} have no label; the first missing file is {missing[0]}'
+            )
         return [
             {
                 'img_path': str(picture),
@@ -123,7 +127,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def redraw(train: Sequence[Path], test: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
-    """Shuffle `train` and `test` together and divide them again, in the same numbers."""
+    """Shuffle `train` and `test` together and split them again into the same sizes."""
     pooled = [*train, *test]
     random.Random(seed).shuffle(pooled)
     return pooled[: len(train)], pooled[len(train) :]
@@ -133,12 +137,12 @@ def redraw(train: Sequence[Path], test: Sequence[Path], seed: int) -> tuple[list
 class LoadLabelArray(BaseTransform):
     """Read `seg_map_path`, an .npy file of integer class indices (H, W), into `gt_seg_map`, uint8.
 
-    The data set's `ignore_label` becomes 255. Images without `seg_map_path`, which mmseg's inference functions give to
-    the test pipeline, have no labels; they pass unchanged.
+    The data set's `ignore_label` becomes 255. Images without `seg_map_path`, which mmseg's inference functions pass to
+    the test pipeline, have no labels and are returned unchanged.
 
     Args:
         size: side or (height, width) to which labels are resized (nearest), whatever the size of the picture.
-            Predictions are brought to the same size (`ori_shape`) and compared there: 256 in the published tables.
+            Predictions are resized to the same size (`ori_shape`) before they are scored: 256 in the published tables.
             Those of an image without labels have the image's size.
 
     Raises:
@@ -170,10 +174,10 @@ class LoadLabelArray(BaseTransform):
 
 @TRANSFORMS.register_module()
 class IgnoreSmallClasses(BaseTransform):
-    """Set the label of classes of which a picture has only a few pixels to 255; for training, as DatasetDDPM does.
+    """Set labels of classes with few pixels in a picture to 255; for training, as DatasetDDPM does.
 
     Args:
-        min_pixels: a class keeps its label if the picture has at least as many pixels of it.
+        min_pixels: a class is kept if the picture has at least this many pixels of it.
     """
 
     def __init__(self, min_pixels: int = 20) -> None:

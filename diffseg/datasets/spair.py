@@ -1,4 +1,4 @@
-"""SPair-71k (arXiv 1908.10543), in its own layout or through the lists of Diffusion Hyperfeatures."""
+"""SPair-71k (arXiv 1908.10543), in its original layout or with the lists of Diffusion Hyperfeatures."""
 
 import json
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from .toy import SPECIES
 
 _VARIATIONS = ('mirror', 'viewpoint_variation', 'scale_variation', 'truncation', 'occlusion', 'src_pose', 'trg_pose')
 
-# Keypoint ids that change names when an image is mirrored, as left and right are seen; all others keep theirs. The
-# pairs are those that GeoAware-SC (arXiv 2311.17034) trains with.
+# Pairs of keypoint ids, left and right, that are exchanged when an image is mirrored; all others stay. They are those
+# that GeoAware-SC (arXiv 2311.17034) trains with.
 _LEGGED = ((0, 1), (2, 3), (4, 5), (6, 7), (9, 10), (11, 12))
 _HOOFED = (*_LEGGED, (15, 16), (17, 18), (19, 20))
 _ROAD = ((10, 20), (11, 21), (12, 22), (13, 23), (14, 24), (15, 25), (16, 17), (18, 19), (26, 27), (28, 29))
@@ -59,19 +59,19 @@ class SPairDataset(PairDataset):
             │   └── SPLIT.txt       names of pair annotations, without .json
             └── small
 
-    Keypoints are those annotated in both images, so all are visible. With `ann_file`, the pairs are those of one of
-    Diffusion Hyperfeatures' lists, e.g. "spair_71k_val-360.json" (20 pairs of each category); of the folders above only
-    JPEGImages is needed then, and its images may also lie in it directly, without folders of categories.
+    Keypoints are those annotated in both images, so all are visible. With `ann_file`, the pairs are those of a list of
+    Diffusion Hyperfeatures, e.g. "spair_71k_val-360.json" (20 pairs of each category); only the folder JPEGImages is
+    needed then, and its images may be without subfolders of categories.
 
     Args:
         data_root: the folder above.
-        split: "trn", "val" or "test"; of a list, which split it was taken from.
+        split: "trn", "val" or "test"; with a list, the split that it was taken from.
         layout: "large" or "small", the latter a subset.
         ann_file: a list of Diffusion Hyperfeatures, relative to `data_root` or absolute.
-        **kwargs: what `PairDataset` takes.
+        **kwargs: see `PairDataset`.
 
     Raises:
-        ValueError: as `PairDataset` does, and on another split, layout, or a list that is no list.
+        ValueError: as `PairDataset` does, on another split or layout, or on a file that is not a list of pairs.
     """
 
     METAINFO: ClassVar[dict] = {'dataset': 'SPair-71k', 'box': 'object', 'swaps': _SWAPS}
@@ -168,8 +168,8 @@ class ToyPairDataset(SPairDataset):
 
     `tools/toy/make_data.py OUT --pairs N --across N` draws them into OUT/SPair-toy and OUT/SPair-toy-across. The
     categories are the species, across them "SOURCE_TARGET", e.g. "horse_giraffe". All animals are seen from the side
-    and have the same fourteen keypoints, whose names (`diffseg.datasets.toy.KEYPOINTS`) speak of near and far,
-    not of left and right: mirroring exchanges none.
+    and have the same fourteen keypoints, whose names (`diffseg.datasets.toy.KEYPOINTS`) distinguish near and far, not
+    left and right: mirroring exchanges none.
     """
 
     METAINFO: ClassVar[dict] = {

@@ -1,4 +1,4 @@
-"""What the toy data sets show, which `tools/toy` draws: species, parts with their colours, and keypoints."""
+"""Species, parts with their colours, and keypoints of the toy data sets that `tools/toy` draws."""
 
 SPECIES = ('horse', 'giraffe', 'dog', 'elephant')
 PARTS = ('background', 'torso', 'neck', 'head', 'ear', 'front leg', 'hind leg', 'tail')

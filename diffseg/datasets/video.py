@@ -1,4 +1,4 @@
-"""Videos whose first frame is annotated: what their data sets have in common."""
+"""Loading of videos whose first frame is annotated."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ FRAME_SUFFIXES = ('.jpg', '.jpeg', '.png')
 
 
 def list_frames(folder: Path, remedy: str) -> list[str]:
-    """Paths of a video's frames, whose names are numbers, in order.
+    """Paths of a video's frames, sorted by the numbers in their names.
 
     Raises:
-        ValueError: the folder is missing or has no frame, or a number is left out.
+        ValueError: the folder is missing or has no frame, or a number is missing.
     """
     frames = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -32,23 +32,23 @@ def list_frames(folder: Path, remedy: str) -> list[str]:
         more = ', ...' if len(missing) > 8 else ''
         raise ValueError(
             f'{folder}: frame {names}{more} is missing between {frames[numbers[0]].name} and '
-            f'{frames[numbers[-1]].name}, {len(missing)} in all. {remedy}'
+            f'{frames[numbers[-1]].name}, {len(missing)} in total. {remedy}'
         )
     return [str(frames[number]) for number in numbers]
 
 
 @TRANSFORMS.register_module()
 class LoadVideo(BaseTransform):
-    """Turn an entry of a video data set into a sample whose frames are read and resized when they are asked for.
+    """Convert an entry of a video data set into a sample whose frames are read and resized on access.
 
     Args:
         short_side: resize frames so that the shorter side has this many pixels, and the longer one, by the same factor,
             is rounded down to a multiple of `divisor`: DIFT's and DINO's protocol for DAVIS.
         divisor: see `short_side`.
-        size: (height, width) to resize frames to instead, whatever their aspect, as for JHMDB.
+        size: (height, width) to resize frames to instead, regardless of their aspect ratio, as for JHMDB.
 
     Raises:
-        ValueError: unless one of `short_side` and `size` is given; and from a video whose first mask cannot be used.
+        ValueError: not exactly one of `short_side` and `size` is given; or the first mask of a video cannot be used.
     """
 
     def __init__(self, short_side: int | None = None, divisor: int = 32, size: tuple[int, int] | None = None) -> None:

@@ -141,12 +141,12 @@ def test_a_real_homography_is_not_taken_for_singular(tmp_path):
 
 def test_points_outside_the_image_are_refused(folder):
     (folder.parent / 'points/i_dome-1.kp').write_text('30 10\n52 10\n')
-    with pytest.raises(ValueError, match=r'i_dome/1\.ppm: has 48 x 40 pixels, but points from .* own size'):
+    with pytest.raises(ValueError, match=r'i_dome/1\.ppm: has 48 x 40 pixels, but points from .* original size'):
         make(folder)[0]
 
 
 def test_a_folder_without_sequences_is_refused(folder):
-    with pytest.raises(ValueError, match=r'has no sequence.*make_toy_hpatches'):
+    with pytest.raises(ValueError, match=r'has no sequence.*make_hpatches'):
         make(folder.parent)
     shutil.rmtree(folder / 'i_dome')
     with pytest.raises(ValueError, match='not excluded'):

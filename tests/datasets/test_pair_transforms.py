@@ -144,7 +144,7 @@ def test_resize_leaves_points_where_they_are(pair):
     kept = apply(pair, 'ResizePair', size=60, keep_ratio=True)
     assert (kept['img_shape0'], kept['img_shape1']) == ((40, 60), (60, 36))
     for name in ('RandomFlipPair', 'RandomCropPair'):
-        with pytest.raises(ValueError, match='before ResizePair'):
+        with pytest.raises(ValueError, match='put ResizePair after'):
             apply(resized, name, **({'prob': 1.0} if 'Flip' in name else {}))
     with pytest.raises(ValueError, match="interpolation is 'nearest'"):
         apply(pair, 'ResizePair', size=16, interpolation='nearest')

@@ -63,7 +63,7 @@ def test_frames_travel_as_paths(root):
         (lambda r: (r / 'JPEGImages/480p/video-1/00002.jpg').unlink(), r'video-1: frame 00002 is missing between'),
         (lambda r: (r / 'JPEGImages/480p/video-1/00004.jpg').unlink(), r'JPEGImages.*has no 00004, but there is'),
         (lambda r: (r / 'Annotations/480p/video-0/00000.png').unlink(), r'Annotations.*has no 00000, but there is'),
-        (lambda r: (r / 'ImageSets/2017/val.txt').write_text('\n'), 'names no video'),
+        (lambda r: (r / 'ImageSets/2017/val.txt').write_text('\n'), 'lists no video'),
         (lambda r: (r / 'ImageSets/2017/val.txt').write_text('bear'), r'480p/bear: has no frames'),
         (lambda r: (r / 'ImageSets/2017/val.txt').unlink(), r'val.txt is missing'),
     ],
@@ -122,7 +122,7 @@ def test_a_jhmdb_sample(tmp_path):
     ('change', 'message'),
     [
         (lambda r: (r / 'test.txt').unlink(), 'cannot be read as a list'),
-        (lambda r: (r / 'test.txt').write_text(''), 'names no video'),
+        (lambda r: (r / 'test.txt').write_text(''), 'lists no video'),
         (lambda r: (r / 'test.txt').write_text('frames joints.mat 3'), 'expected FRAMES_FOLDER JOINTS_FILE, got'),
         (lambda r: (r / 'Rename_Images/walk/one/00002.png').unlink(), 'frame 00002 is missing'),
         (lambda r: (r / 'Rename_Images/walk/one/00004.png').unlink(), r'has 3 frames, .*joints.mat annotates 4'),

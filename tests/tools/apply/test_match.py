@@ -139,7 +139,7 @@ def test_errors(run: Callable, tool: ModuleType, config: Path, tiny_pipeline: Pa
     (images / 'broken.png').write_bytes((images / 'a.png').read_bytes()[:200])
     broken = run('--points', '1,1', *model, files=('broken.png', 'a.png'), status=2)
     assert 'broken.png: cannot be read as an image' in broken
-    assert 'say --category' in run('--points', '1,1', '--config', config, status=2)
+    assert 'give --category' in run('--points', '1,1', '--config', config, status=2)
     torch.save({'state_dict': {}}, tmp_path / 'empty.pth')
     options = '--config', config, '--category', 'dog', '--checkpoint', tmp_path / 'empty.pth'
     assert 'empty.pth does not fit' in run('--points', '1,1', *options, status=2)
