@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffseg.diffusion.devices import upload
+from diffseg.devices import upload
 
 Size = tuple[int, int]  # height, width
 Convention = Literal['centres', 'corners', 'published']

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffseg.diffusion.devices import upload
+from diffseg.devices import upload
 from diffseg.diffusion.loading import (
     FOLDER_LAYOUT,
     ModelSource,

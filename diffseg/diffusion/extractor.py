@@ -12,9 +12,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
+from diffseg.devices import upload
 from diffseg.diffusion.conditioning import Conditioning, NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.controlnet import load_control
-from diffseg.diffusion.devices import upload
 from diffseg.diffusion.images import check_images, check_range, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.lora import fuse_lora, read_lora

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffseg.devices import upload
 from diffseg.diffusion.controlnet import Control, residual_kwargs
-from diffseg.diffusion.devices import upload
 from diffseg.diffusion.recorder import ActivationRecorder
 from diffseg.diffusion.sites import AttentionMode, Network
 
