@@ -1,10 +1,10 @@
-"""Activations on disk, found by the content of the image that they were computed from.
+"""Activations on disk, keyed by the content of the image that they were computed from.
 
 ```text
-FOLDER/ab/abcd....safetensors    the maps of one image, under the digest of the image and of all else they depend on
-FOLDER/.size                     bytes of all entries, never less than there are
-FOLDER/.lock                     held while an entry is counted and put in its place
-FOLDER/.partial/                 what processes write, until it is whole
+FOLDER/ab/abcd....safetensors    the maps of one image; the name is the digest of everything they depend on
+FOLDER/.size                     bytes of all entries, never too small
+FOLDER/.lock                     held while an entry is counted and renamed
+FOLDER/.partial/                 incomplete files of writing processes
 ```
 """
 
@@ -32,8 +32,8 @@ from diffseg.files import whole_file
 
 DTYPES = {name: getattr(torch, name) for name in ('float16', 'bfloat16', 'int8', 'float32')}
 UNITS = {'B': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
-LOW_WATER = 0.9  # eviction frees a tenth of the limit at once, since it has to look at every entry
-ABANDONED = 3600  # seconds after which a file that is not whole is that of a killed process
+LOW_WATER = 0.9  # eviction frees a tenth of the limit at once, since it lists all entries
+ABANDONED = 3600  # seconds after which an incomplete file is that of a killed process
 POLL = 0.005  # seconds between attempts to get the lock
 HEADER = 128, 96  # bytes that an entry's header takes, and each tensor's description in it; about
 VALUES = 2  # part of every key; raised when an image's maps change (2: cells tile images of any size)
@@ -41,12 +41,12 @@ SCALE = '{}.scale'  # name of the scales of the int8 map of that number
 
 
 class DamagedEntryError(ValueError):
-    """A file that is not what was once written under its name."""
+    """A file whose content is not what was written under its name."""
 
 
 @dataclass
 class CacheCounts:
-    """What a cache did since it was made: images found, images computed, entries deleted and entries not usable."""
+    """Counts of a cache object: images read, images computed, entries deleted and damaged entries."""
 
     hits: int = 0
     misses: int = 0
@@ -60,24 +60,24 @@ class CacheCounts:
 class FeatureCache:
     """A folder of activations that are computed once.
 
-    An entry's name is the digest of the image's bytes and of the `context`, so a repeated input is found and an
-    augmented one is not, whatever the data pipeline. A context that says all that activations depend on is the
-    caller's business.
+    An entry's name is the digest of the image's bytes and of the `context`, so a repeated input is a hit and an
+    augmented one a miss, with any data pipeline. The caller must put everything else that activations depend on into
+    the context.
 
-    Several processes may use one folder: reading takes no lock, and entries appear as a whole. Each entry carries a
-    checksum; one that is truncated, altered or in the wrong place is reported, computed anew and replaced.
+    Several processes may use one folder: reading takes no lock, and entries are written atomically. Each entry has a
+    checksum; one that is truncated, altered or misplaced is reported, computed again and replaced.
 
-    Note that a limit smaller than the data set helps little: each epoch evicts what the next one asks for first.
+    Note that a limit below the size of the data set helps little: each epoch evicts what the next one reads first.
 
     Args:
-        path: The folder; made when it is first written to.
-        dtype: What values are stored as: 'float16', 'bfloat16', 'float32', or 'int8' with one scale for each channel of
-            each map, so that no value is off by more than 1/254 of the channel's largest magnitude.
-        max_size: Limit of the entries together, in bytes or as in '20GB' (10^9 bytes each), kept by deleting those
-            whose last use is longest ago; None is no limit. All users of a folder should agree on it.
+        path: The folder; created by the first write.
+        dtype: Of stored values: 'float16', 'bfloat16', 'float32', or 'int8' with one scale for each channel of each
+            map, with errors of at most 1/254 of the channel's largest magnitude.
+        max_size: Limit of the entries together, in bytes or as in '20GB' (10^9 bytes each), kept by deleting the least
+            recently used; None is no limit. All users of a folder should agree on it.
 
     Attributes:
-        counts: Hits, misses and so on of this process; logged after 100, 1000, 10000, ... images.
+        counts: Hits, misses and other counts of this process; logged after 100, 1000, 10000, ... images.
 
     Raises:
         ValueError: Unknown dtype or malformed size.
@@ -102,36 +102,36 @@ class FeatureCache:
         context: Mapping[str, Any],
         compute: Callable[..., Sequence[Tensor]],
         names: Sequence[str] = (),
-        each: Sequence[Any] | None = None,
+        per_image: Sequence[Any] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Read the maps of those images that are known, and compute and keep those of the others.
+        """Read the maps of cached images; compute and store those of the others.
 
-        What is computed passes through the storage dtype as well, so that first and later runs agree.
+        Computed maps are converted to the storage dtype and back, so that first and later runs agree.
 
         Args:
             images: With shape (B, 3, H, W), or with more channels: all bytes count.
-            context: All else that maps depend on, except for autocast; ready for JSON.
+            context: Everything else that maps depend on, except autocast; ready for JSON.
             compute: Turns images (b, 3, H, W) into maps (b, C, h, w), without gradients. Called at most once.
-            names: Of the first maps, for errors.
-            each: What else the maps of each image depend on, such as its prompt, ready for JSON; `compute` then has a
-                second argument, the list of those of its images.
+            names: Of the first maps, for error messages.
+            per_image: Additional input for each image that its maps depend on, such as its prompt, ready for JSON;
+                `compute` then gets those of its images as second argument.
 
         Returns:
             Maps (B, C, h, w) in the dtype and on the device of the images.
 
         Raises:
-            ValueError: Images that require gradients, which stored maps have not; values that the storage dtype cannot
-                hold; or an entry larger than the limit.
+            ValueError: Images require gradients, values overflow the storage dtype, or an entry is larger than the
+                limit.
         """
         if images.requires_grad and torch.is_grad_enabled():
             raise ValueError('images require gradients, which cached activations do not have; switch the cache off')
-        paths = [self._path(key) for key in self.keys(images, context, each)]
+        paths = [self._path(key) for key in self.keys(images, context, per_image)]
         entries = [self._read(path) for path in paths]
         missing = [i for i, entry in enumerate(entries) if entry is None]
         if missing:
             arguments = [images if len(missing) == len(images) else images[missing]]
-            if each is not None:
-                arguments.append([each[i] for i in missing])
+            if per_image is not None:
+                arguments.append([per_image[i] for i in missing])
             with torch.no_grad():
                 maps = compute(*arguments)
             for i, entry in zip(missing, self._pack(maps, names), strict=True):
@@ -142,15 +142,15 @@ class FeatureCache:
         numbers = [str(i) for i in range(len(stacked)) if str(i) in stacked]
         return tuple(dequantize(stacked[i], stacked.get(SCALE.format(i))).to(images.dtype) for i in numbers)
 
-    def keys(self, images: Tensor, context: Mapping[str, Any], each: Sequence[Any] | None = None) -> list[str]:
-        """Names of the entries of images (B, C, H, W), with the arguments of `fetch`."""
+    def keys(self, images: Tensor, context: Mapping[str, Any], per_image: Sequence[Any] | None = None) -> list[str]:
+        """Keys of the entries of images (B, C, H, W); arguments as in `fetch`."""
         device = images.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         all_else = [__version__, VALUES, self.dtype, autocast, context]
         common = hashlib.sha256(json.dumps(all_else, sort_keys=True).encode())
         keys = []
-        own = [None] * len(images) if each is None else each
-        for image, extra in zip(images.detach().cpu().contiguous(), own, strict=True):
+        extras = [None] * len(images) if per_image is None else per_image
+        for image, extra in zip(images.detach().cpu().contiguous(), extras, strict=True):
             digest = common.copy()
             digest.update(json.dumps([extra, str(image.dtype), list(image.shape)], sort_keys=True).encode())
             digest.update(_bytes(image))
@@ -162,11 +162,11 @@ class FeatureCache:
         return self.path.glob('??/*.safetensors')
 
     def size(self) -> int:
-        """Bytes of all entries, counted anew."""
+        """Bytes of all entries, from a new listing."""
         return sum(size for _, size, _ in self._listed())
 
     def prune(self, limit: int) -> None:
-        """Delete the entries used longest ago until the others take at most `limit` bytes."""
+        """Delete the least recently used entries until the others take at most `limit` bytes."""
         if self.path.is_dir():
             with self._lock():
                 self._set_used(self._evict(limit))
@@ -175,16 +175,16 @@ class FeatureCache:
         return self.path / key[:2] / f'{key}.safetensors'
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
-        """An entry, as of now the one used last; None if it is not there or damaged."""
+        """Read an entry and mark it as used; None if it is missing or damaged."""
         try:
             entry = read_entry(path)
-        except FileNotFoundError:  # never written, or evicted since
+        except FileNotFoundError:  # never written, or evicted
             return None
         except DamagedEntryError as error:
             self.counts.damaged += 1
-            print_log(f'feature cache: {error}; it is computed anew', 'current', WARNING)
+            print_log(f'feature cache: {error}; it is computed again', 'current', WARNING)
             return None
-        with suppress(OSError):  # evicted since, or another user's
+        with suppress(OSError):  # evicted, or owned by another user
             os.utime(path)
         return entry
 
@@ -204,8 +204,8 @@ class FeatureCache:
                 packed[SCALE.format(i)] = scale
             if not (packed[str(i)] if scale is None else scale).isfinite().all():
                 raise ValueError(
-                    f'{names[i] if i < len(names) else f"map {i}"} has a value of {x.abs().max():.4g}, which cannot be '
-                    f"kept as {self.dtype}; cache finite values, with dtype 'bfloat16', 'float32' or 'int8'"
+                    f'{names[i] if i < len(names) else f"map {i}"} has a value of {x.abs().max():.4g}, which '
+                    f"{self.dtype} cannot represent; cache finite values, with dtype 'bfloat16', 'float32' or 'int8'"
                 )
         packed = {name: tensor.cpu() for name, tensor in packed.items()}
         for i in range(len(maps[0])):
@@ -222,7 +222,9 @@ class FeatureCache:
                 used = self._used()
                 if self.max_size is not None and used + len(data) > self.max_size:
                     used = self._evict(max(0, int(LOW_WATER * self.max_size) - len(data)))
-                self._set_used(used + len(data))  # beforehand: who is killed now leaves it too large, not too small
+                self._set_used(
+                    used + len(data)
+                )  # before the rename: a killed process leaves it too large, not too small
         if not self._cleaned:
             self._clean()
 
@@ -231,21 +233,21 @@ class FeatureCache:
         return self.path / '.partial'
 
     def _clean(self) -> None:
-        """Delete what killed processes have left, once in a process."""
+        """Delete incomplete files of killed processes, once per process."""
         self._cleaned = True
         for path in self._partial.iterdir():
-            with suppress(FileNotFoundError):  # whole by now, or deleted by another process
+            with suppress(FileNotFoundError):  # completed, or deleted by another process
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 
     def _lock(self) -> Any:
-        """A context in which no other process writes or evicts. The system frees the lock of a killed process."""
+        """Context manager that excludes writes and evictions of other processes; a killed process loses its lock."""
         return FileLock(self.path / '.lock').acquire(poll_interval=POLL)
 
     def _used(self) -> int:
         try:
             return int((self.path / '.size').read_text())
-        except (FileNotFoundError, ValueError):  # the first writer, or one was killed
+        except (FileNotFoundError, ValueError):  # the first writer, or a writer was killed
             return self.size()
 
     def _set_used(self, size: int) -> None:
@@ -253,18 +255,18 @@ class FeatureCache:
 
     def _listed(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, in ns, and bytes of all entries."""
-        found = []
+        entries = []
         for path in self.entries():
             with suppress(FileNotFoundError):
                 stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
-        return found
+                entries.append((stat.st_mtime_ns, stat.st_size, path))
+        return entries
 
     def _evict(self, limit: int) -> int:
         """Delete entries down to `limit` bytes; returns the bytes left."""
-        found = sorted(self._listed())
-        total = sum(size for _, size, _ in found)
-        for _, size, path in found:
+        entries = sorted(self._listed())
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
             if total <= limit:
                 break
             path.unlink(missing_ok=True)
@@ -274,7 +276,7 @@ class FeatureCache:
 
 
 def build_cache(cache: str | Path | Mapping[str, Any] | None) -> FeatureCache | None:
-    """A cache from what a config says: a folder, arguments of `FeatureCache`, or None for none."""
+    """Build a cache from its config: a folder, arguments of `FeatureCache`, or None for no cache."""
     if cache is None:
         return None
     return FeatureCache(**cache) if isinstance(cache, Mapping) else FeatureCache(cache)
@@ -284,10 +286,10 @@ def read_entry(path: Path) -> dict[str, Tensor]:
     """Read the tensors of an entry.
 
     Raises:
-        FileNotFoundError: No such entry.
-        DamagedEntryError: It is not what was written under this name.
+        FileNotFoundError: The entry does not exist.
+        DamagedEntryError: The content is not what was written under this name.
     """
-    data = path.read_bytes()  # no memory map: an evicted file must not take the process with it
+    data = path.read_bytes()  # no memory map: an evicted file must not crash the process
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
@@ -300,19 +302,19 @@ def read_entry(path: Path) -> dict[str, Tensor]:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (..., C, h, w) as int8 and what to multiply it by, float32 (..., C, 1, 1)."""
+    """Maps (..., C, h, w) as int8 and their scales, float32 (..., C, 1, 1)."""
     x = x.float()
     scale = x.abs().amax((-2, -1), keepdim=True) / 127
     return (x / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round().to(torch.int8), scale
 
 
 def dequantize(values: Tensor, scale: Tensor | None) -> Tensor:
-    """Undo `quantize`; without a scale, the values."""
+    """Invert `quantize`; without a scale, the values themselves."""
     return values if scale is None else values * scale
 
 
 def entry_size(shapes: Sequence[tuple[int, int, int]], dtype: str) -> int:
-    """Bytes, to within a few hundred, of an entry with maps of these shapes (C, h, w)."""
+    """Size in bytes, to within a few hundred, of an entry with maps of these shapes (C, h, w)."""
     values = sum(c * h * w for c, h, w in shapes)
     scales = sum(c for c, _, _ in shapes) if dtype == 'int8' else 0
     tensors = len(shapes) * (2 if scales else 1)
@@ -323,14 +325,14 @@ def parse_size(size: int | str) -> int:
     """Bytes of a size such as 500, '500MB' or '1.5 TB', with units of powers of 1000.
 
     Raises:
-        ValueError: It is none, or not positive.
+        ValueError: The text is not a size, or the size is not positive.
     """
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     match = re.fullmatch(r'(\d+(?:\.\d*)?)\s*([a-z]*)', str(size).strip().lower())
     factor = units.get(match[2] or 'b') if match else None
     count = int(float(match[1]) * factor) if factor else 0
     if count < 1:
-        raise ValueError(f'{size!r} is no size; give bytes, or a number with {", ".join(UNITS)}')
+        raise ValueError(f'{size!r} is not a size; give bytes, or a number with {", ".join(UNITS)}')
     return count
 
 
@@ -351,7 +353,7 @@ def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, of which autocast would change the dtype (and on a CPU does not take float16)."""
+    """`torch.stack` without autocast, which would change the dtype (and does not support float16 on a CPU)."""
     stacked = tensors[0].new_empty(len(tensors), *tensors[0].shape)
     for row, tensor in zip(stacked, tensors, strict=True):
         row.copy_(tensor)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whoever else writes them and whenever a writer is killed."""
+"""Atomic writes: files are complete or absent, also with concurrent or killed writers."""
 
 import os
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from secrets import token_hex
 
 @contextmanager
 def whole_file(path: str | Path, folder: str | Path | None = None) -> Iterator[Path]:
-    """Write a file under another name, which becomes its own when the block ends without an error.
+    """Write a temporary file that is renamed to `path` when the block ends without an error.
 
     ```python
     with whole_file('result.json') as partial:
         partial.write_text(...)
     ```
 
-    Permissions are those of any new file, by the umask.
+    Permissions follow the umask, as for any new file.
 
     Args:
-        path: of the file; its folder is made where it is missing.
-        folder: where to write, on the same file system; by default beside the file.
+        path: of the file; missing folders are created.
+        folder: of the temporary file, on the same file system; by default that of the file.
 
     Yields:
-        A path that no other writer has.
+        The path of the temporary file, unique to this writer.
     """
     path = Path(path)
     folder = path.parent if folder is None else Path(folder)

@@ -2,7 +2,7 @@
 
 A *picture* is an RGB float tensor with shape (3, H, W) and values in [0, 1]. The functions take tensors and return
 pictures, a `PIL.Image` or a matplotlib `Figure`; nothing is shown or written, and neither pyplot's state nor any random
-number generator is touched. Tensors may be on any device; pictures that are returned are on the CPU, but for `resize`.
+number generator is touched. Tensors may be on any device; returned pictures are on the CPU, except those of `resize`.
 """
 
 import colorsys
@@ -22,17 +22,17 @@ CORRECT, WRONG = (46, 204, 64), (255, 65, 54)
 
 
 def to_picture(image: Tensor) -> Tensor:
-    """Turn an image with shape (3, H, W) in [-1, 1], what the extractor takes, into a picture."""
+    """Convert an image with shape (3, H, W) in [-1, 1], the input of the extractor, to a picture."""
     return (image.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
 def to_pil(picture: Tensor) -> Image.Image:
-    """Turn a picture into an 8-bit image."""
+    """Convert a picture to an 8-bit image."""
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def resize(picture: Tensor, size: tuple[int, int], smooth: bool = True) -> Tensor:
-    """Resize a picture to `size` (height, width), bilinearly, or keeping its cells visible if not `smooth`."""
+    """Resize a picture to `size` (height, width), bilinearly, or by the nearest cell if not `smooth`."""
     if smooth:
         return F.interpolate(picture[None], size, mode='bilinear', align_corners=False, antialias=True)[0]
     return F.interpolate(picture[None], size, mode='nearest-exact')[0]
@@ -42,22 +42,21 @@ def pca(features: Sequence[Tensor], components: int = 3) -> list[Tensor]:
     """Project several maps on the principal components of all their cells together.
 
     Joint components give corresponding cells of different images comparable values. They are deterministic: the
-    randomised SVD runs from a fixed seed of its own, and the sign of a component is such that its largest loading is
-    positive.
+    randomised SVD has a fixed seed, and the sign of a component is such that its largest loading is positive.
 
     Args:
-        features: maps with shapes (C, h_i, w_i), of one number of channels but of any sizes.
-        components: how many components to keep.
+        features: maps with shapes (C, h_i, w_i), with the same number of channels and any sizes.
+        components: number of components to keep.
 
     Returns:
         One map with shape (components, h_i, w_i) for each input, in float32 on the CPU, centred on the joint mean.
 
     Raises:
-        ValueError: if the numbers of channels differ, are fewer than `components`, or a value is not finite.
+        ValueError: the numbers of channels differ or are below `components`, or a value is not finite.
     """
     channels = {feature.shape[0] for feature in features}
     if len(channels) != 1:
-        raise ValueError(f'joint PCA needs maps of one number of channels, got {sorted(channels)}')
+        raise ValueError(f'joint PCA needs maps with the same number of channels, got {sorted(channels)}')
     if min(channels) < components:
         raise ValueError(f'{components} components need at least as many channels, got {min(channels)}')
     cells = torch.cat([feature.detach().cpu().float().flatten(1).T for feature in features])  # (sum h*w, C)
@@ -92,7 +91,7 @@ def pca_rgb(features: Sequence[Tensor], clip: float = 0.01) -> list[Tensor]:
 
 
 def heat_map(values: Tensor, limits: tuple[float, float] | None = None, colormap: str = 'magma') -> Tensor:
-    """Colour a map with shape (h, w); `limits` are the values at the colours' ends (default: its own extremes)."""
+    """Colour a map with shape (h, w); `limits` are the values at the ends of the colormap (default: of the map)."""
     values = values.detach().float().cpu()
     low, high = limits or (values.min().item(), values.max().item())
     scaled = ((values - low) / max(high - low, 1e-12)).clamp(0, 1)
@@ -114,26 +113,26 @@ def colour_labels(labels: Tensor, palette: Tensor | Sequence[Sequence[int]] | No
 
     Args:
         labels: integers with shape (h, w).
-        palette: (classes, 3) colours in 0..255, such as the metainfo of an mmseg data set holds (default: VOC's).
+        palette: (classes, 3) colours in 0..255, such as those in the metainfo of an mmseg data set (default: VOC's).
         ignore: the label that is drawn white.
 
     Raises:
-        ValueError: if a label has no colour.
+        ValueError: a label has no colour.
     """
     labels = labels.detach().cpu().long()
     colours = voc_palette() if palette is None else torch.as_tensor(palette)
     valid = labels != ignore
-    found = labels[valid]
-    if found.numel() and not 0 <= found.min() <= found.max() < len(colours):
-        raise ValueError(f'labels {found.min()}..{found.max()} do not fit a palette of {len(colours)} colours')
+    classes = labels[valid]
+    if classes.numel() and not 0 <= classes.min() <= classes.max() < len(colours):
+        raise ValueError(f'labels {classes.min()}..{classes.max()} do not fit a palette of {len(colours)} colours')
     picture = (colours.float() / 255)[labels.where(valid, 0)].permute(2, 0, 1)  # (3, h, w)
     return picture.where(valid, 1.0)
 
 
 def overlay(picture: Tensor, colours: Tensor, alpha: float = 0.5, mask: Tensor | None = None) -> Tensor:
-    """Lay `colours` (3, h, w) over a picture (3, H, W), where `mask` (h, w) is true (default: everywhere).
+    """Blend `colours` (3, h, w) with a picture (3, H, W), where `mask` (h, w) is true (default: everywhere).
 
-    The colours are resized by the nearest cell, so that labels stay what they are.
+    The colours are resized to the nearest cell, so that those of labels do not mix.
     """
     size = picture.shape[1:]
     weight = torch.full(colours.shape[1:], alpha) if mask is None else mask.detach().cpu().float() * alpha
@@ -148,14 +147,14 @@ def grid(
     cell: int = 192,
     smooth: bool = False,
 ) -> Image.Image:
-    """Put pictures of any sizes into a grid with names, the longer side of each scaled to `cell` pixels.
+    """Arrange pictures of any sizes in a grid with names, the longer side of each scaled to `cell` pixels.
 
     Args:
         rows: pictures, row by row; rows may differ in length.
         row_names: printed left of the rows.
         column_names: printed over the columns.
         cell: longer side of a picture in the grid, pixels.
-        smooth: whether small pictures are enlarged bilinearly, instead of with their cells visible.
+        smooth: enlarge small pictures bilinearly instead of to the nearest cell.
     """
     gap, font = 4, ImageFont.load_default(max(10, cell // 16))
     images = [[_fit(picture, cell, smooth) for picture in row] for row in rows]
@@ -192,15 +191,15 @@ def match_lines(
 
     Args:
         pictures: the source (3, H0, W0) and the target (3, H1, W1).
-        points: matched points with shape (N, 2) each, (x, y) in pixels of their own picture.
-        correct: booleans with shape (N,), drawn green and red; without them each line has its own hue.
+        points: matched points with shape (N, 2) each, (x, y) in pixels of their picture.
+        correct: booleans with shape (N,), drawn green and red; without them the lines have different hues.
         height: of the drawing, pixels; both pictures are scaled to it.
 
     Raises:
-        ValueError: if the numbers of points differ.
+        ValueError: the numbers of points differ.
     """
     if points[0].shape != points[1].shape or points[0].shape[-1] != 2:
-        raise ValueError(f'points must be two (N, 2) tensors, got {[tuple(each.shape) for each in points]}')
+        raise ValueError(f'points must be two (N, 2) tensors, got {[tuple(xy.shape) for xy in points]}')
     scales = [height / picture.shape[1] for picture in pictures]
     images = [
         to_pil(resize(picture.float().cpu(), (height, max(1, round(picture.shape[2] * scale)))))
@@ -231,7 +230,7 @@ def outline(picture: Tensor, polygon: Tensor, colour: tuple[int, int, int], widt
 
     Args:
         picture: with shape (3, H, W).
-        polygon: its corners (x, y) in pixels, with shape (N, 2); those outside the picture are cut off.
+        polygon: its corners (x, y) in pixels, with shape (N, 2); the outline is clipped to the picture.
         colour: red, green and blue, 0 to 255.
         width: of the line, pixels.
     """
@@ -248,7 +247,7 @@ def mixing_figure(weights: Tensor, timesteps: Sequence[int | str], layers: Seque
     exactly zero, a pair that is not mixed at all, stays empty.
 
     Raises:
-        ValueError: if the names do not fit the table.
+        ValueError: the numbers of names do not match the table.
     """
     if weights.shape != (len(timesteps), len(layers)):
         raise ValueError(f'{len(timesteps)} timesteps, {len(layers)} layers, but weights {tuple(weights.shape)}')

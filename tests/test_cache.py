@@ -81,8 +81,8 @@ def test_what_is_each_images_own_is_in_its_key_and_computed_with(tmp_path: Path)
         return [images + torch.tensor(own)[:, None, None, None]]
 
     cache, images, calls = FeatureCache(tmp_path, 'float32'), make_images(1).expand(3, -1, -1, -1), []
-    cache.fetch(images[:1], {}, add, each=[2])
-    (found,) = cache.fetch(images, {}, add, each=[1, 2, 3])
+    cache.fetch(images[:1], {}, add, per_image=[2])
+    (found,) = cache.fetch(images, {}, add, per_image=[1, 2, 3])
     assert calls == [[2], [1, 3]]
     assert torch.equal(found, images + torch.tensor([1, 2, 3])[:, None, None, None])
 
@@ -123,7 +123,7 @@ def test_keys_are_those_of_images_and_context_alone(numbers: list[int], context:
     assert cache.keys(images[numbers], dict(reversed(context.items()))) == [single[i] for i in numbers]
     for changed in ({**context, 'more': 'x'}, {key: value + 1 for key, value in context.items()} or {'': 0}):
         assert not set(cache.keys(images, changed)) & set(single)
-    assert not set(cache.keys(images, context, each=[[]] * 4)) & set(single)
+    assert not set(cache.keys(images, context, per_image=[[]] * 4)) & set(single)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -162,7 +162,7 @@ def test_int8_is_off_by_half_a_step_of_its_channel(tmp_path: Path):
 @pytest.mark.parametrize(
     ('dtype', 'value', 'message'),
     [
-        ('float16', 7e4, r"up-level0 has a value of 7e\+04, which cannot be kept as float16; .* dtype 'bfloat16'"),
+        ('float16', 7e4, r"up-level0 has a value of 7e\+04, which float16 cannot represent; .* dtype 'bfloat16'"),
         ('bfloat16', float('nan'), 'up-level0 has a value of nan'),
         ('int8', float('inf'), 'up-level0 has a value of inf'),
     ],
@@ -277,7 +277,7 @@ def test_sizes():
     assert [parse_size(size) for size in (12, '500', '1.5GB', '20 tb', '7kB')] == [12, 500, 1.5e9, 20e12, 7e3]
     assert [format_size(size) for size in (0, 999, 53_300_000_000)] == ['0 B', '999 B', '53.3 GB']
     for wrong in ('20G', 'GB', '', '-3', 0, '1e9'):
-        with pytest.raises(ValueError, match='is no size; give bytes, or a number with B, kB, MB, GB, TB'):
+        with pytest.raises(ValueError, match='is not a size; give bytes, or a number with B, kB, MB, GB, TB'):
             parse_size(wrong)
 
 
@@ -482,7 +482,7 @@ def test_checkpoints_know_nothing_of_it(make: Callable):
         ({'train_noise': 'random'}, "train_noise='random' draws other maps each time"),
         ({'frozen': False}, r'extractor\.unet\..* is trained, so that maps change'),
         ({'lora': {'r': 2}}, r'extractor\.unet\..*lora.* is trained, so that maps change'),
-        ({'cache': {'path': 'x', 'max_size': '20 gigs'}}, 'is no size'),
+        ({'cache': {'path': 'x', 'max_size': '20 gigs'}}, 'is not a size'),
     ],
 )
 def test_what_cannot_be_cached_is_refused(make: Callable, options: dict, message: str):

@@ -65,7 +65,7 @@ def test_pca_takes_half_precision_and_gradients():
 @pytest.mark.parametrize(
     ('features', 'message'),
     [
-        ([torch.zeros(4, 2, 2), torch.zeros(5, 2, 2)], r'one number of channels, got \[4, 5\]'),
+        ([torch.zeros(4, 2, 2), torch.zeros(5, 2, 2)], r'same number of channels, got \[4, 5\]'),
         ([torch.zeros(2, 2, 2)], 'at least as many channels, got 2'),
         ([torch.full((4, 2, 2), torch.nan)], 'NaN'),
     ],

@@ -1,4 +1,4 @@
-"""Loops and hooks of training and testing, and what draws their results."""
+"""Loops and hooks of training and testing, and the visualizer."""
 
 from .hooks import (
     CheckpointFallbackHook,

@@ -18,28 +18,28 @@ from diffseg.models.decode_heads.pixels import LabelledPixels, Resize
 class PixelClassifierLoop(EpochBasedTrainLoop):
     """Train a `PixelClassifierHead` as published: on the pixels of all training pictures, each in each epoch.
 
-    Backbone and neck run once over the data loader, in evaluation mode. Their maps are kept at their own resolution
-    and interpolated at the pixels of a mini-batch only. An epoch shows every member all labelled pixels, in an order of
-    its own; a member stops when `patience` mini-batches have passed without a smaller mini-batch loss, and does not
-    change any more. Training ends when all have stopped.
+    Backbone and neck run once over the data loader, in evaluation mode. Their maps are stored at their original
+    resolution and interpolated only at the pixels of a mini-batch. In an epoch every member sees all labelled pixels,
+    each in another order; a member stops early when `patience` mini-batches have passed without a smaller mini-batch
+    loss. Training ends when all members have stopped.
 
-    The order follows from the seed, the epoch and the member, and what the rule needs is saved with the head. So a run
-    that is resumed from a checkpoint, at the end of an epoch or within one, goes on as if it had not been stopped.
+    The order depends on the seed, the epoch and the member, and the state of early stopping is saved with the head. So
+    a run that is resumed from a checkpoint, also within an epoch, gives the same result as an uninterrupted one.
 
-    Hooks and validation see epochs and iterations over pixels, the optimizer any settings (published: Adam at 1e-3).
-    There is one process only.
+    Hooks and validation see epochs and iterations over pixels; any optimizer can be used (published: Adam at 1e-3).
+    Training runs in a single process.
 
     Args:
         runner: the runner.
         dataloader: training pictures, in a fixed order and without augmentation, all of one size.
         max_epochs: epochs over the pixels.
-        patient_epochs: epochs before the rule takes effect.
-        patience: mini-batches.
-        dtype: type in which maps are kept.
-        **kwargs: what `EpochBasedTrainLoop` takes.
+        patient_epochs: epochs before early stopping takes effect.
+        patience: mini-batches without improvement before a member stops.
+        dtype: of the stored maps.
+        **kwargs: see `EpochBasedTrainLoop`.
 
     Raises:
-        ValueError: the head is another one, more than the head is to be trained, the sampler has no end, or the
+        ValueError: the head is not a `PixelClassifierHead`, other parts are trainable, the sampler is infinite, or the
             training is distributed.
     """
 
@@ -59,14 +59,14 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
         self.dtype = getattr(torch, dtype)
 
     def run(self) -> torch.nn.Module:
-        """Extract, then train."""
+        """Extract all maps, then train."""
         self.check()
         maps, resize, labels = self.extract()
         head = self.head
         self.data = LabelledPixels(maps, labels, head.num_classes, head.ignore_index, resize)
         self.epoch_length = len(self.data) // head.num_pixels
         if not self.epoch_length:
-            raise ValueError(f'{len(self.data)} labelled pixels are less than one mini-batch of {head.num_pixels}')
+            raise ValueError(f'{len(self.data)} labelled pixels are fewer than a mini-batch of {head.num_pixels}')
         self._max_iters = self._max_epochs * self.epoch_length
         self.runner.logger.info(
             f'{len(self.data)} labelled pixels of {len(labels)} pictures, {self.epoch_length} iterations an epoch; '
@@ -77,32 +77,32 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
         return super().run()
 
     def check(self) -> None:
-        """See that this loop can train the model. A loop is also built for tests, which ask for the iteration."""
+        """Check that this loop can train the model; not in `__init__`, since a loop is also built for tests."""
         if is_model_wrapper(self.runner.model):
             raise ValueError('PixelClassifierLoop trains in one process; start it without a launcher')
         self.head = self.runner.model.decode_head
         if not isinstance(self.head, PixelClassifierHead):
             raise ValueError(
-                f'PixelClassifierLoop trains a PixelClassifierHead, not {type(self.head).__name__}; take '
+                f'PixelClassifierLoop trains a PixelClassifierHead, not {type(self.head).__name__}; use '
                 'IterBasedTrainLoop'
             )
         trained = [name for name, parameter in self.runner.model.named_parameters() if parameter.requires_grad]
         if others := [name for name in trained if not name.startswith('decode_head.')]:
             raise ValueError(
                 f'PixelClassifierLoop trains the head alone, but {len(others)} other parameters would be trained, such '
-                f'as {others[0]}; freeze them, take ConcatNeck or no neck, or IterBasedTrainLoop'
+                f'as {others[0]}; freeze them, use ConcatNeck or no neck, or IterBasedTrainLoop'
             )
         if isinstance(self.dataloader.sampler, InfiniteSampler):
-            raise ValueError("InfiniteSampler has no end; take sampler=dict(type='DefaultSampler', shuffle=False)")
+            raise ValueError("InfiniteSampler has no end; use sampler=dict(type='DefaultSampler', shuffle=False)")
 
     @torch.no_grad()
     def extract(self) -> tuple[list[Tensor], list[Resize], Tensor]:
         """Maps of all training pictures, channels last (B, h, w, C), their `resize`, and labels (B, H, W).
 
-        Neighbouring maps of one size that are resized alike are joined.
+        Consecutive maps of one size and `resize` are concatenated.
 
         Raises:
-            ValueError: pictures of different sizes, or maps that overflow the type in which they are kept.
+            ValueError: pictures have different sizes, or maps overflow the dtype.
         """
         model = self.runner.model.eval()
         batches = []
@@ -120,15 +120,15 @@ class PixelClassifierLoop(EpochBasedTrainLoop):
             batches.append([labels, *(x.permute(0, 2, 3, 1).to(self.dtype) for _, x in runs)])
         columns = list(zip(*batches, strict=True))
         sizes = [{tuple(x.shape[1:3]) for x in column} for column in columns]
-        if any(len(found) > 1 for found in sizes):
+        if any(len(distinct) > 1 for distinct in sizes):
             raise ValueError(f'labels or maps have several sizes (height, width): {sizes}; resize in the pipeline')
         labels, *maps = (torch.cat(column) for column in columns)
         if not all(x.isfinite().all() for x in maps):
-            raise ValueError(f"maps overflow {self.dtype}; keep them as dtype='bfloat16' or 'float32'")
+            raise ValueError(f"maps overflow {self.dtype}; use dtype='bfloat16' or 'float32'")
         return maps, resize, labels
 
     def run_epoch(self) -> None:
-        """One epoch over the pixels, or what is left of it after resuming."""
+        """One epoch over the pixels, or the rest of it after resuming."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         order = self.data.permutations(

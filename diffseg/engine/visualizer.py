@@ -1,4 +1,4 @@
-"""Pictures of predictions whose size is not that of the image."""
+"""Visualizer for predictions whose size differs from that of the image."""
 
 from typing import Any
 
@@ -13,10 +13,11 @@ from mmseg.visualization import SegLocalVisualizer
 class LabelSizeVisualizer(SegLocalVisualizer):
     """mmseg's visualizer, which resizes the image to the label maps that it draws over it.
 
-    Where the test pipeline has `LoadLabelArray(size=...)`, labels and predictions have that size, whatever the image.
+    Where the test pipeline has `LoadLabelArray(size=...)`, labels and predictions have that size, not that of the
+    image.
 
     Args:
-        **kwargs: what `SegLocalVisualizer` takes.
+        **kwargs: see `SegLocalVisualizer`.
     """
 
     def add_datasample(
@@ -27,9 +28,9 @@ class LabelSizeVisualizer(SegLocalVisualizer):
         Args:
             name: of the image.
             image: RGB, uint8, with shape (H, W, 3).
-            data_sample: `pred_sem_seg`, and `gt_sem_seg` if it is known, with shapes (1, h, w).
-            *args: what `SegLocalVisualizer.add_datasample` takes.
-            **kwargs: likewise.
+            data_sample: `pred_sem_seg`, and `gt_sem_seg` if available, with shapes (1, h, w).
+            *args: see `SegLocalVisualizer.add_datasample`.
+            **kwargs: see `SegLocalVisualizer.add_datasample`.
         """
         if data_sample is not None and 'pred_sem_seg' in data_sample:
             height, width = data_sample.pred_sem_seg.shape

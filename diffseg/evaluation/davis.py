@@ -2,8 +2,8 @@
 
 Region similarity J is the intersection over union of an object's masks, boundary accuracy F the F-measure of their
 boundaries (Perazzi et al., CVPR 2016); J&F is the mean of both. Each is summarised over an object's frames, without the
-first one, which is given, and the last one, by mean, recall (share of frames above 0.5) and decay (mean of the first
-quarter of the frames less that of the last), and these over the objects of all videos alike.
+first one, whose masks are the input, and the last one, by mean, recall (share of frames above 0.5) and decay (mean of
+the first quarter of the frames less that of the last), and these are averaged over the objects of all videos.
 """
 
 import csv
@@ -31,7 +31,7 @@ def region_similarity(annotation: np.ndarray, predicted: np.ndarray, void: np.nd
 
     Args:
         annotation: whether a pixel belongs to the object, bool with shape (H, W).
-        predicted: the same, as predicted.
+        predicted: predicted mask, bool with shape (H, W).
         void: pixels that do not count, bool with shape (H, W).
     """
     annotation, predicted = _without_void(annotation, predicted, void)
@@ -46,7 +46,7 @@ def boundary_accuracy(annotation: np.ndarray, predicted: np.ndarray, void: np.nd
 
     Args:
         annotation: whether a pixel belongs to the object, bool with shape (H, W).
-        predicted: the same, as predicted.
+        predicted: predicted mask, bool with shape (H, W).
         void: pixels that do not count, bool with shape (H, W).
     """
     truth, guess = (boundary(mask) for mask in _without_void(annotation, predicted, void))
@@ -55,7 +55,7 @@ def boundary_accuracy(annotation: np.ndarray, predicted: np.ndarray, void: np.nd
     radius = math.ceil(TOLERANCE * math.hypot(*annotation.shape))
     span = np.arange(-radius, radius + 1) ** 2
     disk = (np.add.outer(span, span) <= radius**2).astype(np.uint8)
-    near_truth, near_guess = (cv2.dilate(each.astype(np.uint8), disk) > 0 for each in (truth, guess))
+    near_truth, near_guess = (cv2.dilate(edges.astype(np.uint8), disk) > 0 for edges in (truth, guess))
     precision, recall = near_truth[guess].mean(), near_guess[truth].mean()
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
@@ -63,7 +63,7 @@ def boundary_accuracy(annotation: np.ndarray, predicted: np.ndarray, void: np.nd
 def boundary(mask: np.ndarray) -> np.ndarray:
     """Pixels that differ from the one on their right, below, or diagonally below, bool with shape (H, W).
 
-    What the image's edge cuts off is no boundary.
+    The border of the image is no boundary.
     """
     mask = mask.astype(bool)
     after = np.pad(mask, ((0, 1), (0, 1)), mode='edge')
@@ -83,19 +83,19 @@ def score_video(annotations: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """J and F of every object in every frame but the first and the last.
 
     Objects are those of the first annotation, 1 to its highest id; one that is not predicted is an empty mask. Unlike
-    davis2017-evaluation, which takes void pixels for background, void is left out, as its measures provide for; the
-    official annotations have none.
+    davis2017-evaluation, which treats void pixels as background, they are ignored, as its measures allow; the official
+    annotations have none.
 
     Args:
         annotations: object ids with shape (T, H, W), uint8, 255 where a pixel does not count.
-        predicted: the same, as predicted; the first frame is that given.
+        predicted: predicted object ids with the same shape; the first frame is the annotated one.
 
     Returns:
-        Figures in [0, 1] with shape (2, objects, T - 2): J and F.
+        J and F in [0, 1] with shape (2, objects, T - 2).
 
     Raises:
-        ValueError: shapes differ, there are fewer than three frames or no objects, or an id is predicted that the first
-            frame does not have.
+        ValueError: shapes differ, there are fewer than three frames or no objects, or a predicted id is not in the
+            first frame.
     """
     if annotations.shape != predicted.shape:
         raise ValueError(
@@ -103,7 +103,9 @@ def score_video(annotations: np.ndarray, predicted: np.ndarray) -> np.ndarray:
             f"frame, at the frames' original size"
         )
     if len(annotations) < 3:
-        raise ValueError(f'the video has {len(annotations)} frames; the first and the last do not count, so it takes 3')
+        raise ValueError(
+            f'the video has {len(annotations)} frames; the first and the last are not scored, so it needs 3'
+        )
     first = annotations[0]
     objects = int(first[first != VOID].max(initial=0))
     if not objects:
@@ -123,7 +125,7 @@ def statistics(values: np.ndarray) -> np.ndarray:
     """Mean, recall and decay of one object's J or F over frames, with shape (3,).
 
     Args:
-        values: figures in [0, 1] with shape (frames,).
+        values: J or F in [0, 1] with shape (frames,).
     """
     # the quarters' ends are rounded, halves up, and shared by neighbouring quarters
     ends = np.floor(np.linspace(0, len(values) - 1, 5) + 0.5 + 1e-9).astype(int)
@@ -136,9 +138,9 @@ class DAVISMetric(BaseMetric):
     """J&F, and mean, recall and decay of J and F, in per cent, over the objects of all videos.
 
     Args:
-        out_file: CSV file to write, a row for each object, named "VIDEO_NUMBER" as by the official tool; with
-            `ResultFileHook`, a relative path is within the work dir.
-        **kwargs: what `BaseMetric` takes.
+        out_file: CSV file to write, a row for each object, named "VIDEO_NUMBER" as in the official tool; with
+            `ResultFileHook`, a relative path is in the work dir.
+        **kwargs: see `BaseMetric`.
     """
 
     def __init__(self, out_file: str | None = None, **kwargs: Any) -> None:
@@ -146,10 +148,10 @@ class DAVISMetric(BaseMetric):
         self.out_file = out_file
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Score each video, whose annotations are read here.
+        """Read the annotations of each video and score it.
 
         Raises:
-            ValueError: names the video, or the annotation, that cannot be scored.
+            ValueError: a video cannot be scored; the message names it or its annotation.
         """
         for sample in data_samples:
             annotations = [read_mask(path, sample['ori_shape']) for path in sample['annotation_paths']]
@@ -157,7 +159,7 @@ class DAVISMetric(BaseMetric):
                 figures = score_video(np.stack(annotations), to_array(sample['pred_masks']))
             except ValueError as error:
                 raise ValueError(f'video {sample["video_id"]}: {error}') from error
-            rows = [[statistics(each).tolist() for each in values] for values in figures.transpose(1, 0, 2)]
+            rows = [[statistics(measure).tolist() for measure in values] for values in figures.transpose(1, 0, 2)]
             self.results.append((sample['video_id'], rows))  # J's and F's statistics of each object
 
     def compute_metrics(self, results: list[tuple[str, list[list[list[float]]]]]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Homographies from matches: pure functions, and the metric of HPatches as DIFT (arXiv 2306.03881) is scored on it.
+"""Homographies from matches: pure functions, and the metric of HPatches in DIFT (arXiv 2306.03881).
 
-A homography from a source to a target image is correct within a number of pixels if it takes the source's corners, on
-the mean, at most so far from where the true one takes them. It is estimated from at least four matches; where that
-fails it counts as wrong.
+An estimated homography is correct within a number of pixels if the mean distance between the corners of the source
+under it and under the true one is at most this number. It is estimated from at least four matches; where that fails it
+counts as wrong.
 """
 
 import math
@@ -22,7 +22,7 @@ from .pck import versions, write_result
 
 THRESHOLDS = (1, 3, 5)
 METHODS = {'ransac': cv2.RANSAC, 'lmeds': cv2.LMEDS, 'magsac': cv2.USAC_MAGSAC}
-GROUPS = {'all': '', 'illumination': 'i_', 'viewpoint': 'v_'}  # how names of sequences begin
+GROUPS = {'all': '', 'illumination': 'i_', 'viewpoint': 'v_'}  # prefixes of the names of sequences
 
 Method = Literal['ransac', 'lmeds', 'magsac']
 
@@ -30,17 +30,17 @@ Method = Literal['ransac', 'lmeds', 'magsac']
 def estimate_homography(
     source: np.ndarray, target: np.ndarray, method: Method = 'ransac', threshold: float = 3
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Estimate the homography that takes points of one image to those of another, some of which are wrong.
+    """Estimate the homography between two images from matched points with outliers.
 
     Args:
         source: (x, y) in pixels with shape (P, 2).
-        target: what they were matched with, with shape (P, 2).
+        target: the matched (x, y) with shape (P, 2).
         method: OpenCV's RANSAC, LMedS (least median of squares) or MAGSAC++; equal points give equal results.
-        threshold: in pixels, how far an inlier may be off; without effect on 'lmeds'.
+        threshold: largest error of an inlier, in pixels; without effect on 'lmeds'.
 
     Returns:
-        The homography with shape (3, 3), None if there are fewer than four points or they determine none; and which
-        points are inliers, bool with shape (P,).
+        The homography with shape (3, 3), None if there are fewer than four points or they are degenerate; and a mask of
+        the inliers, bool with shape (P,).
 
     Raises:
         ValueError: another method, or the numbers of points differ.
@@ -54,7 +54,7 @@ def estimate_homography(
         return nothing
     try:
         homography, inliers = cv2.findHomography(source, target, METHODS[method], threshold)
-    except cv2.error:  # as MAGSAC++ fails on points that determine nothing
+    except cv2.error:  # raised by MAGSAC++ on degenerate points
         return nothing
     if homography is None or not np.isfinite(homography).all():
         return nothing
@@ -62,19 +62,19 @@ def estimate_homography(
 
 
 def corner_error(estimated: np.ndarray, truth: np.ndarray, size: tuple[int, int]) -> float:
-    """Mean distance, in pixels of the target, between where two homographies take the corners of the source.
+    """Mean distance, in pixels of the target, between the corners of the source under two homographies.
 
     Args:
         estimated: with shape (3, 3).
         truth: with shape (3, 3).
-        size: height and width of the source; the corners are the middles of its corner pixels.
+        size: height and width of the source; the corners are the centres of its corner pixels.
     """
     corners = image_corners(size)
     return float(np.linalg.norm(transform(estimated, corners) - transform(truth, corners), axis=1).mean())
 
 
 def image_corners(size: tuple[int, int]) -> np.ndarray:
-    """Middles of the corner pixels of an image of (height, width), clockwise from the upper left, with shape (4, 2)."""
+    """Centres of the corner pixels of an image of (height, width), clockwise from the upper left, with shape (4, 2)."""
     bottom, right = size[0] - 1, size[1] - 1
     return np.array([[0, 0], [right, 0], [right, bottom], [0, bottom]], float)
 
@@ -85,17 +85,16 @@ def transform(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def make_record(sample: Mapping[str, Any], method: Method, threshold: float) -> dict[str, Any]:
-    """What is kept of one pair, ready for JSON.
+    """The record of one pair, ready for JSON.
 
     Args:
-        sample: the fields and the meta information of a `HomographySample` that a model has completed.
+        sample: fields and meta information of a `HomographySample` with predictions.
         method: see `estimate_homography`.
         threshold: see `estimate_homography`.
 
     Returns:
-        `pair_id`, `sequence`, numbers of `keypoints` (of both images), `matches` and `inliers`, the `homography`, None
-        if there is none, its corner `error` in pixels, None if there is none, and the (height, width) of both images
-        as `loaded`.
+        `pair_id`, `sequence`, numbers of `keypoints` (of both images), `matches` and `inliers`, the `homography` and
+        its corner `error` in pixels, both None without an estimate, and the (height, width) of both images as `loaded`.
     """
     rows = to_array(sample['pred_matches'])
     source, target = (to_array(sample[f'keypoints{view}'])[rows[:, view]] for view in (0, 1))
@@ -121,15 +120,15 @@ def figure_name(threshold: float, group: str) -> str:
 
 
 def score(records: Iterable[Mapping[str, Any]], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, float]:
-    """Which share of the homographies is correct, in per cent; of groups that have pairs.
+    """Percentage of correct homographies, for all groups that have pairs.
 
     Args:
         records: of all pairs, see `make_record`.
         thresholds: in pixels.
 
     Returns:
-        The figures under their names, and for each group the mean number of matches, `matches/all`, and the number of
-        pairs without a homography, `failures/all`.
+        Figures by name, and for each group the mean number of matches, `matches/all`, and the number of pairs without a
+        homography, `failures/all`.
     """
     records = list(records)
     figures = {}
@@ -147,15 +146,15 @@ def score(records: Iterable[Mapping[str, Any]], thresholds: Sequence[float] = TH
 
 @METRICS.register_module()
 class HomographyMetric(BaseMetric):
-    """Accuracy of homographies estimated from matches, for all pairs, and apart for illumination and viewpoint.
+    """Accuracy of homographies estimated from matches, for all pairs, and separately for illumination and viewpoint.
 
     Args:
         method: see `estimate_homography`.
         threshold: see `estimate_homography`.
         thresholds: of the corner error, in pixels.
         out_file: JSON file to write, with the protocol, the figures and a record of each pair; with `ResultFileHook`, a
-            relative path is within the work dir.
-        **kwargs: what `BaseMetric` takes.
+            relative path is in the work dir.
+        **kwargs: see `BaseMetric`.
 
     Raises:
         ValueError: another method.
@@ -179,7 +178,7 @@ class HomographyMetric(BaseMetric):
         self._setting: dict[str, Any] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the record of each pair, and what the model says of itself."""
+        """Store the record of each pair, and the protocol of the model."""
         for sample in data_samples:
             self._setting = {'keypoints': sample['keypoint_source'], **sample.get('protocol', {})}
             self.results.append(make_record(sample, self.method, self.threshold))

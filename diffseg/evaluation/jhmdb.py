@@ -14,17 +14,17 @@ BOX_FRACTION = 0.6
 
 
 def joint_distances(joints: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Distances from the truth relative to the size of the person, in every frame but the first.
+    """Distances from the true joints relative to the size of the person, in every frame but the first.
 
-    The size is 0.6 times the diagonal of the box of a frame's true joints; as in the published code, only of those that
-    are predicted.
+    The size is 0.6 times the diagonal of the bounding box of a frame's true joints; as in the published code, only of
+    those that are predicted.
 
     Args:
         joints: true (x, y) in pixels, with shape (T, J, 2).
         predicted: (x, y) in pixels with shape (T, J, 2); negative x where a joint is not predicted.
 
     Returns:
-        float64 with shape (T - 1, J), NaN where a joint is not predicted, infinite where that box has no extent.
+        float64 with shape (T - 1, J), NaN where a joint is not predicted, infinite where the box has no extent.
 
     Raises:
         ValueError: the shapes differ.
@@ -33,24 +33,26 @@ def joint_distances(joints: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         raise ValueError(
             f'joints have shape {joints.shape} and predictions {predicted.shape}; both must be (frames, joints, 2)'
         )
-    found = predicted[1:, :, 0] >= 0  # (T - 1, J)
+    predicted_mask = predicted[1:, :, 0] >= 0  # (T - 1, J)
     truth, guess = joints[1:].astype(np.float64), predicted[1:].astype(np.float64)
-    low = np.where(found[..., None], truth, np.inf).min(axis=1)  # (T - 1, 2)
-    high = np.where(found[..., None], truth, -np.inf).max(axis=1)
+    low = np.where(predicted_mask[..., None], truth, np.inf).min(axis=1)  # (T - 1, 2)
+    high = np.where(predicted_mask[..., None], truth, -np.inf).max(axis=1)
     extent = BOX_FRACTION * np.linalg.norm(high - low, axis=-1, keepdims=True)  # (T - 1, 1)
     distances = np.linalg.norm(guess - truth, axis=-1)
-    return np.divide(distances, extent, out=np.where(found, np.inf, np.nan), where=found & (extent > 0))
+    return np.divide(
+        distances, extent, out=np.where(predicted_mask, np.inf, np.nan), where=predicted_mask & (extent > 0)
+    )
 
 
 def joint_pck(distances: np.ndarray, threshold: float) -> float:
     """PCK in per cent: the mean over joints of the share of frames in which a joint is within `threshold`.
 
-    Frames in which a joint is not predicted do not count for it, as in the published code; where that are all frames,
-    which there is a division by zero, the joint counts 0.
+    Frames in which a joint is not predicted are ignored for this joint, as in the published code; a joint that is never
+    predicted, which is a division by zero there, counts as 0.
 
     Args:
         distances: relative, with shape (frames, J), NaN where a joint is not predicted.
-        threshold: of the distance.
+        threshold: largest relative distance of a correct joint.
     """
     counted = (~np.isnan(distances)).sum(axis=0)
     correct = (distances <= threshold).sum(axis=0)
@@ -63,7 +65,7 @@ class JHMDBMetric(BaseMetric):
 
     Args:
         thresholds: fractions of the person's size.
-        **kwargs: what `BaseMetric` takes.
+        **kwargs: see `BaseMetric`.
     """
 
     def __init__(self, thresholds: Sequence[float] = (0.1, 0.2), **kwargs: Any) -> None:
@@ -71,10 +73,10 @@ class JHMDBMetric(BaseMetric):
         self.thresholds = tuple(thresholds)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Keep the distances of each video.
+        """Store the distances of each video.
 
         Raises:
-            ValueError: names a video whose joints and predictions do not fit.
+            ValueError: joints and predictions of a video differ in shape.
         """
         for sample in data_samples:
             try:

@@ -1,11 +1,11 @@
-"""Percentage of correct keypoints (PCK): pure functions, and the metric that states how its figures came about.
+"""Percentage of correct keypoints (PCK): pure functions, and the metric, whose result includes the protocol.
 
 A figure is named by threshold, base and mean, `PCK@0.1-bbox/point`:
 
 * a keypoint is correct within `threshold * extent`, where
 * the base is the longer side of the target's box ('bbox') or of the target image ('img'), in original pixels;
-* the mean is over all keypoints alike ('point': Diffusion Hyperfeatures, later papers), over the pairs' own percentages
-  ('image': DIFT's 52.9 on SPair-71k), or over the categories' percentages of keypoints ('category').
+* the mean is over all keypoints ('point': Diffusion Hyperfeatures, later papers), over the percentages of pairs
+  ('image': DIFT's 52.9 on SPair-71k), or over the percentages of keypoints by category ('category').
 """
 
 import json
@@ -38,19 +38,19 @@ Record = Mapping[str, Any]  # of one pair, see `make_record`
 
 
 def correct_keypoints(predicted: Tensor, target: Tensor, extent: float, alpha: float = 0.1) -> Tensor:
-    """Which predictions are at most `alpha * extent` away from the truth.
+    """Mask of the predictions that are at most `alpha * extent` away from the target.
 
     Args:
         predicted: (x, y) in pixels, with shape (N, 2).
         target: (x, y) in pixels, with shape (N, 2).
         extent: in pixels; the longer side of the target's box for PCK-bbox, of the target image for PCK-img.
-        alpha: fraction of `extent` that is tolerated.
+        alpha: tolerance as a fraction of `extent`.
 
     Returns:
         bool with shape (N,).
 
     Raises:
-        ValueError: when the shapes differ or `extent` is not positive.
+        ValueError: the shapes differ or `extent` is not positive.
     """
     if predicted.shape != target.shape:
         raise ValueError(
@@ -65,36 +65,36 @@ def pck(correct: Sequence[Tensor], mean: Mean, categories: Sequence[str] | None 
     """PCK in percent over pairs; those without keypoints do not count.
 
     Args:
-        correct: for every pair which of its keypoints are correct, bool with shape (N_pair,).
+        correct: masks of the correct keypoints of each pair, bool with shape (N_pair,).
         mean: 'point', 'image' or 'category', see above.
-        categories: of the pairs; for 'category'.
+        categories: of the pairs, for 'category'.
 
     Raises:
-        ValueError: without any keypoint, on another `mean`, or without the categories that it needs.
+        ValueError: there is no keypoint, `mean` is unknown, or `categories` are missing.
     """
-    pairs = [each.double() for each in correct if len(each)]
+    pairs = [mask.double() for mask in correct if len(mask)]
     if not pairs:
         raise ValueError('there is no keypoint to score')
     if mean == 'point':
         return 100 * float(torch.cat(pairs).mean())
     if mean == 'image':
-        return 100 * float(torch.stack([each.mean() for each in pairs]).mean())
+        return 100 * float(torch.stack([mask.mean() for mask in pairs]).mean())
     if mean != 'category':
         raise ValueError(f"mean is {mean!r}, choose 'point', 'image' or 'category'")
     if categories is None or len(categories) != len(correct):
         raise ValueError("mean='category' needs the category of each pair")
     groups: dict[str, list[Tensor]] = {}
-    for category, each in zip(categories, correct, strict=True):
-        if len(each):
-            groups.setdefault(category, []).append(each)
+    for category, mask in zip(categories, correct, strict=True):
+        if len(mask):
+            groups.setdefault(category, []).append(mask)
     return sum(pck(group, 'point') for group in groups.values()) / len(groups)
 
 
 def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one pair, ready for JSON.
+    """The record of one pair, ready for JSON.
 
     Args:
-        sample: the fields and the meta information of a `PairSample` that a model has completed.
+        sample: fields and meta information of a `PairSample` with predictions.
 
     Returns:
         `pair_id` and `category`, and either `damaged` or, all in original pixels, `predicted` and `target` keypoints
@@ -124,7 +124,7 @@ def figure_name(threshold: float, base: Base, mean: Mean) -> str:
 def score(
     records: Iterable[Record], thresholds: Sequence[float] = THRESHOLDS, bases: Sequence[Base] = BASES
 ) -> dict[str, dict[str, float]]:
-    """All figures of an evaluation.
+    """PCK for all thresholds, bases and means.
 
     Args:
         records: of all pairs, see `make_record`; damaged ones do not count.
@@ -132,8 +132,8 @@ def score(
         bases: what the extent is.
 
     Returns:
-        Under 'all' the figures with all three means, and under each category, in alphabetical order, those of its pairs
-        with the means over points and images; in percent.
+        Under 'all' the figures of all pairs with all three means, and under each category, sorted by name, those of its
+        pairs with the means over points and images; in percent.
 
     Raises:
         ValueError: no pair has a keypoint.
@@ -144,10 +144,10 @@ def score(
     for threshold in thresholds:
         for base in bases:
             correct = [_correct(record, threshold, base) for record in pairs]
-            for group, found in figures.items():
+            for group, group_figures in figures.items():
                 chosen = [c for c, category in zip(correct, categories, strict=True) if group in ('all', category)]
                 for mean in ('point', 'image'):
-                    found[figure_name(threshold, base, mean)] = pck(chosen, mean)
+                    group_figures[figure_name(threshold, base, mean)] = pck(chosen, mean)
             figures['all'][figure_name(threshold, base, 'category')] = pck(correct, 'category', categories)
     return figures
 
@@ -166,7 +166,7 @@ def format_table(
     thresholds: Sequence[float] = THRESHOLDS,
     bases: Sequence[Base] = BASES,
 ) -> str:
-    """Figures as `score` returns them as a text table: a row for each category, all pairs, and mean of the categories.
+    """Format the result of `score` as a text table: a row for each category, all pairs, and mean of the categories.
 
     Each cell has the means over points and over images.
     """
@@ -189,22 +189,22 @@ def format_table(
 
 @METRICS.register_module()
 class PCKMetric(BaseMetric):
-    """PCK with all thresholds, bases and means at once, see above.
+    """PCK with all thresholds, bases and means, see above.
 
-    What is returned are the figures of all pairs under their names, and the number of damaged pairs; the log has a
-    table with a row for each category.
+    Returns the figures of all pairs by name, and the number of damaged pairs; the log has a table with a row for each
+    category.
 
     Args:
         thresholds: fractions of the extent.
         bases: what the extent is, 'bbox' and 'img'.
-        out_file: JSON file to write; with `ResultFileHook`, a relative path is within the work dir. It holds the
-            `protocol` that led to the figures: data set, split, number of pairs, resizing, what the model says of
-            itself, versions; the `figures`; and the `predictions`, one record for each pair, from which
-            `tools/analysis/rescore.py` recomputes the figures without the model.
-        categories: patterns in the style of `fnmatch`; pairs of other categories do not count. All do by default.
-        allow_selection_on_test: let checkpoints be chosen by figures on the test split, as some published figures were;
-            the protocol then says so. See `SelectionGuardHook`.
-        **kwargs: what `BaseMetric` takes.
+        out_file: JSON file to write; with `ResultFileHook`, a relative path is in the work dir. It holds the
+            `protocol`: data set, split, number of pairs, resizing, protocol of the model, versions; the `figures`; and
+            the `predictions`, one record for each pair, from which `tools/analysis/rescore.py` recomputes the figures
+            without the model.
+        categories: `fnmatch` patterns; pairs of other categories are ignored. By default all count.
+        allow_selection_on_test: allow to select checkpoints by figures on the test split, as for some published
+            figures; it is recorded in the protocol. See `SelectionGuardHook`.
+        **kwargs: see `BaseMetric`.
 
     Raises:
         ValueError: unknown base.
@@ -230,7 +230,7 @@ class PCKMetric(BaseMetric):
         self._model: dict[str, Any] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the record of each pair, and what the model says of itself."""
+        """Store the record of each pair, and the protocol of the model."""
         for sample in data_samples:
             self._model = sample.get('protocol', {})
             self.results.append(make_record(sample))
@@ -238,9 +238,9 @@ class PCKMetric(BaseMetric):
     def compute_metrics(self, results: list[Record]) -> dict[str, float]:
         """Score the records of all pairs, write the result and log the table."""
         if self.categories is not None:
-            results = [r for r in results if any(fnmatchcase(r['category'], each) for each in self.categories)]
+            results = [r for r in results if any(fnmatchcase(r['category'], pattern) for pattern in self.categories)]
             if not results:
-                raise ValueError(f'no pair is of a category like {self.categories}')
+                raise ValueError(f'no pair has a category that matches {self.categories}')
         if not results:
             raise ValueError('there is no pair to evaluate: the test data set is empty')
         damaged = [record['damaged'] for record in results if 'damaged' in record]
@@ -278,11 +278,11 @@ class PCKMetric(BaseMetric):
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that figures may depend on."""
+    """Versions of the packages that figures may depend on."""
     return {'diffseg': __version__, **{package.__name__: package.__version__ for package in PACKAGES}}
 
 
 def write_result(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1))

@@ -11,7 +11,7 @@ from torch import Tensor
 def areas(prediction: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     """Intersection and union of every class in one picture.
 
-    Pixels whose truth is no class (255) are not left out: they belong to the union of the class that is predicted.
+    Pixels with an ignored truth (255) are counted: they belong to the union of the predicted class.
 
     Args:
         prediction: class indices, any integer type.
@@ -43,17 +43,17 @@ def class_iou(totals: Tensor) -> Tensor:
 
 @METRICS.register_module()
 class ScarceIoUMetric(IoUMetric):
-    """Mean IoU as the label-scarce tables have it, `scarce/mIoU` in percent, beside all that `IoUMetric` gives.
+    """Mean IoU of the label-scarce tables, `scarce/mIoU` in percent, in addition to the results of `IoUMetric`.
 
     It differs from mmseg's in that an absent class counts as 0 instead of being left out, and that predictions on
-    pixels of ignored truth count as wrong. The data set's `ignore_label`, if it is a class, has no part in the mean.
+    pixels of ignored truth count as wrong. The data set's `ignore_label`, if it is a class, is excluded from the mean.
 
     Args:
-        **kwargs: what `IoUMetric` takes.
+        **kwargs: see `IoUMetric`.
     """
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Keep the areas of a batch's pictures."""
+        """Store the areas of the pictures in a batch."""
         num_classes = len(self.dataset_meta['classes'])
         for sample in data_samples:
             super().process(data_batch, [sample])
@@ -62,7 +62,7 @@ class ScarceIoUMetric(IoUMetric):
                 self.results[-1] = (*self.results[-1], areas(prediction, truth, num_classes))
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
-        """Those of `IoUMetric`, and the mean over classes."""
+        """Results of `IoUMetric`, and the mean over classes."""
         metrics = super().compute_metrics([areas_of_mmseg for *areas_of_mmseg, _ in results])
         if self.format_only:
             return metrics

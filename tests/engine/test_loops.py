@@ -256,7 +256,7 @@ def test_validated_at_the_end(configure, tmp_path):
             {'model.neck': {'type': 'AggregationNeck', 'levels': [[32, 32]], 'timesteps': 1, 'out_channels': 128}},
             'would be trained',
         ),
-        ({'model.decode_head.num_pixels': 1000}, '183 labelled pixels are less'),
+        ({'model.decode_head.num_pixels': 1000}, '183 labelled pixels are fewer'),
         ({'model.decode_head.num_classes': 3}, 'label 3 is no class of 3'),
     ],
 )

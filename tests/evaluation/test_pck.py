@@ -124,7 +124,7 @@ def test_pairs_of_some_categories_alone(tmp_path):
     assert found == {f'c/{name}': value for name, value in evaluate(PCKMetric(), HAND_MADE[:2]).items()}
     protocol = json.loads(path.read_text())['protocol']
     assert protocol['categories'] == ['c*'] and protocol['pairs'] == 2
-    with pytest.raises(ValueError, match=r"no pair is of a category like \['cat'\]"):
+    with pytest.raises(ValueError, match=r"no pair has a category that matches \['cat'\]"):
         evaluate(PCKMetric(categories=['cat']), HAND_MADE)
 
 

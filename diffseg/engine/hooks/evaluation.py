@@ -17,21 +17,21 @@ from diffseg.evaluation import DAVISMetric, HomographyMetric, PCKMetric
 from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
 
-FILES = 'test-predictions-'  # how names of the files begin that ResumableTestHook writes
+FILES = 'test-predictions-'  # prefix of the files of ResumableTestHook
 
 
 @HOOKS.register_module()
 class SelectionGuardHook(Hook):
-    """Refuse to choose a checkpoint, or when to stop, by PCK on the test split.
+    """Refuse checkpoint selection and early stopping by PCK on the test split.
 
-    `PCKMetric(allow_selection_on_test=True)` in the `val_evaluator` asks for it, and its results say so.
+    `PCKMetric(allow_selection_on_test=True)` in the `val_evaluator` allows it, which is recorded in the results.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Check what the run selects by.
+        """Check the data that the run selects by.
 
         Raises:
-            ValueError: the test split.
+            ValueError: they are the test split.
         """
         by = [
             hook
@@ -49,7 +49,7 @@ class SelectionGuardHook(Hook):
         if split == 'test' and refusing:
             raise ValueError(
                 f'{type(by[0]).__name__} would select by figures on the test split; validate on the split val, or '
-                f'set allow_selection_on_test=True in the PCKMetric of val_evaluator, which is then written into its '
+                f'set allow_selection_on_test=True in the PCKMetric of val_evaluator, which is recorded in its '
                 f'results'
             )
 
@@ -59,7 +59,7 @@ class ResultFileHook(Hook):
     """Put the result files of metrics into the work dir, where their paths are relative."""
 
     def before_test(self, runner: Runner) -> None:
-        """Complete the paths."""
+        """Prepend the work dir to relative paths."""
         for metric in runner.test_evaluator.metrics:
             if isinstance(metric, (DAVISMetric, HomographyMetric, PCKMetric)) and metric.out_file is not None:
                 metric.out_file = str(Path(runner.work_dir, metric.out_file).absolute())
@@ -67,27 +67,26 @@ class ResultFileHook(Hook):
 
 @HOOKS.register_module()
 class ResumableTestHook(Hook):
-    """Keep the predictions of a test on pairs, so that one that was interrupted goes on where it was.
+    """Store the predictions of a test on pairs, so that an interrupted test can be resumed.
 
-    Each process appends its predictions to a file `FOLDER/test-predictions-RANK.jsonl` as they are made, below a
-    header with the model's protocol and digests of the configs of the data set (its pipeline included), of the
-    evaluator and of the data preprocessor. The next test with the same header takes them from there, and its result is
-    that of an undisturbed one. The files are deleted when a test is complete; all else in the folder stays.
+    Each process appends its predictions to a file `FOLDER/test-predictions-RANK.jsonl` as they are made, below a header
+    with the model's protocol and digests of the configs of the data set (its pipeline included), of the evaluator and
+    of the data preprocessor. The next test with the same header reads them, and its result is that of an uninterrupted
+    one. The files are deleted when a test is complete; other files in the folder are kept.
 
     Batch size, workers and number of processes may change in between.
 
     Args:
-        folder: where the files lie; by default `predictions` in the work dir, which is deleted as well once it is
-            empty.
+        folder: of the files; by default `predictions` in the work dir, which is deleted as well once it is empty.
 
     Raises:
-        ValueError: before testing, if the model is no `CorrespondenceModel`, the runner was built without a config, or
-            the files belong to another model, other data or another evaluator, or cannot be read.
+        ValueError: before testing, if the model is not a `CorrespondenceModel`, the runner was built without a config,
+            or the files belong to another model, other data or another evaluator, or cannot be read.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
-        self._known: dict[str, list[list[float]]] = {}  # pair_id -> pred_keypoints1
+        self._predictions: dict[str, list[list[float]]] = {}  # pair_id -> pred_keypoints1
         self._file: TextIO
 
     def before_test_epoch(self, runner: Runner) -> None:
@@ -95,29 +94,29 @@ class ResumableTestHook(Hook):
         folder = self._folder(runner)
         folder.mkdir(parents=True, exist_ok=True)
         header = _header(runner)
-        self._known = {}
+        self._predictions = {}
         for path in _prediction_files(folder):
-            theirs, *predictions = _read(path) or [header]
-            if different := sorted(key for key in {**header, **theirs} if header.get(key) != theirs.get(key)):
+            stored, *predictions = _read(path) or [header]
+            if different := sorted(key for key in {**header, **stored} if header.get(key) != stored.get(key)):
                 raise ValueError(
                     f'{path} holds predictions of another test, which differs in {", ".join(different)}; delete the '
                     f'file, or choose another work dir'
                 )
-            self._known |= {line['pair_id']: line['predicted'] for line in predictions}
-        barrier()  # all have read before one writes
-        if self._known:
-            runner.logger.info(f'{len(self._known)} predictions of an interrupted test are taken from {folder}')
+            self._predictions |= {line['pair_id']: line['predicted'] for line in predictions}
+        barrier()  # no process writes before all have read
+        if self._predictions:
+            runner.logger.info(f'{len(self._predictions)} predictions of an interrupted test are taken from {folder}')
         path = folder / f'{FILES}{get_rank()}.jsonl'
         self._file = path.open('a', encoding='utf-8')
         if not path.stat().st_size:
             self._write(header)
 
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Mapping[str, Any] | None = None) -> None:
-        """Complete the samples whose prediction is known; the model leaves them as they are."""
+        """Add stored predictions to samples; the model skips these samples."""
         for sample in data_batch['data_samples']:
-            if sample.pair_id in self._known:
-                known = torch.tensor(self._known[sample.pair_id], dtype=torch.float64)
-                sample.pred_keypoints1 = known.reshape(-1, 2)
+            if sample.pair_id in self._predictions:
+                keypoints = torch.tensor(self._predictions[sample.pair_id], dtype=torch.float64)
+                sample.pred_keypoints1 = keypoints.reshape(-1, 2)
 
     def after_test_iter(
         self,
@@ -126,13 +125,13 @@ class ResumableTestHook(Hook):
         data_batch: Mapping[str, Any] | None = None,
         outputs: Sequence[PairSample] | None = None,
     ) -> None:
-        """Keep the predictions that are new."""
+        """Write new predictions."""
         for sample in outputs:
-            if sample.pair_id not in self._known and 'damaged' not in sample:
+            if sample.pair_id not in self._predictions and 'damaged' not in sample:
                 self._write({'pair_id': sample.pair_id, 'predicted': sample.pred_keypoints1.tolist()})
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Delete the files, as the figures are known."""
+        """Delete the files of the completed test."""
         self._file.close()
         barrier()
         if is_main_process():
@@ -151,10 +150,10 @@ class ResumableTestHook(Hook):
 
 
 def _header(runner: Runner) -> dict[str, Any]:
-    """All that predictions depend on, in types that JSON has.
+    """Everything that predictions depend on, ready for JSON.
 
     Raises:
-        ValueError: the model makes other predictions, or the runner has no config.
+        ValueError: the model is not a `CorrespondenceModel`, or the runner has no config.
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if not isinstance(model, CorrespondenceModel):
@@ -185,7 +184,7 @@ def _header(runner: Runner) -> dict[str, Any]:
 def config_digest(config: Any) -> str:
     """Digest of a part of a config that does not depend on the order of its keys.
 
-    Classes and functions count by their names, all other objects by their `repr`.
+    Classes and functions are represented by their names, other objects by their `repr`.
     """
 
     def encode(value: Any) -> str:
@@ -200,10 +199,10 @@ def _prediction_files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; what was written of the last one when the writer was killed is cut off.
+    """The lines of a file; an incomplete last line, of a killed writer, is dropped.
 
     Raises:
-        ValueError: a whole line is not what the hook writes.
+        ValueError: a complete line was not written by the hook.
     """
     whole, newline, _ = path.read_bytes().rpartition(b'\n')
     try:

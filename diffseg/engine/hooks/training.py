@@ -1,4 +1,4 @@
-"""Hooks: a run stopped at any moment and resumed ends in the same bits as an undisturbed one; pictures of training."""
+"""Hooks: bit-exact resumption of interrupted runs, and pictures of training."""
 
 import random
 import re
@@ -21,24 +21,24 @@ from diffseg.models.necks import AggregationNeck, MixingWeights
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Seed every training step from (seed, rank, iteration), apart from the random numbers that the data take.
+    """Seed every training step from (seed, rank, iteration), separately from the random numbers of the data pipeline.
 
-    Dropout and noise of a step then do not depend on how many steps this process has run. The data pipeline goes on
-    with its own generators (torch's, numpy's and Python's), which steps and validation leave untouched, so that they
-    are where they belong after `IterBasedTrainLoop` has read all earlier batches again, as it does on resuming.
+    Dropout and noise of a step then do not depend on how many steps this process has run. The states of the global
+    generators (torch's, numpy's and Python's) that the data pipeline uses are saved and restored around steps and
+    validation. `IterBasedTrainLoop` reads all earlier batches again on resuming, which brings them to the same state.
 
-    `EpochBasedTrainLoop` does not read them again; there the data's generators start every epoch from (seed, rank,
-    epoch), and a run resumed from the end of an epoch is exact unless it has `persistent_workers`.
+    `EpochBasedTrainLoop` does not read them again; there the generators of the data are seeded in every epoch from
+    (seed, rank, epoch), and a run resumed from the end of an epoch is exact unless it has `persistent_workers`.
 
     Needs `randomness=dict(seed=...)`, as otherwise the sampler of a resumed run is built with another seed. On a GPU,
-    bits are the same only with `deterministic=True` there. Gradients that are accumulated over iterations are in no
-    checkpoint: let its interval be a multiple.
+    results are bit-exact only with `deterministic=True` there. Gradients accumulated over iterations are not saved in
+    checkpoints: the checkpoint interval must be a multiple of the number of accumulated iterations.
     """
 
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
-        """Warn where a resumed run could not be exact."""
+        """Warn if a resumed run could not be exact."""
         if runner.cfg.get('randomness', {}).get('seed') is None:
             runner.logger.warning(
                 'The config has no randomness=dict(seed=...): a resumed run will read the data in another order.'
@@ -49,34 +49,34 @@ class IterationSeedHook(Hook):
         _seed(runner.seed, 0, runner.epoch)
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Put the data's generators aside and seed a step."""
+        """Save the state of the data's generators and seed a step."""
         self._data_state = _get_state()
         _seed(runner.seed, 1, runner.iter)
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Take the data's generators up again."""
+        """Restore the state of the data's generators."""
         _set_state(self._data_state)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Put the generators of the training data aside."""
+        """Save the state of the training data's generators."""
         self._data_state = _get_state()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Take the generators of the training data up again."""
+        """Restore the state of the training data's generators."""
         _set_state(self._data_state)
 
 
 @HOOKS.register_module()
 class CheckpointFallbackHook(Hook):
-    """Resume from the newest checkpoint that is whole, where the one that the work dir names is not.
+    """Resume from the newest complete checkpoint if the one named in `last_checkpoint` is incomplete.
 
-    mmengine writes checkpoints in place, and with `save_best` writes the latest one a second time, so that a run that
-    is killed meanwhile leaves half a file, or an empty `last_checkpoint`. With `max_keep_ckpts` it removes an old one
+    mmengine writes checkpoints in place, and with `save_best` writes the latest one twice, so that a run that is killed
+    meanwhile leaves an incomplete file, or an empty `last_checkpoint`. With `max_keep_ckpts` it removes an old one
     before it writes: keep two or more.
     """
 
     def before_run(self, runner: Runner) -> None:
-        """Correct the file `last_checkpoint`, from which `resume` starts."""
+        """Correct the file `last_checkpoint`, which `resume` reads."""
         if runner.cfg.get('resume') and runner.cfg.get('load_from') is None and is_main_process():
             _repair(runner)
         barrier()
@@ -84,18 +84,18 @@ class CheckpointFallbackHook(Hook):
 
 @HOOKS.register_module()
 class MixingWeightsHook(Hook):
-    """Draw the mixing weights of every level of every `AggregationNeck`, wherever it is in the model.
+    """Draw the mixing weights of every level of every `AggregationNeck` in the model.
 
-    The pictures (timesteps x layers) go to the runner's visualizer, so to wherever its backends write: files in
-    `vis_image` beside the log, TensorBoard, Weights & Biases. They are called `mixing_{neck}_level{i}`, with the neck's
-    name in the model. Names of layers and timesteps are the neck's own (`layer_names`, `timestep_names`).
+    The pictures (timesteps x layers) are passed to the runner's visualizer, whose backends write them: files in
+    `vis_image` next to the log, TensorBoard, Weights & Biases. They are named `mixing_{neck}_level{i}`, with the neck's
+    name in the model. Names of layers and timesteps are those of the neck (`layer_names`, `timestep_names`).
 
     Args:
         interval: iterations between pictures; the last iteration always has one.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: when training begins, if no part of the model is an `AggregationNeck`.
+        ValueError: when training begins, if the model has no `AggregationNeck`.
     """
 
     priority = 'LOW'
@@ -109,7 +109,7 @@ class MixingWeightsHook(Hook):
         self.interval = interval
 
     def before_train(self, runner: Runner) -> None:
-        """Verify that there is something to draw."""
+        """Check that the model has an `AggregationNeck`."""
         if not any(_mixing_weights(runner)):
             raise ValueError(
                 'MixingWeightsHook finds no AggregationNeck in the model; leave the hook out of custom_hooks'
@@ -119,7 +119,7 @@ class MixingWeightsHook(Hook):
         """Draw."""
         due = self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
         if due and is_main_process():
-            from diffseg.visualization import mixing_figure, render  # which need matplotlib
+            from diffseg.visualization import mixing_figure, render  # need matplotlib
 
             for name, table in _mixing_weights(runner):
                 figure = mixing_figure(table.weights, table.timesteps, table.layers)
@@ -127,7 +127,7 @@ class MixingWeightsHook(Hook):
 
 
 def _mixing_weights(runner: Runner) -> Iterator[tuple[str, MixingWeights]]:
-    """Name and table of each level of the necks in a runner's model."""
+    """Name and mixing weights of each level of the necks in a runner's model."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     for name, neck in model.named_modules():
         if isinstance(neck, AggregationNeck):
@@ -137,19 +137,19 @@ def _mixing_weights(runner: Runner) -> Iterator[tuple[str, MixingWeights]]:
 
 def _repair(runner: Runner) -> None:
     pointer = Path(runner.work_dir, 'last_checkpoint')
-    if not pointer.is_file() or _is_whole(named := Path(pointer.read_text().strip())):
+    if not pointer.is_file() or _is_complete(named := Path(pointer.read_text().strip())):
         return
     folder = named.parent if named.name else pointer.parent
     steps = {path: re.fullmatch(r'(?:iter|epoch)_(\d+)', path.stem) for path in folder.glob('*.pth')}
-    found = {path: int(step[1]) for path, step in steps.items() if step and _is_whole(path)}
-    if found:
-        newest = max(found, key=found.get)
-        runner.logger.warning(f'{named} is missing or was not written to its end; going on from {newest}.')
+    complete = {path: int(step[1]) for path, step in steps.items() if step and _is_complete(path)}
+    if complete:
+        newest = max(complete, key=complete.get)
+        runner.logger.warning(f'{named} is missing or incomplete; resuming from {newest}.')
         pointer.write_text(str(newest))
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a file was written to its end, where the directory of a zip archive is; `torch.save` writes these."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a file has the directory of a zip archive at its end, as complete files of `torch.save` have."""
     return zipfile.is_zipfile(checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""What a test on videos predicts, as files: indexed masks, overlay videos and strips of frames."""
+"""Files of predictions on videos: indexed masks, overlay videos and strips of frames."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ CELL = 240  # pixels, the longer side of a frame in a strip at most
 
 
 def draw_mask(picture: Tensor, mask: Tensor) -> Tensor:
-    """A picture (3, H, W) with its objects (H, W) in DAVIS's colours, void left as it is."""
+    """A picture (3, H, W) with its objects (H, W) in DAVIS's colours, void unchanged."""
     colours = colour_labels(mask, torch.from_numpy(davis_palette()))
     return overlay(picture, colours, alpha=0.6, mask=(mask > 0) & (mask != VOID))
 
 
 def draw_joints(picture: Tensor, joints: Tensor) -> Tensor:
-    """A picture (3, H, W) with joints (J, 2) as discs, each in its own hue; those with negative x are left out."""
+    """A picture (3, H, W) with joints (J, 2) as discs of different hues; those with negative x are left out."""
     canvas = np.ascontiguousarray(to_array((255 * picture).byte().permute(1, 2, 0)))  # (H, W, 3)
     radius = max(2, min(canvas.shape[:2]) // 60)
     colours = matplotlib.colormaps['hsv'](np.arange(len(joints)) / len(joints))[:, :3] * 255
@@ -40,7 +40,7 @@ def draw_joints(picture: Tensor, joints: Tensor) -> Tensor:
 
 
 def write_video(path: Path, pictures: Iterable[Tensor], fps: float) -> None:
-    """Write pictures (3, H, W) of one size as an MPEG-4 video, without the last row or column where that is odd.
+    """Write pictures (3, H, W) of one size as an MPEG-4 video, without the last row or column if their number is odd.
 
     Raises:
         OSError: the file cannot be written.
@@ -60,12 +60,12 @@ def write_video(path: Path, pictures: Iterable[Tensor], fps: float) -> None:
 
 @HOOKS.register_module()
 class VideoResultHook(Hook):
-    """Write what a test on videos predicts, at the size of the original frames.
+    """Write the predictions of a test on videos, at the size of the original frames.
 
     ::
 
         FOLDER
-        ├── masks                     for DAVIS: the layout that its official tool and server read
+        ├── masks                     for DAVIS: the layout of its official tool and server
         │   └── VIDEO
         │       └── 00000.png, ...    indexed, with DAVIS's palette
         ├── overlays
@@ -74,9 +74,9 @@ class VideoResultHook(Hook):
             └── VIDEO.png             some frames, the annotation above the prediction
 
     Args:
-        folder: where to write; a relative path is within the work dir.
+        folder: to write to; a relative path is in the work dir.
         fps: of the overlay videos.
-        strip: how many frames a strip has, evenly spaced from the first to the last.
+        strip: number of frames in a strip, evenly spaced from the first to the last.
     """
 
     def __init__(self, folder: str = 'videos', fps: float = 12, strip: int = 5) -> None:
@@ -98,13 +98,13 @@ class VideoResultHook(Hook):
             if 'pred_masks' in sample:
                 self._write_masks(folder / 'masks' / sample.video_id, sample)
             overlays = (_draw(frames, sample, t) for t in range(len(frames)))
-            write_video(_made(folder / 'overlays' / f'{sample.video_id}.mp4'), overlays, self.fps)
+            write_video(_with_folder(folder / 'overlays' / f'{sample.video_id}.mp4'), overlays, self.fps)
             shown = np.linspace(0, len(frames) - 1, min(self.strip, len(frames))).round().astype(int).tolist()
             rows = [[_draw(frames, sample, t, truth) for t in shown] for truth in (True, False)]
             names = [f'frame {sample.frame_names[t]}' for t in shown]
             strip = grid(rows, ('annotated', 'propagated'), names, cell=min(max(sample.ori_shape), CELL))
             strip = strip.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # a quarter of the bytes
-            strip.save(_made(folder / 'strips' / f'{sample.video_id}.png'), optimize=True)
+            strip.save(_with_folder(folder / 'strips' / f'{sample.video_id}.png'), optimize=True)
 
     def _write_masks(self, folder: Path, sample: VideoSample) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class VideoResultHook(Hook):
 
 
 def _draw(frames: VideoFrames, sample: VideoSample, t: int, truth: bool = False) -> Tensor:
-    """Frame `t` with what is predicted, or annotated, as a picture."""
+    """Frame `t` with its prediction, or its annotation, as a picture."""
     picture = frames[t].float() / 255
     if 'pred_joints' in sample:
         return draw_joints(picture, (sample.joints if truth else sample.pred_joints)[t])
@@ -121,6 +121,6 @@ def _draw(frames: VideoFrames, sample: VideoSample, t: int, truth: bool = False)
     return draw_mask(picture, torch.from_numpy(mask))
 
 
-def _made(path: Path) -> Path:
+def _with_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
