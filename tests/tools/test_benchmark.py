@@ -1,6 +1,7 @@
 """The benchmark: what it counts is what runs, and the bounds hold in their order."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -64,13 +65,21 @@ def test_the_last_activation_needs_all_but_the_dead_ends(tool, case):
     assert flop['ours'] == flop['full'] == flop['least']
 
 
-def test_the_extractor_executes_what_is_counted(tool, case, request):
-    sdxl, pixels = (str(request.getfixturevalue(f'tiny_{kind}_pipeline')) for kind in ('sdxl', 'pixel'))
+@pytest.fixture
+def shallow_sdxl(tiny_sdxl_pipeline, tmp_path):
+    """Configurations of SDXL's kind with fewer transformer blocks, which counting passes one operation at a time."""
+    folder = shutil.copytree(tiny_sdxl_pipeline, tmp_path / 'sdxl', ignore=shutil.ignore_patterns('*.safetensors'))
+    path = folder / 'unet/config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'transformer_layers_per_block': [1, 1, 2]}))
+    return folder
+
+
+def test_the_extractor_executes_what_is_counted(tool, case, shallow_sdxl, tiny_pixel_pipeline):
     for each in (
         case(timesteps=2, ensemble=2),
         case(size=80),
-        case(model=sdxl, layers='practical', random=True),
-        case(model=pixels, layers='adm-1', random=True, ensemble=2),
+        case(model=str(shallow_sdxl), layers='up-level1-repeat1-vit-block0-cross-q', random=True),
+        case(model=str(tiny_pixel_pipeline), layers='adm-1', random=True, ensemble=2),
     ):
         measured = tool.measure(each)
         counted = tool.count(each)
