@@ -125,7 +125,7 @@ def heat_map(
                 if mark:
                     color = 'black' if norm(scores[candidate]) > 0.6 else 'white'
                     axes.text(x, y, mark, size=6, color=color, ha='center', va='center_baseline', weight='bold')
-        picture = axes.imshow(values, norm=norm, aspect='auto', interpolation='none')
+        picture = axes.imshow(values.numpy(), norm=norm, aspect='auto', interpolation='none')
         axes.set_yticks(range(len(rows)), [label for label, _ in rows], size=6)
         for tick, (_, layer) in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_weight('normal' if layer else 'bold')

@@ -165,7 +165,7 @@ def test_two_processes_train_the_same_model(tiny_pipeline: Path, tmp_path: Path)
     environment = {**os.environ, 'PYTHONPATH': path, 'WORLD_SIZE': '2'}
     command = [sys.executable, str(worker), str(tiny_pipeline), str(tmp_path)]
     processes = [subprocess.Popen(command, env={**environment, 'RANK': str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f'rank{rank}.pt') for rank in range(2))
     start = build_segmentor(tiny_pipeline).state_dict()
     moved = [key for key, value in first.items() if value.is_floating_point() and not torch.equal(value, start[key])]
