@@ -187,7 +187,7 @@ def test_an_image_without_a_caption_is_named(folder):
 
 
 def test_the_transform_comes_last(folder):
-    with pytest.raises(ValueError, match='LoadCaption comes after PackSegInputs'):
+    with pytest.raises(ValueError, match='LoadCaption must come after PackSegInputs'):
         dataset(folder, [PIPELINE[0], load_caption(folder), *PIPELINE[1:]])[0]
 
 
