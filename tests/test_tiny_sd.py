@@ -42,7 +42,7 @@ def test_the_vae_reconstructs_unseen_pictures():
 def test_pretraining_makes_parts_alike(timestep):
     scores = {}
     for random in ((), ('unet',)):
-        extractor = DiffusionExtractor(FOLDER, ['up-level2-repeat1-vit-out'], [timestep], random=random)
+        extractor = DiffusionExtractor(FOLDER, ['up-level2-repeat1-vit-out'], [timestep], weights={'random': random})
         hits = []
         for number in range(16):
             species = SPECIES[number % 4]

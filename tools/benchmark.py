@@ -175,7 +175,7 @@ def measure(case: Case) -> dict[str, Any]:
         prompt=condition,
         ensemble=case.ensemble,
         dtype=case.dtype,
-        random=parts if case.random else (),
+        weights={'random': parts if case.random else ()},
     ).to(case.device)
     images = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
     procedures = {'ours': lambda: extractor(images), 'published': lambda: published(extractor, images, condition)}

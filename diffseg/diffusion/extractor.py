@@ -18,6 +18,7 @@ from diffseg.diffusion.controlnet import load_control
 from diffseg.diffusion.images import check_images, check_range, extend_images
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.lora import fuse_lora, read_lora
+from diffseg.diffusion.options import LoraSource, Runtime, Weights, as_group
 from diffseg.diffusion.sites import AttentionMode, Site, aggregates, resolve, sites
 from diffseg.diffusion.trajectories import (
     Activations,
@@ -34,7 +35,6 @@ from diffseg.geometry import fit_to_image
 
 LATENT = 'the latent'  # what errors call the VAE's result
 
-LoraSource = str | Path | tuple[str | Path, float]  # alone or with its scale
 Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P, N, D)
 
 
@@ -75,33 +75,15 @@ class DiffusionExtractor(nn.Module):
             `layers` says ('attn', or 'attn-16' and so on).
         attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `aggregates`.
         dtype: Of the UNet, and of the VAE unless it would overflow.
-        attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
-        random: Parts ('unet', 'vae') that are initialised at random instead of loaded.
-        revision: Of a hub model.
-        variant: Of a model's weight files, such as 'fp16'.
-        config: Preset or folder that describes a single checkpoint file, see `load_parts`.
-        unet_weights: File with other weights for the UNet, see `load_parts`.
-        lora_weights: Ready-made weights of low rank to add to those of the UNet and, for prompts, of the text encoders:
-            files, folders or hub ids, see `read_lora`, each alone or with a scale, as `('file.safetensors', 0.8)`.
-        controlnet: A ControlNet, or several whose effects add up, that the UNet takes notice of: `dict(model=...)` with
-            a diffusers folder or hub id and, if wanted, `image`, `scale` (see `Control`), `revision`, `variant`.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
         scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
             do not.
-        vae_slicing: Encode one image at a time, to save memory.
-        vae_tiling: Encode large images in tiles, to save memory.
-        micro_batch: The largest number of latents in one call of the UNet.
-        channels_last: Memory format of the convolutions.
-        compile: Compile the transformer blocks in which nothing is read; a dict gives `torch.compile` options.
-        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
-        check_finite: Raise `FloatingPointError` for activations with NaN or infinity, and `ValueError` for images whose
-            values are out of range. For this each call waits for its device, once.
-        textual_inversion: Files of learned tokens, which prompts may hold, see `read_inversion`.
         truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
-        cache_dir: Where encoded prompts are kept, see `PromptEncoder`.
         transform: Applied to each activation (N, C, h, w), with its name, as soon as it is read, so that what it leaves
-            out takes no memory; where there is an ensemble, before the mean, and of the continued image. `repr` tells
-            it in the fingerprint.
+            out takes no memory; where there is an ensemble, before the mean, and of the continued image. Its `repr` is
+            in the fingerprint.
+        weights: Which weights are loaded, as `Weights` or a mapping of its fields.
+        runtime: How the network is run, as `Runtime` or a mapping of its fields.
 
     Attributes:
         multiple: What sides of images are a multiple of that the UNet halves evenly.
@@ -125,29 +107,15 @@ class DiffusionExtractor(nn.Module):
         attention_maps: Sequence[str] = (),
         attention_mode: AttentionMode = 'concat',
         dtype: str | torch.dtype = 'float32',
-        attention: str = 'auto',
-        random: Sequence[str] = (),
-        revision: str | None = None,
-        variant: str | None = None,
-        config: str | Path | None = None,
-        unet_weights: str | Path | None = None,
-        lora_weights: Sequence[LoraSource] = (),
-        controlnet: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
         vae_sample: str = 'sample',
         scale_latent: bool = True,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        micro_batch: int | None = None,
-        channels_last: bool = False,
-        compile: bool | Mapping[str, Any] = False,
-        gradient_checkpointing: bool = False,
-        check_finite: bool = True,
-        textual_inversion: Sequence[str | Path] = (),
         truncate_prompts: bool = False,
-        cache_dir: str | Path | None = None,
         transform: Transform | None = None,
+        weights: Weights | Mapping[str, Any] | None = None,
+        runtime: Runtime | Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        weights, runtime = as_group(Weights, weights or {}), as_group(Runtime, runtime or {})
         _check_option('noise', noise, ('seeded', 'random'))
         _check_option('vae_sample', vae_sample, ('sample', 'mode'))
         if ensemble < 1:
@@ -155,9 +123,14 @@ class DiffusionExtractor(nn.Module):
         options = {'type': trajectory} if isinstance(trajectory, str) else dict(trajectory)
         negative_prompt = options.pop('negative_prompt', '')
 
-        source = {'revision': revision, 'variant': variant, 'config': config}
+        source = {'revision': weights.revision, 'variant': weights.variant, 'config': weights.config}
         self.parts = load_parts(
-            model, **source, unet_weights=unet_weights, dtype=_dtype(dtype), attention=attention, random=random
+            model,
+            **source,
+            unet_weights=weights.unet_weights,
+            dtype=_dtype(dtype),
+            attention=runtime.attention,
+            random=weights.random,
         )
         self.unet = self.parts.unet.requires_grad_(False).eval()
         self.vae = None if self.parts.vae is None else self.parts.vae.requires_grad_(False).eval()
@@ -165,25 +138,27 @@ class DiffusionExtractor(nn.Module):
             _refuse(
                 model,
                 negative_prompt=negative_prompt,
-                lora_weights=lora_weights,
-                controlnet=controlnet,
-                textual_inversion=textual_inversion,
+                lora_weights=weights.lora_weights,
+                controlnet=weights.controlnet,
+                textual_inversion=weights.textual_inversion,
                 truncate_prompts=truncate_prompts,
                 vae_sample=vae_sample != 'sample',
                 scale_latent=not scale_latent,
-                vae_slicing=vae_slicing,
-                vae_tiling=vae_tiling,
+                vae_slicing=runtime.vae_slicing,
+                vae_tiling=runtime.vae_tiling,
             )
             prompt = '' if prompt is None else prompt
             if options.get('type') == 'generation':
                 options.setdefault('guidance', 1.0)
         self._lora = []
-        for path, scale in map(_scaled, lora_weights):
-            weights = read_lora(path, self.unet.config, scale)
-            fuse_lora(self.unet, weights)
-            self._lora.append(weights.without('unet'))  # what is left is for text encoders
-        controlnets = [controlnet] if isinstance(controlnet, Mapping) else controlnet
-        self.controls = nn.ModuleList(load_control(self.unet, **each, attention=attention) for each in controlnets)
+        for path, scale in map(_scaled, weights.lora_weights):
+            lora = read_lora(path, self.unet.config, scale)
+            fuse_lora(self.unet, lora)
+            self._lora.append(lora.without('unet'))  # what is left is for text encoders
+        controlnets = [weights.controlnet] if isinstance(weights.controlnet, Mapping) else weights.controlnet
+        self.controls = nn.ModuleList(
+            load_control(self.unet, **control, attention=runtime.attention) for control in controlnets
+        )
         available = sites(self.unet, self.parts.vae_scale_factor)
         attention_names = [site.name for site, _ in aggregates(available, attention_maps, attention_mode)]
         self._order = list(dict.fromkeys([*resolve(layers, [*available, *attention_names]), *attention_names]))
@@ -205,31 +180,32 @@ class DiffusionExtractor(nn.Module):
         self.seed = seed
         self.vae_sample = vae_sample
         self.scale_latent = scale_latent
-        self.vae_tiling = vae_tiling
-        self.micro_batch = micro_batch
-        self.check_finite = check_finite
+        self.vae_tiling = runtime.vae_tiling
+        self.micro_batch = runtime.micro_batch
+        self.check_finite = runtime.check_finite
 
-        if channels_last:
+        if runtime.channels_last:
             for part in filter(None, (self.unet, self.vae)):
                 part.to(memory_format=torch.channels_last)
-        if vae_slicing:
+        if runtime.vae_slicing:
             self.vae.enable_slicing()
-        if vae_tiling:
+        if runtime.vae_tiling:
             self.vae.enable_tiling()
-        if gradient_checkpointing:
+        if runtime.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self._denoiser = Denoiser(
             self.unet,
             [name for name in self._order if name in available],
             self.attention_maps,
-            micro_batch,
+            runtime.micro_batch,
             attention_mode=attention_mode,
             vae_scale_factor=self.parts.vae_scale_factor,
             controls=self.controls,
             transform=transform,
         )
-        if compile:
-            _compile_unread_blocks(self.unet, self._denoiser.paths, {} if compile is True else compile)
+        if runtime.compile:
+            compile_options = {} if runtime.compile is True else runtime.compile
+            _compile_unread_blocks(self.unet, self._denoiser.paths, compile_options)
 
         if self.vae is None:
             self.prompt_encoder = NoPromptEncoder(model)
@@ -237,8 +213,8 @@ class DiffusionExtractor(nn.Module):
             self.prompt_encoder = PromptEncoder(
                 model,
                 **source,
-                cache_dir=cache_dir,
-                textual_inversion=textual_inversion,
+                cache_dir=runtime.cache_dir,
+                textual_inversion=weights.textual_inversion,
                 lora_weights=self._lora,
                 truncate=truncate_prompts,
             )

@@ -16,6 +16,7 @@ import diffseg.diffusion.controlnet
 import diffseg.models
 from diffseg.diffusion.controlnet import Control, canny, load_control, residual_kwargs
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.options import group_options
 
 DOWN, UP = 'down-level1-repeat0-res-out', 'up-level2-repeat1-vit-out'
 
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(tiny_pipeline: Path, folder: str) -> Callable[..., DiffusionExtractor]:
     def build(**options) -> DiffusionExtractor:
         options = {'timesteps': [50], 'controlnet': {'model': folder}, **options}
-        return DiffusionExtractor(tiny_pipeline, [DOWN, UP], **options)
+        return DiffusionExtractor(tiny_pipeline, [DOWN, UP], **group_options(options))
 
     return build
 
@@ -125,7 +126,7 @@ def test_sdxl(tiny_sdxl_pipeline: Path, tmp_path: Path):
     make_net(tiny.sdxl_unet()).save_pretrained(tmp_path)
     layer = 'up-level1-repeat0-vit-out'
     found = [
-        DiffusionExtractor(tiny_sdxl_pipeline, [layer], [50], controlnet=x)(make_images())[layer]
+        DiffusionExtractor(tiny_sdxl_pipeline, [layer], [50], weights={'controlnet': x})(make_images())[layer]
         for x in ((), {'model': str(tmp_path)})
     ]
     assert (found[0] - found[1]).abs().max() > 0.01

@@ -11,6 +11,7 @@ from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode
 from diffseg.diffusion.loading import load_vae
+from diffseg.diffusion.options import group_options
 from diffseg.diffusion.trajectories import add_noise, seeded_noise
 from diffseg.geometry import fit_to_image
 
@@ -26,7 +27,8 @@ def make(tiny_pipeline, tmp_path_factory):
     embedding = seeded_noise((1, 77, 32), 0)
 
     def make(layers=LAYERS, timesteps=(50, 400), prompt=embedding, **options):
-        return DiffusionExtractor(tiny_pipeline, layers, timesteps, prompt=prompt, cache_dir=cache, **options)
+        options = group_options({'cache_dir': cache, **options})
+        return DiffusionExtractor(tiny_pipeline, layers, timesteps, prompt=prompt, **options)
 
     return make
 
@@ -228,7 +230,7 @@ def test_the_latent_is_the_scaled_posterior(make, images):
 
 def test_sdxl(tiny_sdxl_pipeline, tmp_path, images):
     layers = ['up-level0-repeat0-vit-block7-out', 'up-level1-repeat0-vit-block0-cross-q']
-    extractor = DiffusionExtractor(tiny_sdxl_pipeline, layers, [50], prompt='a horse', cache_dir=tmp_path)
+    extractor = DiffusionExtractor(tiny_sdxl_pipeline, layers, [50], prompt='a horse', runtime={'cache_dir': tmp_path})
     found = extractor(images[..., :40])
     assert [tuple(x.shape) for x in found.values()] == [(2, 1, 64, 2, 2), (2, 1, 32, 4, 3)]
 

@@ -23,6 +23,7 @@ import diffseg.diffusion.lora
 from diffseg.diffusion.conditioning import PromptEncoder
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.lora import FILE_NAME, LoraWeights, fuse_lora, fuse_text_lora, read_lora
+from diffseg.diffusion.options import group_options
 
 TOKENS = torch.arange(10)[None]
 
@@ -160,7 +161,8 @@ def test_prompts_are_encoded_with_the_text_encoders_part(folder: Path, tiny_pipe
 
 def test_an_extractor_reads_the_fused_unet(folder: Path, tiny_pipeline: Path):
     def extractor(**options) -> DiffusionExtractor:
-        return DiffusionExtractor(tiny_pipeline, ['up-level1-repeat1-vit-block0-cross-q'], [50], **options)
+        layers = ['up-level1-repeat1-vit-block0-cross-q']
+        return DiffusionExtractor(tiny_pipeline, layers, [50], **group_options(options))
 
     plain, fused, half = (extractor(lora_weights=x) for x in ((), [folder], [(str(folder), 0.5)]))
     reference = extractor()
@@ -183,7 +185,7 @@ def test_fused_tensors_take_no_memory(folder: Path, tiny_pipeline: Path, monkeyp
         return weights
 
     monkeypatch.setattr(diffseg.diffusion.extractor, 'read_lora', read)
-    extractor = DiffusionExtractor(tiny_pipeline, ['up-level1-upsampler-out'], [50], lora_weights=[folder])
+    extractor = DiffusionExtractor(tiny_pipeline, ['up-level1-upsampler-out'], [50], weights={'lora_weights': [folder]})
     gc.collect()
     assert references and not any(reference() is not None for reference in references)
     assert extractor.fingerprint['lora_weights']

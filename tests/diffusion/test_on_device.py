@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor, Prompts
+from diffseg.diffusion.options import group_options
 
 LAYERS = ['up-level1-repeat0-vit-block0-cross-q', 'dift-1']
 GENERATION = {'type': 'generation', 'steps': 4}
@@ -38,7 +39,8 @@ OPTIONS = {
 @pytest.fixture
 def make(tiny_pipeline: Path) -> Callable[..., DiffusionExtractor]:
     def make(model: Path = tiny_pipeline, layers: list[str] = LAYERS, **options) -> DiffusionExtractor:
-        return DiffusionExtractor(model, layers, **{'timesteps': [50, 400], 'check_finite': False, **options})
+        options = group_options({'timesteps': [50, 400], 'check_finite': False, **options})
+        return DiffusionExtractor(model, layers, **options)
 
     return make
 

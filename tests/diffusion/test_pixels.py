@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode
+from diffseg.diffusion.options import group_options
 from diffseg.diffusion.trajectories import add_noise, seeded_noise
 
 LAYERS = ['adm-0', 'mid-vit-out', 'adm-8']
@@ -20,7 +21,7 @@ ALPHAS = (1 - torch.linspace(0.0001, 0.02, 1000)).cumprod(0)
 @pytest.fixture
 def make(tiny_pixel_pipeline):
     def make(layers=LAYERS, timesteps=(50, 400), **options):
-        return DiffusionExtractor(tiny_pixel_pipeline, layers, timesteps, **options)
+        return DiffusionExtractor(tiny_pixel_pipeline, layers, timesteps, **group_options(options))
 
     return make
 
@@ -160,10 +161,10 @@ def test_gradients_reach_the_image(make, images):
 def test_the_full_size_model_can_be_counted_without_weights():
     """DIFT's setting for semantic correspondence, and DDPM-seg's 8448 channels."""
     with torch.device('meta'):
-        dift = DiffusionExtractor('adm-imagenet-256', ['dift-4'], [101], ensemble=2, random=['unet'])
+        dift = DiffusionExtractor('adm-imagenet-256', ['dift-4'], [101], ensemble=2, weights={'random': ['unet']})
         found = dift(torch.empty(1, 3, 480, 512))
         blocks = [f'adm-{i}' for i in (5, 6, 7, 8, 12)]
-        ddpm = DiffusionExtractor('ddpm-lsun-horse', blocks, [50, 150, 250], random=['unet', 'vae'])
+        ddpm = DiffusionExtractor('ddpm-lsun-horse', blocks, [50, 150, 250], weights={'random': ['unet', 'vae']})
     assert {name: tuple(x.shape) for name, x in found.items()} == {'up-level1-repeat1-vit-out': (1, 1, 1024, 30, 32)}
     assert 3 * sum(ddpm.channels) == 8448
     assert [site.stride for site in ddpm.sites.values()] == [8, 8, 8, 4, 2]

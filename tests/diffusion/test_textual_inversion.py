@@ -67,7 +67,8 @@ def test_the_files_content_belongs_to_key_and_fingerprint(tiny_pipeline, tmp_pat
     cache = {'cache_dir': tmp_path / 'cache'}
 
     def build(path: Path) -> DiffusionExtractor:
-        return DiffusionExtractor(tiny_pipeline, ['unet-out'], [50], prompt=PROMPT, textual_inversion=[path], **cache)
+        weights = {'textual_inversion': [path]}
+        return DiffusionExtractor(tiny_pipeline, ['unet-out'], [50], prompt=PROMPT, weights=weights, runtime=cache)
 
     first, moved = build(path), build(other)
     assert len(list((tmp_path / 'cache').iterdir())) == 1 and first.fingerprint == moved.fingerprint
@@ -76,7 +77,7 @@ def test_the_files_content_belongs_to_key_and_fingerprint(tiny_pipeline, tmp_pat
     assert len(list((tmp_path / 'cache').iterdir())) == 2 and first.fingerprint != changed.fingerprint
     images = torch.zeros(1, 3, 64, 64)
     assert not torch.equal(first(images)['unet-out'], changed(images)['unet-out'])
-    plain = DiffusionExtractor(tiny_pipeline, ['unet-out'], [50], prompt=PROMPT, **cache)
+    plain = DiffusionExtractor(tiny_pipeline, ['unet-out'], [50], prompt=PROMPT, runtime=cache)
     assert not torch.equal(first(images)['unet-out'], plain(images)['unet-out'])
 
 

@@ -66,7 +66,7 @@ def score(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         ensemble=args.ensemble,
         dtype=args.dtype,
-        random=['unet'] if args.random else [],
+        weights={'random': ['unet'] if args.random else []},
     ).to(args.device)
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:

@@ -50,6 +50,7 @@ from diffseg.datasets.scarce import find_pictures
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import decode, read_image
 from diffseg.diffusion.loading import load_vae, meta_unet
+from diffseg.diffusion.options import group_options
 from diffseg.diffusion.sites import sites
 from diffseg.feature_files import check_configuration
 from diffseg.models.decode_heads.pixel_classifier import js_uncertainty, most_uncertain, vote
@@ -144,8 +145,7 @@ def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
         [0],
         trajectory={'type': 'generation', 'steps': args.steps, 'spacing': 'leading', 'steps_offset': 0, **guidance},
         prompt=args.prompt,
-        **files,
-        **options,
+        **group_options({**files, **options}),
     ).to(args.device)
     vae = None
     if extractor.vae is not None:

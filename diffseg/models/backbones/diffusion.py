@@ -16,6 +16,7 @@ from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import Interpolation, resize_images
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
+from diffseg.diffusion.options import group_options
 
 from ..captions import split_rows
 from .conditioners import build_prompt
@@ -66,7 +67,8 @@ class DiffusionBackbone(FrozenBackbone):
             dtype. Not with random noise, nor with anything trainable in the backbone.
         check_fingerprint: what follows where a checkpoint was made with another network or other settings: 'error', or
             'warn' where the difference does not matter, as float32 in place of bfloat16.
-        extractor: further options of `DiffusionExtractor`: `trajectory`, `ensemble`, `noise`, `seed`, `dtype`, ...
+        extractor: further options of `DiffusionExtractor`, and fields of its `Weights` and `Runtime`: `trajectory`,
+            `ensemble`, `noise`, `seed`, `dtype`, `variant`, `gradient_checkpointing`, ...
 
     Attributes:
         layers: name of each map, followed by its timesteps if others have others.
@@ -106,7 +108,7 @@ class DiffusionBackbone(FrozenBackbone):
         constant = prompt if self.captions is None and conditioner is None else None
         readings, timesteps = split_timesteps(layers, timesteps)
         names = list(dict.fromkeys(reading.layer for reading in readings))
-        self.extractor = DiffusionExtractor(model, names, timesteps, prompt=constant, **extractor).eval()
+        self.extractor = DiffusionExtractor(model, names, timesteps, prompt=constant, **group_options(extractor)).eval()
         self._add_readings(readings)
         if self.captions is not None:
             self.extractor.prompt_encoder.prepare(self.captions.texts)
