@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from diffseg.diffusion.loading import meta_unet
 from diffseg.diffusion.sites import sites
 from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
+
+logger = logging.getLogger(__name__)
 
 
 def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
@@ -119,7 +121,7 @@ def read_maps(path: Path, model: CorrespondenceModel) -> list[Tensor]:
             rows = [stored.index(t) for t in extractor.timesteps]
         elif len(stored) == len(extractor.timesteps):
             rows = list(range(len(stored)))
-            warnings.warn(f'{path.name}: timesteps {stored} in place of {list(extractor.timesteps)}', stacklevel=2)
+            logger.warning(f'{path.name}: timesteps {stored} in place of {list(extractor.timesteps)}')
         else:
             raise ValueError(
                 f'{path} has timesteps {stored}, the model reads {list(extractor.timesteps)}; the file needs these, or '

@@ -136,7 +136,7 @@ def test_cells_tile_images_of_any_size(make, monkeypatch):
             found[name] = torch.stack(torch.meshgrid(*axes, indexing='ij')).expand(1, 1, 2, -1, -1)
         return found
 
-    monkeypatch.setattr(extractor, 'extract_latents', places)
+    monkeypatch.setattr(extractor, '_extract', places)
     for name, x in extractor(torch.zeros(1, 3, *size)).items():
         rows, columns = x.shape[-2:]
         assert (rows, columns) == extractor.sites[name].size(*size)

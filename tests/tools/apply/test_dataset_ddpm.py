@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.loading import load_parts
+from diffseg.diffusion.options import Weights
 
 ROOT = Path(__file__).resolve().parents[3]
 SEGMENTORS = sorted(ROOT.glob('configs/scarce/*_1xb8-20e_dataset-ddpm-*.py'))
@@ -133,7 +134,8 @@ def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained,
     assert Image.open(path).size == (64, 64)
     network, extractor, decoder = seen
     assert network == {'revision': 'main'}
-    assert read.items() <= extractor.items() and extractor['prompt'] == ['']
+    assert extractor['weights'] == Weights(revision='main', unet_weights=str(weights))
+    assert extractor['dtype'] == 'bfloat16' and extractor['prompt'] == ['']
     assert decoder == {'revision': 'main', 'dtype': torch.bfloat16}
 
 

@@ -105,10 +105,11 @@ def test_what_was_trained_on_inverted_images_matches_generated_ones(
     folder = tmp_path / 'generated'
     generate = [str(tiny_pipeline), '--prompt', 'a dog', '--seed', '0', '1', '--steps', '5', '--out', str(folder)]
     generate += ['--layers', *LAYERS, '--timesteps', '0', '400', '--save-dtype', 'float32', '--device', 'cpu']
+    generate += ['--spacing', 'leading', '--steps-offset', '0']  # the published ones
     assert load_tool('apply/generate').main(generate) == 0
     capsys.readouterr()
     model = '--config', config, '--checkpoint', tmp_path / 'model.pth', '--category', 'dog'
-    points, size = ('--points', '0,0', '30,40', '63,63'), (64, 64)
+    points, size = ('--points', '0,0', '30,40', '60,60'), (64, 64)
     files = str(folder / 'a-dog-0.png'), str(folder / 'a-dog-1.png')
     same = table(run(*points, *model, '--features', folder, files=(files[0], files[0])))
     assert np.allclose(same[:, :2], same[:, 2:4])
@@ -123,7 +124,7 @@ def test_what_was_trained_on_inverted_images_matches_generated_ones(
     with torch.no_grad():
         stored = [load_file(f'{path}.safetensors') for path in files]
         source, target = (network([each[layer].flatten(0, 1)[None] for layer in LAYERS])[0][0] for each in stored)
-        expected = match_points(source, target, torch.tensor([[0, 0], [30, 40], [63, 63]]), size, size)
+        expected = match_points(source, target, torch.tensor([[0, 0], [30, 40], [60, 60]]), size, size)
     assert np.array_equal(recorded[:, 2:4], expected.numpy())
     one_of_both = '--layers', LAYERS[0], '--timesteps', '400'
     assert run(*points, '--model', tiny_pipeline, *one_of_both, '--features', folder, files=files)
