@@ -222,9 +222,7 @@ class FeatureCache:
                 used = self._used()
                 if self.max_size is not None and used + len(data) > self.max_size:
                     used = self._evict(max(0, int(LOW_WATER * self.max_size) - len(data)))
-                self._set_used(
-                    used + len(data)
-                )  # before the rename: a killed process leaves it too large, not too small
+                self._set_used(used + len(data))  # before the rename: too large, not too small, if a process is killed
         if not self._cleaned:
             self._clean()
 

@@ -1,4 +1,4 @@
-"""How captions reach the backbone: as a fourth channel of images, which survives padding, cropping and flipping."""
+"""Captions for the backbone: rows in a fourth image channel, which survives padding, cropping and flipping."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,17 +16,17 @@ def append_rows(images: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def split_rows(images: Tensor, count: int) -> tuple[Tensor, list[int]]:
-    """Undo `append_rows`.
+    """Invert `append_rows`.
 
     Args:
         images: shape (B, 4, H, W).
-        count: how many rows there are.
+        count: number of captions.
 
     Returns:
         Images with shape (B, 3, H, W), and their rows.
 
     Raises:
-        ValueError: there is no such channel, or it is of a type that cannot hold rows, or what it holds is no row.
+        ValueError: the channel is missing, its dtype cannot represent rows, or its values are not rows.
     """
     if images.ndim != 4 or images.shape[1] != 4:
         raise ValueError(
@@ -34,7 +34,9 @@ def split_rows(images: Tensor, count: int) -> tuple[Tensor, list[int]]:
             f'preprocessor CaptionPreProcessor'
         )
     if images.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f'images are {images.dtype}, which cannot hold the rows of captions; leave them in float32')
+        raise ValueError(
+            f'images are {images.dtype}, which cannot represent the rows of captions; keep them in float32'
+        )
     low, high = torch.stack(images[:, 3].flatten(1).aminmax(dim=1)).tolist()
     if low != high or not all(row.is_integer() and 0 <= row < count for row in low):
         raise ValueError(
@@ -48,14 +50,15 @@ def split_rows(images: Tensor, count: int) -> tuple[Tensor, list[int]]:
 class CaptionPreProcessor(SegDataPreProcessor):
     """`SegDataPreProcessor` that appends the row of each image's caption as a fourth channel.
 
-    The pipeline ends with `LoadCaption`, and the backbone has `prompt=dict(type='captions', file=...)` with its file.
+    The pipeline must end with `LoadCaption`, and the backbone have `prompt=dict(type='captions', file=...)` with the
+    same file.
     """
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """What `SegDataPreProcessor` does, and append the channel.
+        """Preprocess as `SegDataPreProcessor`, and append the channel.
 
         Raises:
-            ValueError: a sample lacks its caption's row.
+            ValueError: a sample has no `caption_row`.
         """
         data = super().forward(data, training)
         samples = data.get('data_samples') or []

@@ -1,4 +1,4 @@
-"""What turns images into descriptors, for models that compare these."""
+"""Encoder of images to descriptors, for models that match them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DescriptorEncoder(BaseModel):
-    """Backbone, neck and head that make one map of descriptors of an image.
+    """Backbone, neck and head that map an image to descriptors.
 
     ```text
     images (B, 3, H, W) -> backbone -> maps -> neck -> one map (B, C, h, w) -> head -> descriptors (B, C', h, w)
@@ -17,11 +17,11 @@ class DescriptorEncoder(BaseModel):
 
     Args:
         backbone: config of any backbone whose images are in [-1, 1], RGB.
-        neck: config of a neck with one level, such as `AggregationNeck` or `ConcatNeck`. Not needed behind a backbone
-            with one map.
+        neck: config of a neck with one level, such as `AggregationNeck` or `ConcatNeck`. Not needed for a backbone with
+            one map.
         head: config of a `DescriptorHead`.
         data_preprocessor: config.
-        init_cfg: of mmengine.
+        init_cfg: see mmengine's `BaseModule`.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class DescriptorEncoder(BaseModel):
 
         Args:
             images: with shape (B, 3, H, W), in [-1, 1].
-            prompts: of each image; None leaves the backbone's own.
+            prompts: of each image; None uses that of the backbone.
 
         Returns:
             Shape (B, C', h, w).
 
         Raises:
-            ValueError: there is more than one map, or none.
+            ValueError: the number of maps is not one.
         """
         return self.describe(self.backbone(images) if prompts is None else self.backbone(images, prompts))
 
@@ -58,7 +58,7 @@ class DescriptorEncoder(BaseModel):
             maps = self.neck(maps)
         if len(maps) != 1:
             raise ValueError(
-                f'the {"backbone" if self.neck is None else "neck"} gives {len(maps)} maps and matching takes one; '
+                f'the {"backbone" if self.neck is None else "neck"} returns {len(maps)} maps, but matching takes one; '
                 f"join them with a neck, such as dict(type='ConcatNeck', levels=[[...]], output_sizes=[64])"
             )
         return self.head(maps[0])

@@ -13,15 +13,15 @@ from torch import Tensor
 
 @MODELS.register_module()
 class VoteTTAModel(SegTTAModel):
-    """Adds the votes of a `PixelClassifierHead` for all augmentations of an image.
+    """Sum the votes of a `PixelClassifierHead` over all augmentations of an image.
 
-    As over the members of the ensemble, the most frequent class wins, the smallest of equals. mmseg's `SegTTAModel`
-    would average the softmax of what it takes for logits: for numbers of votes, that leaves little but which class won
-    under each augmentation.
+    As over the members of the ensemble, the most frequent class is predicted, in a tie the smallest. mmseg's
+    `SegTTAModel` would average the softmax of `seg_logits`: for numbers of votes, this is nearly the one-hot winner of
+    each augmentation.
 
     Args:
-        swapped_by_flip: pairs of classes that a horizontal flip turns into each other, such as left and right eye.
-        **kwargs: what `SegTTAModel` takes.
+        swapped_by_flip: pairs of classes that a horizontal flip exchanges, such as left and right eye.
+        **kwargs: see `SegTTAModel`.
     """
 
     def __init__(self, swapped_by_flip: Sequence[tuple[int, int]] = (), **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class VoteTTAModel(SegTTAModel):
         return [samples[0] for samples in data_samples_list]
 
     def votes(self, sample: SegDataSample) -> Tensor:
-        """The votes (n, H, W) for the classes of the image as it was before a flip."""
+        """Votes (n, H, W) for the classes of the image before the flip."""
         votes = sample.seg_logits.data
         if sample.get('flip') and sample.flip_direction == 'horizontal':
             order = torch.arange(len(votes), device=votes.device)

@@ -212,7 +212,7 @@ def test_rows_survive_what_is_done_to_images():
         (append_rows(torch.zeros(2, 3, 8, 8), [0, 3]), 'rows 0 to 2 of the captions'),
         (append_rows(torch.zeros(1, 3, 8, 8), [-1]), 'the same file'),
         (torch.rand(1, 4, 8, 8), 'fourth channel'),
-        (append_rows(torch.zeros(1, 3, 8, 8), [1]).half(), 'float16, which cannot hold'),
+        (append_rows(torch.zeros(1, 3, 8, 8), [1]).half(), 'float16, which cannot represent'),
     ],
 )
 def test_images_that_say_no_row(images, message):

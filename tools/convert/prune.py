@@ -135,7 +135,7 @@ def prune_neck_weights(
 ) -> dict[str, Tensor]:
     """The state of the new neck, from that of the old one."""
     for source, target, kept in zip(old.levels, new.levels, pairs, strict=True):
-        order = [tuple(pair) for pair in source.held.nonzero().tolist()]
+        order = [tuple(pair) for pair in source.mixed.nonzero().tolist()]
         target.mixing_weights.data = source.mixing_weights.data[[order.index(pair) for pair in kept]]
         for bottleneck, layer in zip(target.bottleneck_layers, used(1, kept), strict=True):
             bottleneck.load_state_dict(source.bottleneck_layers[layer].state_dict())

@@ -1,4 +1,4 @@
-"""What a backbone tells the UNet instead of a prompt, and learns."""
+"""Learned conditioning of the UNet that replaces a prompt."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ def class_names(dataset: str) -> list[str]:
     """Names of the classes of a registered data set, from its `METAINFO`.
 
     Raises:
-        ValueError: there is no such data set, or it has no names of its own.
+        ValueError: the data set is not registered, or defines no class names.
     """
     cls = DATASETS.get(dataset)
     if cls is None:
         raise ValueError(f'there is no data set {dataset!r}; registered are {", ".join(sorted(DATASETS.module_dict))}')
     names = getattr(cls, 'METAINFO', {}).get('classes')
     if not names:
-        raise ValueError(f'the data set {dataset} has no class names of its own; write them into the prompt')
+        raise ValueError(f'the data set {dataset} has no class names; write them into the prompt')
     return list(names)
 
 
@@ -33,22 +33,22 @@ def class_names_prompt(dataset: str, template: str = '{}') -> str:
     """One prompt that joins the names of all classes, each in `template`, with commas.
 
     Raises:
-        ValueError: no such data set, or a template without the place for the name.
+        ValueError: unknown data set, or a template without `{}`.
     """
     if '{}' not in template:
         raise ValueError(f"the template {template!r} has no '{{}}' for the name of a class")
     return ', '.join(template.format(name) for name in class_names(dataset))
 
 
-# What a prompt in a config can be besides what the extractor takes, by its type.
+# Types of prompts in a config, in addition to those of the extractor.
 PROMPTS = {'class_names': class_names_prompt, 'captions': Captions}
 
 
 def build_prompt(prompt: Any) -> Any:
-    """A prompt, the class names or captions if it is a `dict(type=...)`.
+    """Build the prompt of a config: class names or captions if it is a `dict(type=...)`.
 
     Raises:
-        ValueError: another type.
+        ValueError: unknown type.
     """
     if not isinstance(prompt, Mapping):
         return prompt
@@ -61,14 +61,14 @@ def build_prompt(prompt: Any) -> Any:
 
 @MODELS.register_module()
 class LearnedPrompts(nn.Module):
-    """Tokens that are learned, one sequence for all images.
+    """Learned tokens, one sequence for all images.
 
     Args:
-        num_prompts: how many tokens N.
-        dim: their size D, the UNet's `cross_attention_dim` (768 with SD1.5).
-        pooled_dim: size of a pooled embedding, which SDXL needs besides (1280).
-        trainable: False keeps what they are drawn as (standard normal). This is what the published frozen rerun of VPD
-            amounts to, where no gradient reaches the prompts.
+        num_prompts: number of tokens N.
+        dim: size D of a token, the UNet's `cross_attention_dim` (768 with SD1.5).
+        pooled_dim: size of a pooled embedding, which SDXL needs in addition (1280).
+        trainable: False keeps the initial values (standard normal). The published frozen rerun of VPD is equivalent,
+            since no gradient reaches the prompts there.
 
     Attributes:
         num_prompts: N.
@@ -90,7 +90,7 @@ class LearnedPrompts(nn.Module):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint takes for granted."""
+        """Settings that a checkpoint depends on."""
         return {'type': type(self).__name__, 'trainable': self.trainable}
 
     def forward(self) -> Conditioning:
@@ -100,13 +100,13 @@ class LearnedPrompts(nn.Module):
 
 @MODELS.register_module()
 class MetaPrompts(LearnedPrompts):
-    """Learned tokens, and learned embeddings in place of those of timesteps, one for each pass of the UNet.
+    """Learned tokens, and learned time embeddings, one for each pass of the UNet.
 
     Args:
-        num_prompts: how many tokens.
-        dim: their size.
-        passes: how many passes K.
-        time_dim: size E of an embedding of time (1280 with SD1.5).
+        num_prompts: number of tokens.
+        dim: size of a token.
+        passes: number of passes K.
+        time_dim: size E of a time embedding (1280 with SD1.5).
         pooled_dim: size of SDXL's pooled embedding.
     """
 
@@ -115,30 +115,31 @@ class MetaPrompts(LearnedPrompts):
         self._add('times', (passes, time_dim))
 
     def forward(self) -> Conditioning:
-        """One row of N tokens, with the embeddings of time (K, E)."""
+        """One row of N tokens, with the time embeddings (K, E)."""
         return Conditioning(self.embeds, self.pooled, self.times)
 
 
 @MODELS.register_module()
 class TextAdapter(nn.Module):
-    """One token for each class: its embedding plus a little of what an MLP makes of it (VPD).
+    """One token for each class: its text embedding plus a scaled residual of an MLP (VPD).
 
     The tokens are `texts + gamma * MLP(texts)`, with `gamma` learned for each of the D channels and the MLP of two
     layers.
 
     Args:
-        model: where the text encoder comes from: preset, hub id, folder or file, the same as the backbone's.
-        dataset: registered data set whose classes these are.
+        model: source of the text encoder: preset, hub id, folder or file, the same as that of the backbone.
+        dataset: registered data set with the classes.
         classes: names of classes, instead of `dataset`.
-        templates: prompts over which a class is averaged; by default the 80 that CLIP was evaluated with on ImageNet.
-        gamma: initial value.
+        templates: prompts over which the embedding of a class is averaged; by default the 80 of CLIP's evaluation on
+            ImageNet.
+        gamma: initial value of `gamma`.
         encoder: further options of `PromptEncoder`: `revision`, `cache_dir`, `textual_inversion`, ...
 
     Attributes:
-        num_prompts: how many classes N.
+        num_prompts: number of classes N.
 
     Raises:
-        ValueError: not one of `dataset` and `classes`, or what `PromptEncoder.class_embeddings` raises.
+        ValueError: not exactly one of `dataset` and `classes`, or an error of `PromptEncoder.class_embeddings`.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class TextAdapter(nn.Module):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint takes for granted."""
+        """Settings that a checkpoint depends on."""
         return {'type': type(self).__name__, 'classes and templates': f'sha256:{self._digest}'}
 
     def forward(self) -> Conditioning:

@@ -31,10 +31,10 @@ class DiffusionBackbone(FrozenBackbone):
     image (B, 3, H, W) in [-1, 1] -> DiffusionExtractor -> {layer: (B, T, C, h, w)} -> L maps (B, T*C, h, w)
     ```
 
-    Maps are timestep-major, in the order of `layers` (aggregated attention that is not among them comes last), and in
-    the dtype of the image. Where layers name timesteps of their own, T differs from map to map, which the necks take;
-    the UNet still runs once for all timesteps. The data preprocessor brings images to [-1, 1] with `mean` and `std` of
-    127.5 each and `bgr_to_rgb=True`.
+    Maps are timestep-major, in the order of `layers` (aggregated attention that is not listed comes last), and in the
+    dtype of the image. If layers have timesteps of their own, T differs between maps, which the necks support; the UNet
+    still runs once for all timesteps. The data preprocessor brings images to [-1, 1] with `mean` and `std` of 127.5
+    each and `bgr_to_rgb=True`.
 
     The network is a child module, so it follows `.to()`, autocast and distributed wrappers; it stays in evaluation mode
     and out of checkpoints, which hold a fingerprint of it instead. The frozen tensors are buffers, not parameters; a
@@ -44,39 +44,39 @@ class DiffusionBackbone(FrozenBackbone):
         model: preset, hub id, diffusers folder or checkpoint file, see `DiffusionExtractor`.
         layers: names of activations, in the order of the maps; with timesteps of their own as in
             `'up-level1-upsampler-out@50'` or `'up-level1-upsampler-out@100+200'`, see `split_timesteps`.
-        timesteps: the UNet's own indices; may be left out where every layer names its own.
-        channels: what the config expects for each layer (C, without the timesteps); verified if given.
+        timesteps: timesteps of the UNet; may be omitted if every layer has its own.
+        channels: expected channels of each layer (C, without the timesteps); verified if given.
         input_size: side or (height, width) to which images are resized, aspect ratio not kept.
         interpolation: by which they are resized, 'bilinear' as tensors in GDF or 'bicubic' as picture files in GDF and
-            DIFT, see `resize_images`. The latter is for images that come as they are in their files, so that members of
-            an ensemble resize them each to its own size.
+            DIFT, see `resize_images`. The latter is for images at the size of their files, so that each member of an
+            ensemble resizes them to its `input_size`.
         frozen: train nothing.
         trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
-            `up_blocks.1.*`; all of the UNet by default. What no chosen activation depends on stays frozen all the same.
-        prompt: what `DiffusionExtractor` takes; or `dict(type='class_names', dataset='ADE20KDataset', template='{}')`,
-            the names of a data set's classes joined with commas; or `dict(type='captions', file=...)`, each image's own
-            caption, for which images have a fourth channel, see `CaptionPreProcessor`.
-        conditioner: in place of a prompt, a module that is trained and saved, with gradients through the UNet: a config
-            of `LearnedPrompts`, `TextAdapter` or another one that returns `Conditioning`.
-        lora: train layers of low rank beside those of the frozen UNet: `dict(r=8, target_modules=['to_q', ...])`, by
-            default beside the projections of attention, see `add_lora`. Needs peft. With `dtype='bfloat16'` memory is
-            saved; in 'float16' gradients underflow unless the loss is scaled.
+            `up_blocks.1.*`; all of the UNet by default. Parameters that no activation depends on stay frozen.
+        prompt: see `DiffusionExtractor`; or `dict(type='class_names', dataset='ADE20KDataset', template='{}')`, the
+            names of a data set's classes joined with commas; or `dict(type='captions', file=...)`, the caption of each
+            image, for which images have a fourth channel, see `CaptionPreProcessor`.
+        conditioner: replaces the prompt by a module that is trained and saved, with gradients through the UNet: a
+            config of `LearnedPrompts`, `TextAdapter` or another module that returns `Conditioning`.
+        lora: train LoRA layers in the frozen UNet: `dict(r=8, target_modules=['to_q', ...])`, by default of the
+            projections of attention, see `add_lora`. Needs peft. `dtype='bfloat16'` saves memory; in 'float16'
+            gradients underflow unless the loss is scaled.
         train_noise: noise in training mode, where 'random' augments; by default the extractor's `noise`.
-        cache: folder in which maps are kept, to be found again by the bytes of the image and all else that they depend
-            on; or `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that
-            dtype. Not with random noise, nor with anything trainable in the backbone.
-        check_fingerprint: what follows where a checkpoint was made with another network or other settings: 'error', or
-            'warn' where the difference does not matter, as float32 in place of bfloat16.
+        cache: folder of cached maps, keyed by the bytes of the image and everything else that they depend on; or
+            `dict(path=..., dtype='float16', max_size='20GB')`, see `FeatureCache`. Maps are rounded to that dtype. Not
+            with random noise, nor with anything trainable in the backbone.
+        check_fingerprint: reaction to a checkpoint of another network or other settings: 'error', or 'warn' if the
+            difference does not matter, such as float32 instead of bfloat16.
         extractor: further options of `DiffusionExtractor`, and fields of its `Weights` and `Runtime`: `trajectory`,
             `ensemble`, `noise`, `seed`, `dtype`, `variant`, `gradient_checkpointing`, ...
 
     Attributes:
-        layers: name of each map, followed by its timesteps if others have others.
-        channels: channels C of each map; None for attention maps whose number of keys is not known.
+        layers: name of each map, followed by its timesteps if they differ between maps.
+        channels: channels C of each map; None for attention maps with an unknown number of keys.
 
     Raises:
-        ValueError: `channels` is not what the model has, the choice of trainable parts is void or contradictory, or
-            what is to be cached changes.
+        ValueError: `channels` do not match the model, the trainable parts are empty or contradictory, or maps cannot be
+            cached because they change.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DiffusionBackbone(FrozenBackbone):
         self.train_noise = train_noise or self.noise
         if self.train_noise not in ('seeded', 'random'):
             raise ValueError(f"train_noise is {train_noise!r}; it is 'seeded' or 'random'")
-        self.trained: dict[str, Any] = {}  # as the fingerprint tells it
+        self.trained: dict[str, Any] = {}  # entries of the fingerprint for trained parts
         if lora is not None:
             freeze(self.extractor, trainable=self._add_lora(**lora))
         elif not frozen:
@@ -146,11 +146,11 @@ class DiffusionBackbone(FrozenBackbone):
             self._check_cacheable()
 
     def _add_readings(self, readings: Sequence[Reading]) -> None:
-        """Note what each map is, by the true names of layers, and the map's own name."""
+        """Set the resolved layers and timesteps of each map, and its name."""
         every = tuple(self.extractor.timesteps)
         names = dict(zip(dict.fromkeys(layer for layer, _ in readings), self.extractor.layers, strict=False))
         attention = self.extractor.layers[len(names) :]
-        self._readings = [Reading(names[layer], own) for layer, own in readings]
+        self._readings = [Reading(names[layer], timesteps) for layer, timesteps in readings]
         self._readings += [Reading(name, every) for name in attention]
         self.layers = [reading.label(every) for reading in self._readings]
 
@@ -158,27 +158,30 @@ class DiffusionBackbone(FrozenBackbone):
         """Build a conditioner that fits the UNet and learns.
 
         Raises:
-            ValueError: there is a prompt as well, or sizes do not fit, or a gradient does not reach all parameters.
+            ValueError: a prompt is given as well, sizes do not match, or a parameter gets no gradient.
         """
         if prompt != '':
-            raise ValueError(f'a conditioner is in place of a prompt; leave out prompt={prompt!r}, or the conditioner')
+            raise ValueError(f'a conditioner replaces the prompt; leave out prompt={prompt!r}, or the conditioner')
         if self.extractor.vae is None:
             raise ValueError('a model of pixel space reads no prompt; leave out the conditioner')
         self.conditioner = MODELS.build(config)
-        given, unet = self.conditioner(), self.extractor.unet.config
-        wanted = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}
-        found = {'dim': given.embeds.shape[-1], 'pooled_dim': None if given.pooled is None else given.pooled.shape[-1]}
-        if found != wanted:
-            raise ValueError(f'{config["type"]} has {found}, but the UNet of this model needs {wanted}')
+        conditioning, unet = self.conditioner(), self.extractor.unet.config
+        expected = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}
+        sizes = {
+            'dim': conditioning.embeds.shape[-1],
+            'pooled_dim': None if conditioning.pooled is None else conditioning.pooled.shape[-1],
+        }
+        if sizes != expected:
+            raise ValueError(f'{config["type"]} has {sizes}, but the UNet of this model needs {expected}')
         leaves = self._leaves()
         if lost := [name for name, parameter in self.conditioner.named_parameters() if parameter not in leaves]:
             raise ValueError(
-                f'no chosen layer depends on {lost} of {config["type"]}, so that they would not learn; choose a layer '
-                f'behind cross-attention'
+                f'no chosen layer depends on {lost} of {config["type"]}, so that they would not be trained; choose a '
+                f'layer after cross-attention'
             )
 
     def _example(self) -> Conditioning | None:
-        """What the UNet might be told about one image; None if every call says it."""
+        """Example conditioning of one image; None if every call passes its prompts."""
         if self.conditioner is not None:
             return self.conditioner()
         if self.captions is not None:
@@ -186,7 +189,7 @@ class DiffusionBackbone(FrozenBackbone):
         return None if self.extractor.conditioning is None else self.extractor.conditioning.first()
 
     def _leaves(self) -> set[Tensor]:
-        """What requires a gradient and influences the maps."""
+        """Tensors that require a gradient and influence the maps."""
         unet = self.extractor.unet
         side, factor = self.extractor.multiple, self.extractor.parts.vae_scale_factor
         latent = torch.zeros(1, unet.config.in_channels, side // factor, side // factor, device=unet.device)
@@ -198,12 +201,12 @@ class DiffusionBackbone(FrozenBackbone):
         """Names, within the extractor, of the parameters to train.
 
         Raises:
-            ValueError: a pattern selects nothing that influences the maps, or the UNet is not in single precision.
+            ValueError: a pattern matches no parameter that influences the maps, or the UNet is not in float32.
         """
         if self.extractor.unet.dtype != torch.float32:
             raise ValueError(
                 f"training parts of the UNet needs dtype='float32', not {self.extractor.unet.dtype}; mmengine's "
-                f'AmpOptimWrapper computes in lower precision all the same, and lora trains beside any dtype'
+                f'AmpOptimWrapper still computes in lower precision, and lora works with any dtype'
             )
         influential = self._influential()
         selected = {pattern: [name for name in influential if fnmatchcase(name, pattern)] for pattern in patterns}
@@ -215,7 +218,7 @@ class DiffusionBackbone(FrozenBackbone):
         return {f'unet.{name}' for names in selected.values() for name in names}
 
     def _add_lora(self, target_modules: Sequence[str] = TARGET_MODULES, **options: Any) -> set[str]:
-        """Put layers of low rank beside what influences the maps; their parameters' names within the extractor."""
+        """Add LoRA layers to modules that influence the maps; returns their parameters' names in the extractor."""
         modules = [name.removesuffix('.weight') for name in self._influential() if name.endswith('.weight')]
         names = add_lora(self.extractor.unet, modules, target_modules=target_modules, **options)
         added = self.extractor.unet.peft_config['default']
@@ -244,10 +247,10 @@ class DiffusionBackbone(FrozenBackbone):
         self.extractor.noise = self.train_noise if self.training else self.noise
         if self.cache is None:
             return self._extract(x, prompts)
-        self._check_cacheable()  # again, for a subclass or a user may have added parameters
+        self._check_cacheable()  # again: a subclass or a user may have added parameters
         context = self._cache_context()
         if prompts is not None:
-            context['prompt'] = None  # to each image's key belongs its own
+            context['prompt'] = None  # part of the key of each image instead
             context['text_encoder'] = self.extractor.prompt_encoder.fingerprint
         return self.cache.fetch(x, context, self._extract, self.layers, prompts)
 
@@ -258,23 +261,23 @@ class DiffusionBackbone(FrozenBackbone):
         if prompts is None and self.conditioner is not None:
             prompts = self.conditioner()
         with self.resident(x.device):
-            found = self.extractor(x, prompts)  # {name: (B, T, C, h, w)}
+            activations = self.extractor(x, prompts)  # {name: (B, T, C, h, w)}
         every = tuple(self.extractor.timesteps)
         maps = []
-        for layer, own in self._readings:
-            activation = found[layer]
-            if own != every:
-                activation = torch.stack([activation[:, every.index(t)] for t in own], dim=1)
+        for layer, timesteps in self._readings:
+            activation = activations[layer]
+            if timesteps != every:
+                activation = torch.stack([activation[:, every.index(t)] for t in timesteps], dim=1)
             maps.append(activation.flatten(1, 2).to(x.dtype))  # (B, T*C, h, w)
         return tuple(maps)
 
     def _check_cacheable(self) -> None:
-        """Raise a ValueError if the maps of an image are not the same each time."""
+        """Raise a ValueError if the maps of an image may differ between calls."""
         for name in ('noise', 'train_noise'):
             if getattr(self, name) == 'random':
                 raise ValueError(
-                    f"{name}='random' draws other maps each time, which cannot be cached; set it to 'seeded', or leave "
-                    f'out the cache'
+                    f"{name}='random' gives other maps in each call, which cannot be cached; set it to 'seeded', or "
+                    f'leave out the cache'
                 )
         if self.conditioner is not None:
             raise ValueError(
@@ -284,15 +287,15 @@ class DiffusionBackbone(FrozenBackbone):
         trained = next((name for name, parameter in self.named_parameters() if parameter.requires_grad), None)
         if trained is not None:
             raise ValueError(
-                f'{trained} is trained, so that maps change and cannot be cached; leave out the cache, or train '
-                f'nothing in the backbone'
+                f'{trained} is trained, so that maps change and cannot be cached; leave out the cache, or freeze '
+                f'the backbone'
             )
 
     def _cache_context(self) -> dict[str, Any]:
-        """All that maps depend on, but for the image.
+        """Everything that maps depend on, except the image.
 
-        To the fingerprint belong the draws, and the configurations: what they say of heads, groups and betas is in no
-        weight.
+        In addition to the fingerprint: the noise, and the configurations, whose heads, groups and betas do not show in
+        any weight.
         """
         parts = self.extractor.parts
         configs = (self.extractor.unet.config, parts.vae_config, parts.scheduler_config)
@@ -306,30 +309,30 @@ class DiffusionBackbone(FrozenBackbone):
             'interpolation': self.interpolation,
         }
 
-    # What is trained here may have been frozen when a checkpoint was made; the text encoder was once not recorded.
+    # Parts that are trained now may have been frozen in the checkpoint; older ones lack the text encoder.
     optional = ('lora', 'trainable', 'text_encoder')
 
     @property
     def network(self) -> DiffusionExtractor:
-        """What stays frozen."""
+        """The frozen network."""
         return self.extractor
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a head that was trained on the maps takes for granted; not the draws of noise, which may be others."""
-        told = {**self.extractor.fingerprint, 'layers': self.layers, **self.trained}
+        """Settings that a head trained on the maps depends on; not the noise, which may differ."""
+        settings = {**self.extractor.fingerprint, 'layers': self.layers, **self.trained}
         if self.captions is not None:
-            told['prompt'] = 'captions'  # of other images, when it is used
-            told['text_encoder'] = self.extractor.prompt_encoder.fingerprint
+            settings['prompt'] = 'captions'  # of any images
+            settings['text_encoder'] = self.extractor.prompt_encoder.fingerprint
         if self.conditioner is not None:
-            told['conditioner'] = self.conditioner.fingerprint
-        fingerprint = json.loads(json.dumps(told))
+            settings['conditioner'] = self.conditioner.fingerprint
+        fingerprint = json.loads(json.dumps(settings))
         return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}
 
 
 def _contiguous(norm: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """PyTorch's CPU kernel crashes where a norm is trained whose input is channels-last and has no gradient.
+    """Make the input of a trained norm contiguous: PyTorch's CPU kernel crashes on channels-last without gradient.
 
-    Such is the output of attention in a network of pixels. On other devices inputs keep their memory format.
+    This is the format of the output of attention in a network of pixels. On other devices inputs are unchanged.
     """
     return tuple(x.contiguous() if x.device.type == 'cpu' else x for x in inputs)

@@ -16,11 +16,11 @@ T = TypeVar('T')
 
 
 def join_levels(members: Sequence[Sequence[T]], levels: Sequence[Sequence[int]]) -> list[T]:
-    """Join what several backbones have for each map: level by level, and within a level backbone by backbone.
+    """Join per-map items of several backbones: level by level, and within a level backbone by backbone.
 
     Args:
         members: for each backbone, one item per map.
-        levels: for each backbone, how many of its maps belong to each level; they add up to the number of its maps.
+        levels: for each backbone, the number of its maps in each level; the sum is the number of its maps.
     """
     remaining = [iter(items) for items in members]
     return [
@@ -41,25 +41,25 @@ class EnsembleBackbone(BaseModule):
                                     +-> backbones[1] -> 3 maps, levels [1, 2]: b0 | b1 b2 -+
     ```
 
-    Each member has its own input size, prompt, timesteps, dtype and cache; `AggregationNeck` and `ConcatNeck` take
-    another number of timesteps for each map. A published use is Ours-XL-t of Generic Diffusion Feature, of SDXL and
+    Each member has its own input size, prompt, timesteps, dtype and cache; `AggregationNeck` and `ConcatNeck` support a
+    different number of timesteps for each map. A published use is Ours-XL-t of Generic Diffusion Feature, of SDXL and
     Playground v2.
 
     Args:
-        backbones: configs of the members, each with the additional key `levels`: how many of its maps belong to each
-            level, fine -> coarse; 0 is allowed. Without it, all its maps belong to one level.
-        offload: 'sequential' keeps the members' frozen tensors where they are built (on the CPU, page-locked where
-            there is an accelerator) and has one member at a time on the images' device, while it runs. The largest
-            member decides how much memory is needed, unless gradients flow through a member: its tensors then stay
-            until the backward pass. A member whose maps come from its cache is not moved.
-        devices: for each member the device on which it lives, with all its parameters; maps go to the images' device.
+        backbones: configs of the members, each with the additional key `levels`: the number of its maps in each level,
+            fine -> coarse; 0 is allowed. Without it, all its maps belong to one level.
+        offload: 'sequential' keeps the members' frozen tensors where they are built (on the CPU, page-locked if there
+            is an accelerator) and copies one member at a time to the images' device, while it runs. Memory is needed
+            for the largest member, unless gradients flow through a member: its tensors then stay until the backward
+            pass. A member whose maps come from its cache is not copied.
+        devices: for each member the device of all its parameters; maps are copied to the images' device.
 
     Attributes:
         members: the backbones.
-        levels: for each member, how many of its maps belong to each level.
+        levels: for each member, the number of its maps in each level.
 
     Raises:
-        ValueError: contradictory options, levels that differ in number, or what a member raises, with its position.
+        ValueError: contradictory options, different numbers of levels, or an error of a member, with its position.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class EnsembleBackbone(BaseModule):
         if offload not in (None, 'sequential'):
             raise ValueError(f"offload is {offload!r}; it is 'sequential' or None")
         if devices is not None and offload is not None:
-            raise ValueError('offload and devices exclude each other: with devices, every member stays on its own')
+            raise ValueError('offload and devices exclude each other: with devices, every member stays on its device')
         if devices is not None and len(devices) != len(backbones):
             raise ValueError(f'devices={list(devices)} for {len(backbones)} backbones; give one for each')
         self.devices = None if devices is None else [torch.device(device) for device in devices]
@@ -93,7 +93,7 @@ class EnsembleBackbone(BaseModule):
                 maps = len(member.channels)
                 levels = [maps] if levels is None else list(levels)
                 if sum(levels) != maps or any(count < 0 for count in levels):
-                    raise ValueError(f'levels={levels} do not add up to the {maps} maps that there are')
+                    raise ValueError(f'levels={levels} do not add up to the {maps} maps of the backbone')
                 if offload is not None:
                     member.offload()
                 member.label = name
@@ -102,7 +102,7 @@ class EnsembleBackbone(BaseModule):
         numbers = [len(counts) for counts in self.levels]
         if len(set(numbers)) > 1:
             raise ValueError(
-                f'the backbones have {numbers} levels; give each as many, with 0 where it has no map: {self.levels}'
+                f'the backbones have {numbers} levels; give all the same number, with 0 for none: {self.levels}'
             )
         if self.devices is not None:
             for member, device in zip(self.members, self.devices, strict=True):
@@ -110,12 +110,12 @@ class EnsembleBackbone(BaseModule):
 
     @property
     def channels(self) -> list[int | None]:
-        """Channels C of each map, in the order of the maps; None for those known at run time only."""
+        """Channels C of each map, in the order of the maps; None if known only at run time."""
         return join_levels([member.channels for member in self.members], self.levels)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The members' fingerprints, which checkpoints hold one by one, and how their maps are joined."""
+        """Fingerprints of the members, which checkpoints store separately, and the levels of their maps."""
         return {'members': [member.fingerprint for member in self.members], 'levels': self.levels}
 
     def forward(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
@@ -133,24 +133,24 @@ class EnsembleBackbone(BaseModule):
             ValueError: a member cannot take the images.
         """
         captioned = any(member.captions is not None for member in self.members)
-        found = []
+        member_maps = []
         for i, member in enumerate(self.members):
             with _named(self._names[i]):
                 images = x[:, :3] if captioned and member.captions is None else x
                 images = images if self.devices is None else images.to(self.devices[i])
                 takes_prompts = prompts is not None and isinstance(member, DiffusionBackbone)
                 maps = member(images, prompts) if takes_prompts else member(images)
-            found.append([y.to(x.device) for y in maps])
-        return tuple(join_levels(found, self.levels))
+            member_maps.append([y.to(x.device) for y in maps])
+        return tuple(join_levels(member_maps, self.levels))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'EnsembleBackbone':
-        """What `.to()`, `.half()` and so on do; members with a device of their own stay there."""
+        """Implement `.to()`, `.half()` and so on; members with a configured device stay there."""
         return super()._apply(fn if self.devices is None else keep_device(fn), recurse)
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say in the errors that users may cause which member they come from."""
+    """Prefix errors that users may cause with the name of the member."""
     try:
         yield
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
@@ -158,7 +158,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _prefixed(error: Exception, name: str) -> Exception:
-    """An error of the same type, or, where a message alone does not make one (JSONDecodeError), of its nearest base."""
+    """An error of the same type, or of its nearest base if a message alone does not suffice (JSONDecodeError)."""
     for kind in type(error).__mro__:
         try:
             return kind(f'{name}: {error}')

@@ -1,4 +1,4 @@
-"""Freezing a pretrained network inside a model that mmengine trains, and what such a backbone has in common."""
+"""Freezing of a pretrained network inside a trained model, and the base class of such backbones."""
 
 import copy
 import json
@@ -16,14 +16,14 @@ from diffseg.captions import Captions
 
 
 def freeze(module: nn.Module, trainable: Collection[str] = ()) -> None:
-    """Turn parameters into buffers that are not saved, and mark every buffer as not saved.
+    """Convert parameters to non-persistent buffers, and make every buffer non-persistent.
 
-    Such a tensor follows `.to()` and autocast as before, but nothing that deals with parameters meets it: no optimizer
-    (mmengine's are given parameters that need no gradient as well), weight average, gradient reduction or state dict.
+    Such a tensor follows `.to()` and autocast as before, but is not seen by optimizers (mmengine passes them parameters
+    without gradient as well), weight averages, gradient reduction or state dicts.
 
     Args:
         module: the network; changed in place.
-        trainable: names of the parameters that stay what they are.
+        trainable: names of the parameters that are left unchanged.
     """
     for path, child in module.named_modules():
         tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
@@ -34,7 +34,7 @@ def freeze(module: nn.Module, trainable: Collection[str] = ()) -> None:
 
 
 def reached(outputs: Iterable[Tensor]) -> set[Tensor]:
-    """The leaves that the outputs' gradients would reach, found by walking the graph without computing a gradient."""
+    """Leaves of the outputs' autograd graph, without computing a gradient."""
     leaves, seen = set(), set()
     nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
     while nodes:
@@ -48,12 +48,12 @@ def reached(outputs: Iterable[Tensor]) -> set[Tensor]:
 
 
 def verify_channels(layers: Sequence[str], channels: Sequence[int | None], expected: Sequence[int]) -> None:
-    """Compare a config's channels with the model's.
+    """Compare the channels of a config with those of the model.
 
     Args:
-        layers: names of the layers, for the error.
-        channels: what the model has for each layer; None where it is known at run time only.
-        expected: what the config says.
+        layers: names of the layers, for the error message.
+        channels: of each layer in the model; None if known only at run time.
+        expected: channels in the config.
 
     Raises:
         ValueError: they differ.
@@ -61,44 +61,44 @@ def verify_channels(layers: Sequence[str], channels: Sequence[int | None], expec
     if len(expected) != len(layers):
         raise ValueError(f'channels={list(expected)} has {len(expected)} entries for {len(layers)} layers')
     wrong = [
-        f'{layer} has {ours}, not {theirs}'
-        for layer, ours, theirs in zip(layers, channels, expected, strict=True)
-        if ours not in (None, theirs)
+        f'{layer} has {in_model}, not {in_config}'
+        for layer, in_model, in_config in zip(layers, channels, expected, strict=True)
+        if in_model not in (None, in_config)
     ]
     if wrong:
         raise ValueError(f'channels do not match the model: {"; ".join(wrong)}. The right list is {list(channels)}')
 
 
 def keep_device(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Of what `nn.Module._apply` does to tensors, such as `.to()`, the change of dtype alone."""
+    """Restrict a function of `nn.Module._apply`, such as that of `.to()`, to the change of dtype."""
     return lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype)
 
 
 def _pin(tensor: Tensor) -> Tensor:
-    """Lock a tensor's memory, where there is an accelerator that reads such memory faster."""
+    """Pin a tensor's memory if there is an accelerator, which copies pinned memory faster."""
     return tensor.pin_memory() if torch.accelerator.is_available() and tensor.device.type == 'cpu' else tensor
 
 
 class FrozenBackbone(BaseModule):
-    """A backbone around a loaded network that stays in evaluation mode and out of checkpoints.
+    """Backbone around a pretrained network that stays in evaluation mode and is not saved in checkpoints.
 
-    Checkpoints hold the fingerprint of the network instead, and loading one compares the two. A deep copy shares the
-    network's buffers, which is what `freeze` makes of its frozen tensors.
+    Checkpoints hold the fingerprint of the network instead, which is compared when one is loaded. A deep copy shares
+    the network's buffers, to which `freeze` converts its frozen tensors.
 
-    In distributed training the network's buffers are the same everywhere and need not be sent around in every
-    iteration: mmengine does not do so, but a config's own `model_wrapper_cfg` does, unless it has
+    In distributed training the network's buffers are equal in all processes and need not be broadcast in every
+    iteration: mmengine does not do so, but a config with `model_wrapper_cfg` does, unless it has
     `broadcast_buffers=False` (which `tools/train.py` adds).
 
     Args:
-        check_fingerprint: what follows where a checkpoint's fingerprint differs: 'error', or 'warn' where the
-            difference does not matter, as float32 in place of bfloat16.
+        check_fingerprint: reaction to another fingerprint in a checkpoint: 'error', or 'warn' if the difference does
+            not matter, such as float32 instead of bfloat16.
 
     Attributes:
         network: the loaded network, a child module. It runs within `resident()`.
-        fingerprint: what a head that was trained on the maps takes for granted, in types that JSON has.
-        offloaded: whether the network's buffers stay where they are and only visit the images' device.
-        label: what errors call the backbone.
-        optional: keys of the fingerprint that a checkpoint's may lack.
+        fingerprint: settings that a head trained on the maps depends on, ready for JSON.
+        offloaded: whether the network's buffers stay on their device and are copied to the images' device for a call.
+        label: name of the backbone in error messages.
+        optional: keys of the fingerprint that may be missing in a checkpoint.
     """
 
     network: nn.Module
@@ -115,12 +115,12 @@ class FrozenBackbone(BaseModule):
         self.check_fingerprint = check_fingerprint
 
     def offload(self) -> None:
-        """From now on, keep the network's buffers where they are, and have copies on the device only within `resident`.
+        """Keep the network's buffers where they are, with copies on the images' device only within `resident`.
 
-        Parameters move with the backbone as ever, so that optimizers keep what they were given.
+        Parameters still move with the backbone, so that the references of optimizers stay valid.
 
         Raises:
-            ValueError: parts of the network are to be recomputed in the backward pass, when they are gone again.
+            ValueError: gradient checkpointing is enabled, which needs the network in the backward pass.
         """
         if any(getattr(module, 'gradient_checkpointing', False) for module in self.network.modules()):
             raise ValueError(
@@ -133,9 +133,9 @@ class FrozenBackbone(BaseModule):
 
     @contextmanager
     def resident(self, device: torch.device) -> Iterator[None]:
-        """Have the network on `device`: at once if it is not offloaded, else through copies of its buffers.
+        """Context with the network on `device`, through copies of its buffers if it is offloaded.
 
-        Copies that a backward pass needs live until then.
+        Copies that a backward pass needs are kept until then.
         """
         visitors = list(self._network_buffers()) if self.offloaded else []
         try:
@@ -152,16 +152,16 @@ class FrozenBackbone(BaseModule):
                 yield module, name, buffer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'FrozenBackbone':
-        """What `.to()`, `.half()` and so on do; of an offloaded network's buffers, only the dtype follows."""
+        """Implement `.to()`, `.half()` and so on; an offloaded network's buffers change only their dtype."""
         resting = {id(buffer) for _, _, buffer in self._network_buffers()} if self.offloaded else set()
         stay = keep_device(fn)
         return super()._apply(lambda x: _pin(stay(x)) if id(x) in resting else fn(x), recurse)
 
     def train(self, mode: bool = True) -> 'FrozenBackbone':
-        """Set the mode of all but the network, which stays in evaluation mode.
+        """Set the mode of everything but the network, which stays in evaluation mode.
 
         Training loops call this in every iteration, and networks have hundreds of modules: those that are in evaluation
-        mode already are not set again.
+        mode already are skipped.
         """
         self.training = mode
         for child in self.children():
@@ -172,10 +172,10 @@ class FrozenBackbone(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Do nothing: the network is loaded, and none of its parts may initialise itself again."""
+        """Do nothing: the loaded weights must not be initialised again."""
 
     def apply(self, fn: Callable[[nn.Module], None]) -> 'FrozenBackbone':
-        """Apply `fn` to all but the network: an `init_cfg` of the segmentor must not reach the loaded weights."""
+        """Apply `fn` to everything but the network: an `init_cfg` of the segmentor must not change loaded weights."""
         for child in self.children():
             if child is not self.network:
                 child.apply(fn)
@@ -183,31 +183,31 @@ class FrozenBackbone(BaseModule):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """The fingerprint as JSON in bytes, since mmengine's weight averages take every entry for a tensor."""
+        """The fingerprint as a tensor of JSON bytes, since mmengine's weight averages expect tensors only."""
         return torch.tensor(list(json.dumps(self.fingerprint).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare a checkpoint's fingerprint with the network at hand.
+        """Compare the fingerprint of a checkpoint with that of the network.
 
         Raises:
             ValueError: they differ, unless `check_fingerprint` is 'warn'.
         """
-        ours, theirs = self.fingerprint, json.loads(bytes(state.tolist()))
-        required = [key for key in ours if key in theirs or key not in self.optional]
-        different = [key for key in dict.fromkeys([*required, *theirs]) if ours.get(key) != theirs.get(key)]
+        current, stored = self.fingerprint, json.loads(bytes(state.tolist()))
+        required = [key for key in current if key in stored or key not in self.optional]
+        different = [key for key in dict.fromkeys([*required, *stored]) if current.get(key) != stored.get(key)]
         if different:
             message = f'the checkpoint belongs to another {self.label}: ' + '; '.join(
-                f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}' for key in different
+                f'{key} was {stored.get(key)!r} and is {current.get(key)!r}' for key in different
             )
             if self.check_fingerprint == 'error':
                 raise ValueError(
-                    f"{message}. Build the backbone as it was, train anew, or set check_fingerprint='warn' in the "
-                    f'backbone if the difference does not matter, as that of float32 and bfloat16'
+                    f"{message}. Use the settings of the checkpoint, train again, or set check_fingerprint='warn' in "
+                    f'the backbone if the difference does not matter, such as float32 instead of bfloat16'
                 )
-            print_log(f"{message}. It is loaded all the same, by check_fingerprint='warn'", 'current', WARNING)
+            print_log(f"{message}. It is loaded nevertheless because of check_fingerprint='warn'", 'current', WARNING)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'FrozenBackbone':
-        """Copy all but the frozen tensors, which the copy shares."""
+        """Copy everything but the frozen tensors, which the copy shares."""
         memo.update({id(buffer): buffer for buffer in self.network.buffers()})
         clone = memo[id(self)] = type(self).__new__(type(self))
         clone.__setstate__(copy.deepcopy(self.__dict__, memo))

@@ -12,7 +12,7 @@ from diffseg.diffusion.loading import load_config
 
 from .diffusion import DiffusionBackbone
 
-# what the published code reads, fine -> coarse: strides 8, 16, 32 and 64
+# activations of the published code, fine -> coarse: strides 8, 16, 32 and 64
 LAYERS = (
     'up-level3-repeat2-vit-out',
     'up-level2-repeat1-vit-out',
@@ -23,7 +23,7 @@ LAYERS = (
 
 @MODELS.register_module()
 class MetaPromptsBackbone(DiffusionBackbone):
-    """N learned prompts condition the UNet, and what it finds is compared with each of them.
+    """N learned prompts condition the UNet, whose activations are compared with each of them.
 
     ```text
     image (B, 3, H, W) -> VAE -> latent (B, 4, h, w), the posterior's mode, not scaled, without noise
@@ -34,18 +34,18 @@ class MetaPromptsBackbone(DiffusionBackbone):
 
     Args:
         model: preset, hub id, diffusers folder or checkpoint file.
-        num_prompts: how many prompts N; the published configs have 150, also for Cityscapes' 19 classes.
-        refine_steps: how many passes K.
+        num_prompts: number of prompts N; the published configs have 150, also for Cityscapes' 19 classes.
+        refine_steps: number of passes K.
         layers: names of the activations, in the order of the maps.
         num_groups: of the group norm.
-        options: further options of `DiffusionBackbone`. With `frozen`, the default, the prompts, the embeddings of time
+        options: further options of `DiffusionBackbone`. With `frozen`, the default, the prompts, the time embeddings
             and the projections are trained.
 
     Attributes:
         channels: N for each map.
 
     Raises:
-        ValueError: `refine_steps` is not positive, the model works on pixels, or what `DiffusionBackbone` raises.
+        ValueError: `refine_steps` is not positive, the model works on pixels, or an error of `DiffusionBackbone`.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class MetaPromptsBackbone(DiffusionBackbone):
         self.channels = [num_prompts] * len(self.channels)
 
     def _extract(self, x: Tensor, prompts: None = None) -> tuple[Tensor, ...]:
-        """What the class says."""
-        found = super()._extract(x, prompts)
+        """Extract, project and compare with the prompts."""
+        maps = super()._extract(x, prompts)
         queries = self.conditioner().embeds[0]  # (N, D)
         return tuple(
             torch.einsum('bchw,nc->bnhw', project(activation), queries)
-            for project, activation in zip(self.projections, found, strict=True)
+            for project, activation in zip(self.projections, maps, strict=True)
         )

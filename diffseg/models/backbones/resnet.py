@@ -18,17 +18,16 @@ from .frozen import FrozenBackbone, freeze, verify_channels
 from .vision import IMAGENET
 
 WIDTH = 64  # channels of the first convolution of a ResNet of width 1
-# Beside the network in checkpoints of SwAV and of classifiers; the counter of batches is of no use when frozen.
+# Other entries in checkpoints of SwAV and of classifiers; the counter of batches is unused when frozen.
 UNUSED = ('projection_head.', 'prototypes.', 'fc.')
 COUNTER = 'num_batches_tracked'
 
 
 def torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the names of torchvision's ResNet, which mmseg's shares.
+    """Rename a checkpoint's tensors to those of torchvision's ResNet, which mmseg shares.
 
     Args:
-        state: of torchvision, or of facebookresearch/swav, whose names begin with `module.` and which has a projection
-            head and prototypes beside the network.
+        state: of torchvision, or of facebookresearch/swav, with the prefix `module.`, a projection head and prototypes.
     """
     names = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in names.items() if not name.startswith(UNUSED) and COUNTER not in name}
@@ -36,13 +35,13 @@ def torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @MODELS.register_module()
 class ResNetBackbone(FrozenBackbone):
-    """What goes into the blocks of a frozen ResNet, as plain feature maps.
+    """Inputs of the blocks of a frozen ResNet as plain feature maps.
 
     ```text
     image (B, 3, H, W) in [-1, 1] -> mean and std of ImageNet -> mmseg's ResNet -> L maps (B, C, h, w)
     ```
 
-    It takes the same images as `DiffusionBackbone` and like that stays out of checkpoints. The networks of SwAV, also
+    It takes the same images as `DiffusionBackbone` and is not saved in checkpoints either. The networks of SwAV, also
     twice as wide, are baselines of "Label-Efficient Semantic Segmentation with Diffusion Models" (arXiv 2112.03126),
     which reads the inputs of every other block.
 
@@ -51,7 +50,7 @@ class ResNetBackbone(FrozenBackbone):
         layers: blocks, such as 'layer3.4', in the order of the maps, each of which is the block's input.
         depth: 18, 34, 50, 101 or 152.
         width: multiple of the usual channels, 2 in SwAV's wide ResNet.
-        channels: what the config expects for each layer; verified if given.
+        channels: expected channels of each layer; verified if given.
         input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept).
         random: initialise at random instead of reading the file.
 
@@ -59,7 +58,7 @@ class ResNetBackbone(FrozenBackbone):
         channels: channels C of each layer.
 
     Raises:
-        ValueError: no such block or depth, or a checkpoint of another network, or `channels` that are not the model's.
+        ValueError: unknown block or depth, a checkpoint of another network, or `channels` that do not match the model.
         OSError: the file cannot be read.
     """
 
@@ -104,15 +103,15 @@ class ResNetBackbone(FrozenBackbone):
         """Read the weights.
 
         Raises:
-            ValueError: they are of another network.
+            ValueError: they belong to another network.
         """
         state = torchvision_names(read_checkpoint(model))
-        wanted = torchvision_names(network.state_dict())
-        wrong = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
-        if wrong := [*wrong, *(name for name in state if name not in wanted)]:
+        expected = torchvision_names(network.state_dict())
+        wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+        if wrong := [*wrong, *(name for name in state if name not in expected)]:
             raise ValueError(
-                f'{model} is no ResNet of this depth and width: {len(wrong)} of {len(wanted)} tensors are missing, of '
-                f'another shape or none of it, such as {wrong[0]}; set depth and width'
+                f'{model} is no ResNet of this depth and width: {len(wrong)} of {len(expected)} tensors are missing, '
+                f'unexpected or of another shape, such as {wrong[0]}; set depth and width'
             )
         network.load_state_dict(state, strict=False)  # without the counters
 
@@ -126,7 +125,7 @@ class ResNetBackbone(FrozenBackbone):
             L maps with shapes (B, C, h, w), one for each layer.
 
         Raises:
-            ValueError: images of a wrong shape, type or range.
+            ValueError: images have a wrong shape, dtype or range.
         """
         if self.input_size is not None:
             x = F.interpolate(x, self.input_size, mode='bilinear', align_corners=False)
@@ -137,13 +136,13 @@ class ResNetBackbone(FrozenBackbone):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a head that was trained on the maps takes for granted."""
+        """Settings that a head trained on the maps depends on."""
         return {'weights': self._weights, 'layers': self.layers}
 
 
 @contextmanager
 def _inputs_of(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Note what goes into modules of a network, by their names."""
+    """Record the inputs of modules of a network, by their names."""
     maps: dict[str, Tensor] = {}
 
     def note(layer: str, inputs: tuple[Tensor, ...]) -> None:

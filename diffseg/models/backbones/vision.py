@@ -34,7 +34,7 @@ from diffseg.geometry import fit_to_image
 
 from .frozen import FrozenBackbone, freeze, verify_channels
 
-# By the type that configurations state. The first three follow transformers' backbone API.
+# By `model_type` of configurations. The first three follow transformers' backbone API.
 CLASSES: dict[str, type[PreTrainedModel]] = {
     'dinov2': Dinov2Backbone,
     'dinov2_with_registers': Dinov2WithRegistersBackbone,
@@ -45,7 +45,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
 }
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
 FOLDER_FILES = 'config.json, preprocessor_config.json and model.safetensors'
-# of those without a backbone class
+# for types without a backbone class
 FINAL_NORMS = {'vit': 'layernorm', 'vit_mae': 'layernorm', 'clip_vision_model': 'post_layernorm'}
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,12 +64,12 @@ class VisionPreset:
     """A published vision transformer.
 
     Attributes:
-        repo_id: Repository on the Hugging Face hub; None for what is only published as a checkpoint.
+        repo_id: Repository on the Hugging Face hub; None if only a checkpoint is published.
         license: Licence of the weights.
-        config: Type, and what differs from the defaults of that type's configuration.
+        config: Type, and differences from the default configuration of this type.
         normalization: Mean and standard deviation of RGB in [0, 1].
-        gated: Whether the hub asks to accept the licence before it gives the weights.
-        remedy: How to get a folder of what is not on the hub.
+        gated: Whether the licence must be accepted on the hub before download.
+        remedy: How to get a folder if the model is not on the hub.
     """
 
     repo_id: str | None
@@ -81,7 +81,7 @@ class VisionPreset:
 
 
 def _width(size: str) -> dict[str, int]:
-    """A size of those types whose hidden layers' width is stated, not a ratio."""
+    """Options of a size, for types whose MLP width is absolute, not a ratio."""
     return {**SIZES[size], 'intermediate_size': 4 * SIZES[size]['hidden_size']}
 
 
@@ -161,10 +161,10 @@ PRESETS: dict[str, VisionPreset] = {
 
 
 class HiddenStates(nn.Module):
-    """A vision transformer for which transformers has no backbone class, behind the interface of one.
+    """Backbone interface for a vision transformer without a backbone class in transformers.
 
     Args:
-        model: gives hidden states with a class token before those of the patches.
+        model: returns hidden states with a class token before those of the patches.
         out_features: which of 'stem', 'stage1', ... to return, in this order.
         norm: applied to every map.
     """
@@ -181,17 +181,17 @@ class HiddenStates(nn.Module):
         """Images (B, 3, H, W), whose sides are multiples of the patch, to maps (B, C, h, w)."""
         size = [side // self.model.config.patch_size for side in pixel_values.shape[-2:]]
         options = {}
-        if hasattr(self.model.config, 'mask_ratio'):  # MAE sorts patches by this noise, even when it drops none
+        if hasattr(self.model.config, 'mask_ratio'):  # MAE sorts patches by this noise, even if it drops none
             options['noise'] = torch.arange(size[0] * size[1], device=pixel_values.device).expand(len(pixel_values), -1)
-        found = self.model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, **options)
-        tokens = [found.hidden_states[i] for i in self._indices]  # (B, 1 + h*w, C)
+        outputs = self.model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, **options)
+        tokens = [outputs.hidden_states[i] for i in self._indices]  # (B, 1 + h*w, C)
         if self.norm is not None:
             tokens = [self.norm(x) for x in tokens]
         return BackboneOutput(feature_maps=tuple(x[:, 1:].transpose(1, 2).unflatten(2, size) for x in tokens))
 
 
 def stage_names(config: PreTrainedConfig) -> list[str]:
-    """What transformers' backbones call the hidden states: 'stem' before the first block, 'stage{n}' after the n-th."""
+    """Names of hidden states in transformers' backbones: 'stem' before the first block, 'stage{n}' after the n-th."""
     return ['stem', *(f'stage{n + 1}' for n in range(config.num_hidden_layers))]
 
 
@@ -203,26 +203,26 @@ def resolve_layers(layers: Sequence[int | str], stages: Sequence[str]) -> list[s
         stages: all names.
 
     Raises:
-        ValueError: no such hidden state, or one is asked for twice.
+        ValueError: unknown hidden state, or one is listed twice.
     """
     refuse_string('layers', layers)
     numbered = {**dict(enumerate(stages)), **{i - len(stages): name for i, name in enumerate(stages)}}
-    known = {**numbered, **{name: name for name in stages}}
-    if unknown := [layer for layer in layers if layer not in known]:
+    by_layer = {**numbered, **{name: name for name in stages}}
+    if unknown := [layer for layer in layers if layer not in by_layer]:
         raise ValueError(
             f'the model has no layers {unknown}; there are {stages[0]!r} or 0 to {stages[-1]!r} or {len(stages) - 1}'
         )
-    names = [known[layer] for layer in layers]
+    names = [by_layer[layer] for layer in layers]
     if len(set(names)) < len(names):
-        raise ValueError(f'layers={list(layers)} asks for a layer twice')
+        raise ValueError(f'layers={list(layers)} lists a layer twice')
     return names
 
 
 def find_preset(model: str | Path) -> VisionPreset | None:
-    """What is known beforehand of a preset's name or a hub id; None for a folder and for an unknown hub id.
+    """The preset of a name or hub id; None for a folder and for another hub id.
 
     Raises:
-        FileNotFoundError: a path that is not there.
+        FileNotFoundError: the path does not exist.
         ValueError: neither a preset, a hub id nor a folder.
     """
     text = str(model)
@@ -247,10 +247,10 @@ def load_vision_config(model: str | Path, revision: str | None = None, *, from_p
     Args:
         model: preset, hub id or folder.
         revision: of a hub model.
-        from_preset: take what a preset knows, which needs no network, instead of what stands beside the weights.
+        from_preset: use the configuration in the preset, which needs no network, instead of that of the weights.
 
     Raises:
-        ValueError: unknown model, or a type that is not supported.
+        ValueError: unknown model or unsupported type.
         OSError: the configuration cannot be read.
     """
     preset = find_preset(model)
@@ -274,15 +274,15 @@ def load_normalization(model: str | Path, revision: str | None = None) -> tuple[
     """Mean and standard deviation, of RGB in [0, 1], that a model was trained with.
 
     Raises:
-        OSError: a folder or repository does not say.
+        OSError: the folder or repository does not define them.
     """
     if preset := find_preset(model):
         return preset.normalization
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(_location(model), revision=revision)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(_location(model), revision=revision)
     except (OSError, ValueError) as error:
         raise _explain(model, error) from error
-    return found['image_mean'], found['image_std']
+    return processor['image_mean'], processor['image_std']
 
 
 def load_vision_model(
@@ -297,16 +297,16 @@ def load_vision_model(
 
     Args:
         model: preset, hub id or folder.
-        config: as `load_vision_config` gives it.
+        config: from `load_vision_config`.
         dtype: of the weights.
-        random: initialise at random, the same each time, instead of reading weights.
+        random: initialise at random with a fixed seed instead of reading weights.
         revision: of a hub model.
 
     Raises:
         OSError: weights cannot be read, or some are missing.
     """
     cls = CLASSES[config.model_type]
-    options = {'add_pooling_layer': False} if cls is ViTModel else {}  # a layer of classifiers, which DINO lacks
+    options = {'add_pooling_layer': False} if cls is ViTModel else {}  # DINO has no pooling layer
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -332,7 +332,7 @@ def _location(model: str | Path) -> str:
 
 
 def _explain(model: str | Path, error: Exception) -> OSError:
-    """The error to raise when a model could not be read."""
+    """Error for a model that cannot be loaded."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
     preset = find_preset(model)
     gated = f' Accept its licence at https://huggingface.co/{preset.repo_id} first.' if preset and preset.gated else ''
@@ -347,32 +347,33 @@ class VisionBackbone(FrozenBackbone):
     image (B, 3, H, W) in [-1, 1] -> mean and std of the model -> transformer -> L maps (B, C, h, w)
     ```
 
-    It takes the same images as `DiffusionBackbone` and like that stays out of checkpoints. All maps have the stride of
-    the patch, h = ceil(H / patch), and their cells tile the image: sides that are no multiple of it are continued,
-    mirrored, and maps then interpolated, see `fit_to_image`. Position embeddings are interpolated.
+    It takes the same images as `DiffusionBackbone` and is not saved in checkpoints either. All maps have the stride of
+    the patch, h = ceil(H / patch), and their cells tile the image: sides that are not a multiple of it get reflection
+    padding, and maps are then interpolated, see `fit_to_image`. Position embeddings are interpolated.
 
     Args:
         model: preset ('dinov2-b', 'dino-b8', 'mae-l', 'clip-b16', ..., see `PRESETS`), hub id, or folder.
         layers: hidden states, in the order of the maps: n or 'stage{n}' after the n-th block, 0 or 'stem' before the
             first, -1 after the last.
-        channels: what the config expects for each layer; verified if given.
+        channels: expected channels of each layer; verified if given.
         input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept).
         layernorm: apply the model's final layer norm to every map, as the linear evaluations of DINOv2 do and as
-            transformers' backbones do by default. DINOv3's last hidden state is normed in any case.
+            transformers' backbones do by default. DINOv3's last hidden state is always normalised.
         dtype: of the network.
-        random: initialise at random instead of loading weights; of hub models that are no preset, the configuration is
-            still read.
+        random: initialise at random instead of loading weights; the configuration of hub models without preset is still
+            read.
         revision: commit, tag or branch of a hub model.
-        cache: folder in which maps are kept, or options, see `FeatureCache`.
+        cache: folder of cached maps, or options, see `FeatureCache`.
         check_fingerprint: 'error' or 'warn', see `FrozenBackbone`.
-        check_finite: raise for NaN and infinity, and for images out of range; each call then waits for its device.
+        check_finite: raise for NaN and infinity, and for images out of range; each call then synchronises with the
+            device.
 
     Attributes:
         channels: channels C of each layer.
 
     Raises:
-        ValueError: unknown model, type of model, layer or dtype, or `channels` that are not the model's.
-        OSError: the model cannot be read, or lacks weights.
+        ValueError: unknown model, type of model, layer or dtype, or `channels` that do not match the model.
+        OSError: the model cannot be read, or weights are missing.
     """
 
     def __init__(
@@ -426,7 +427,7 @@ class VisionBackbone(FrozenBackbone):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network."""
+        """Dtype of the network."""
         return next(buffer.dtype for buffer in self.network.buffers() if buffer.is_floating_point())
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -439,7 +440,8 @@ class VisionBackbone(FrozenBackbone):
             L maps with shapes (B, C, h, w), one for each layer.
 
         Raises:
-            ValueError: images of a wrong shape or type, smaller than a patch, or, if `check_finite`, out of range.
+            ValueError: images have a wrong shape or dtype, are smaller than a patch, or, if `check_finite`, out of
+                range.
             FloatingPointError: NaN or infinity, if `check_finite`.
         """
         if self.cache is None:
@@ -457,11 +459,11 @@ class VisionBackbone(FrozenBackbone):
             maps = self.network(pixels.to(self.dtype)).feature_maps
         self._check(x, maps)
         maps = [fit_to_image(y, self.patch_size, x.shape[-2:]) for y in maps]
-        found = dict(zip(self._out_features, maps, strict=True))
-        return tuple(found[name].to(x.dtype) for name in self.layers)
+        by_name = dict(zip(self._out_features, maps, strict=True))
+        return tuple(by_name[name].to(x.dtype) for name in self.layers)
 
     def _check(self, images: Tensor, maps: Sequence[Tensor]) -> None:
-        """Raise for images out of range and for maps with NaN or infinity, unless that is switched off."""
+        """Raise for images out of range and for maps with NaN or infinity, unless disabled."""
         if not self.check_finite or images.is_meta:
             return
         numbers = [*(x.detach() for x in images.aminmax()), *(x.isfinite().all() for x in maps)]
@@ -474,7 +476,7 @@ class VisionBackbone(FrozenBackbone):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a head that was trained on the maps takes for granted."""
+        """Settings that a head trained on the maps depends on."""
         return {
             'weights': self._weights,
             'dtype': str(self.dtype).removeprefix('torch.'),

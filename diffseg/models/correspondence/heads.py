@@ -1,4 +1,4 @@
-"""Descriptors from maps, and the loss that makes corresponding ones alike."""
+"""Heads from maps to descriptors, with the loss for corresponding points."""
 
 import math
 
@@ -14,8 +14,8 @@ from diffseg.geometry import pixels_to_cells
 def points_to_cells(points: Tensor, size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Indices of the cells, row by row, that points are assigned to in training.
 
-    As in DHF and GDF, coordinates are scaled by the convention 'corners' (see `pixels_to_cells`), cut to the map and
-    rounded (half to even).
+    As in DHF and GDF, coordinates are scaled by the convention 'corners' (see `pixels_to_cells`), clamped to the map
+    and rounded (half to even).
 
     Args:
         points: (x, y) with shape (N, 2), in pixels.
@@ -41,7 +41,7 @@ def symmetric_cross_entropy(
         source: descriptors with shape (C, h, w).
         target: descriptors with shape (C, h', w').
         source_cells: indices of cells with shape (N,).
-        target_cells: those that correspond, with shape (N,).
+        target_cells: corresponding indices with shape (N,).
         scale: of the cosine similarities.
     """
     a, b = (F.normalize(x.flatten(1).T, dim=1) for x in (source, target))  # (h*w, C)
@@ -52,12 +52,12 @@ def symmetric_cross_entropy(
 
 @MODELS.register_module()
 class DescriptorHead(BaseModule):
-    """The map is the descriptor, as for zero-shot matching and behind DHF's aggregation network.
+    """Identity: the map is the descriptor, as for zero-shot matching and after DHF's aggregation network.
 
     Args:
         logit_scale: factor of cosine similarities in the loss.
-        learn_logit_scale: train it (its logarithm, as CLIP does). Else it is a constant, as in DHF and GDF, and in no
-            checkpoint.
+        learn_logit_scale: train it (its logarithm, as CLIP does). Otherwise it is a constant, as in DHF and GDF, and
+            not saved in checkpoints.
 
     Attributes:
         logit_scale: natural logarithm of the factor.
@@ -88,8 +88,8 @@ class ConvDescriptorHead(DescriptorHead):
 
     Args:
         in_channels: of the map.
-        out_channels: of the descriptor; by default the same. GDF halves them where several models are joined.
-        **kwargs: what `DescriptorHead` takes.
+        out_channels: of the descriptor; by default the same. GDF halves them if several models are joined.
+        **kwargs: see `DescriptorHead`.
     """
 
     def __init__(self, in_channels: int, out_channels: int | None = None, **kwargs) -> None:

@@ -16,8 +16,8 @@ from torch.linalg import vecdot
 
 from diffseg.geometry import Size, pixel_neighbours, precision, resize, sample_points
 
-CHUNK = 2**20  # similarities that are held at once
-CHANNELS = 2**22  # values of a map that are held in double precision at once
+CHUNK = 2**20  # similarities in memory at once
+CHANNELS = 2**22  # values of a map in double precision at once
 QUERIES = 256  # that are matched at once
 
 
@@ -30,14 +30,14 @@ def match_points(
     window: int | None = None,
     temperature: float = 0.04,
 ) -> Tensor:
-    """Find in the target image what lies at given points of the source image.
+    """Match points of the source image with pixels of the target image.
 
     Both maps are upsampled to the size of their image, the source's descriptor is read at every point, and the target
     pixel of highest cosine similarity is its match (DIFT, arXiv 2306.03881, evaluation on SPair-71k). The upsampled
     maps are not materialised, see `UpsampledSimilarity`.
 
-    From the middle of a border cell outwards all pixels are alike. Of pixels that are equally similar, the first in
-    row order is taken, as DIFT and DHF do up to rounding errors. So an image matches itself exactly except there.
+    From the centre of a border cell outwards all pixels have equal descriptors. Of equally similar pixels the first in
+    row order is taken, as in DIFT and DHF up to rounding errors. So an image matches itself exactly except there.
 
     Args:
         source: descriptors with shape (C, h, w).
@@ -52,7 +52,7 @@ def match_points(
         (x, y) in pixels of the target image, with shape (N, 2); int64, or floating point if refined.
 
     Raises:
-        ValueError: when a point lies outside the source image, or the maps differ in channels.
+        ValueError: a point is outside of the source image, or the maps differ in channels.
     """
     matches = []
     for queries in descriptors_at(source, points, source_size).split(QUERIES):
@@ -62,7 +62,7 @@ def match_points(
 
 
 def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
-    """Read a map of descriptors that is upsampled to `size` at some points.
+    """Descriptors of a map, upsampled to `size`, at some points.
 
     Args:
         maps: with shape (C, h, w).
@@ -73,7 +73,7 @@ def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
         Shape (N, C), in the precision in which similarities are computed.
 
     Raises:
-        ValueError: when a point lies outside.
+        ValueError: a point is outside of the image.
     """
     height, width = size
     x, y = points.long().to(maps.device).unbind(dim=-1)
@@ -87,7 +87,7 @@ def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
 def upsampled_similarity(queries: Tensor, maps: Tensor, size: Size) -> Tensor:
     """Cosine similarity of K queries with every pixel of an upsampled map, in plain lines.
 
-    What `UpsampledSimilarity` computes without the upsampled map of C x H x W values, and is tested against.
+    Reference implementation of `UpsampledSimilarity`, which does not need the upsampled map of C x H x W values.
 
     Args:
         queries: descriptors with shape (K, C).
@@ -105,14 +105,14 @@ def upsampled_similarity(queries: Tensor, maps: Tensor, size: Size) -> Tensor:
 
 @dataclass(frozen=True)
 class UpsampledSimilarity:
-    """`upsampled_similarity`, evaluated where it is wanted.
+    """`upsampled_similarity`, evaluated at some pixels only.
 
     A pixel's descriptor is v = sum_i w_i f_i over the four cells around it. So the product <q, v> = sum_i w_i <q, f_i>
     is the upsampled map of the cells' products, and |v|^2 = sum_ij w_i w_j <f_i, f_j> follows from the products of
     neighbouring cells. Both cost C operations per cell and a few per pixel, where upsampling the map costs C per pixel.
 
-    Everything is computed in double precision, except on devices that have none (MPS). What is interpolated along the
-    rows is kept; a pixel takes one more interpolation, between two rows.
+    Everything is computed in double precision, except on devices that have none (MPS). Values interpolated along the
+    rows are stored; a pixel takes one more interpolation, between two rows.
 
     Attributes:
         dots: products with the queries, shape (K, h, W).
@@ -135,7 +135,7 @@ class UpsampledSimilarity:
         """Prepare.
 
         Args:
-            queries: descriptors with shape (K, C), of any length other than zero.
+            queries: descriptors with shape (K, C), of any nonzero norm.
             maps: with shape (C, h, w).
             size: height H and width W in pixels to which the map is upsampled.
 
@@ -144,13 +144,13 @@ class UpsampledSimilarity:
         """
         if queries.shape[1] != maps.shape[0]:
             raise ValueError(
-                f'queries have {queries.shape[1]} channels and the map {maps.shape[0]}; they must be of the same kind'
+                f'queries have {queries.shape[1]} channels and the map {maps.shape[0]}; both must come from one model'
             )
         return cls.from_cells(cell_products(F.normalize(queries.to(precision(queries.device)), dim=1), maps), size)
 
     @classmethod
     def from_cells(cls, products: Sequence[Tensor], size: Size) -> 'UpsampledSimilarity':
-        """Prepare from `cell_products`. Those of maps that are concatenated are the sums of the maps' own products.
+        """Prepare from `cell_products`. Products of concatenated maps are the sums of the products of each map.
 
         Args:
             products: of queries and cells; similarities are cosines if the queries have unit length.
@@ -193,7 +193,7 @@ class UpsampledSimilarity:
         """The most similar pixel of each query; of equal ones the first, row by row.
 
         Args:
-            chunk: how many similarities to hold at once.
+            chunk: number of similarities in memory at once.
 
         Returns:
             (x, y) with shape (K, 2), int64.
@@ -203,19 +203,19 @@ class UpsampledSimilarity:
         best = self.dots.new_full((len(self.dots),), -torch.inf)
         index = torch.zeros_like(best, dtype=torch.long)
         for first in range(0, height, step):
-            found = self.rows(first, first + step).flatten(1)  # (K, step * W)
-            place = found.argmax(1)
-            value = found.gather(1, place[:, None])[:, 0]
+            similarity = self.rows(first, first + step).flatten(1)  # (K, step * W)
+            position = similarity.argmax(1)
+            value = similarity.gather(1, position[:, None])[:, 0]
             better = value > best
             best = torch.where(better, value, best)
-            index = torch.where(better, place + first * width, index)
+            index = torch.where(better, position + first * width, index)
         return torch.stack([index % width, index // width], dim=1)
 
     def soft_argmax(self, window: int, temperature: float = 0.04) -> Tensor:
         """The mean position around the most similar pixel, weighted by a softmax: sub-pixel.
 
         Args:
-            window: side in pixels, odd, of the square that is averaged over; it is cut at the borders.
+            window: side in pixels, odd, of the square that is averaged over; it is clipped at the borders.
             temperature: by which similarities are divided before the softmax.
 
         Returns:
@@ -250,8 +250,8 @@ def mutual_nearest_neighbours(
     Args:
         source: with shape (N, C).
         target: with shape (M, C).
-        metric: what is near.
-        chunk: how many similarities to hold at once.
+        metric: of nearest neighbours.
+        chunk: number of similarities in memory at once.
 
     Returns:
         Indices into source and target with shape (P, 2), in the order of the source.
@@ -275,11 +275,11 @@ def mutual_nearest_neighbours(
         if metric == 'l2':  # -|a - b|^2
             similarity = 2 * similarity - part.square().sum(1)[:, None] - target.square().sum(1)
         forward.append(similarity.argmax(1))
-        place = similarity.argmax(0)
-        value = similarity.gather(0, place[None])[0]
+        position = similarity.argmax(0)
+        value = similarity.gather(0, position[None])[0]
         better = value > best
         best = torch.where(better, value, best)
-        backward = torch.where(better, place + first, backward)
+        backward = torch.where(better, position + first, backward)
     forward = torch.cat(forward)
     indices = torch.arange(len(source), device=source.device)
     mutual = backward[forward] == indices
@@ -295,10 +295,10 @@ def best_buddies(
     threshold: float = 0.05,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A few good matches, well spread, between two maps without annotation (the demo of DHF, arXiv 2305.14334).
+    """Select a few good, well distributed matches of two maps without annotation (the demo of DHF, arXiv 2305.14334).
 
-    Cells that are each other's nearest neighbour, and both salient, are clustered (k-means) by what they look like; of
-    each cluster the most salient pair is taken.
+    Cells that are each other's nearest neighbour, and both salient, are clustered (k-means) by descriptor; the most
+    salient pair of each cluster is selected.
 
     Unlike DHF, both cells of a pair must be salient; there it suffices for the target if a salient cell of it has the
     pair's source cell as its nearest neighbour. Unlike DHF, coordinates are whole cells; there y is `index / width`.
@@ -306,10 +306,10 @@ def best_buddies(
     Args:
         source: with shape (C, h, w).
         target: with shape (C, h', w').
-        num_pairs: how many to find at most.
-        source_saliency: in [0, 1] with shape (h, w); all alike when None.
+        num_pairs: largest number of pairs.
+        source_saliency: in [0, 1] with shape (h, w); uniform if None.
         target_saliency: with shape (h', w').
-        threshold: which saliency must be exceeded.
+        threshold: smallest saliency (exclusive).
         seed: of the clustering.
 
     Returns:
@@ -344,7 +344,7 @@ def cell_products(queries: Tensor, maps: Tensor) -> list[Tensor]:
 
     Returns:
         The products of all cells with the queries (K, h, w); and of cells with themselves, the cell on the right, the
-        cell below, and of both diagonals, summed, each (h, w). Where there is no such cell the product is 0.
+        cell below, and of both diagonals, summed, each (h, w). Without such a cell the product is 0.
     """
     step = max(1, CHANNELS // maps[0].numel())
     dtype = precision(maps.device)

@@ -27,19 +27,19 @@ class PairDataPreProcessor(BaseDataPreprocessor):
     """Bring images of pairs (3, H, W), uint8, RGB, of any sizes, to the model's device and to [-1, 1]."""
 
     def forward(self, data: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
-        """Keep all else as it is."""
+        """Convert the images; other data are passed on unchanged."""
         images = {
-            view: [None if image is None else image.to(self.device).float() / 127.5 - 1 for image in each]
-            for view, each in data['inputs'].items()
+            view: [None if image is None else image.to(self.device).float() / 127.5 - 1 for image in images]
+            for view, images in data['inputs'].items()
         }
         return {'inputs': images, 'data_samples': data['data_samples']}
 
 
 class DescriptorStore:
-    """Descriptors of the images that were used last, on the CPU.
+    """Least-recently-used cache of descriptors, on the CPU.
 
     Args:
-        max_bytes: how much to keep.
+        max_bytes: largest size of all descriptors.
     """
 
     def __init__(self, max_bytes: float) -> None:
@@ -51,50 +51,49 @@ class DescriptorStore:
         return len(self._maps)
 
     def get(self, key: Hashable) -> Tensor | None:
-        """The map, from now the one used last; None if it is not kept."""
+        """Get a map and mark it as used; None if it is not cached."""
         if key in self._maps:
             self._maps.move_to_end(key)
         return self._maps.get(key)
 
     def put(self, key: Hashable, maps: Tensor) -> None:
-        """Keep a copy of a map; forget those used longest ago if it is too much."""
+        """Store a copy of a map; drop the least recently used ones beyond `max_bytes`."""
         self._maps[key] = maps.to('cpu', copy=True)
         self._bytes += maps.nbytes
         while self._bytes > self.max_bytes:
             self._bytes -= self._maps.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all maps."""
         self._maps.clear()
         self._bytes = 0
 
 
 class PairModel(DescriptorEncoder):
-    """What models of pairs have in common: the descriptors of both images.
+    """Base class of models of image pairs: descriptors of both images.
 
     ```text
     images (3, H, W) -> backbone -> maps -> neck -> one map (B, C, h, w) -> head -> descriptors (B, C', h, w)
       predict: descriptors of both images, points -> `match`
     ```
 
-    Descriptors of an image are kept while the model is in evaluation mode, so that an image is encoded once however
-    many pairs it is in, if `store_gb` suffices for the images between; changing the mode, as every evaluation does at
-    its start, drops them.
+    Descriptors are cached while the model is in evaluation mode, so that an image in many pairs is encoded once, if
+    `store_gb` suffices for the images in between; changing the mode, as at the start of every evaluation, drops them.
 
     Args:
         backbone: config of any backbone whose images are in [-1, 1], RGB.
         neck: config of a neck with one level, such as `AggregationNeck` (DHF's aggregation network) or `ConcatNeck`.
-            Not needed behind a backbone with one map.
+            Not needed for a backbone with one map.
         head: config of a `DescriptorHead`.
         data_preprocessor: config.
-        prompt: of each image, with `{category}` in place of its category's name, as DIFT's `a photo of a {category}`;
-            None leaves the backbone's own prompt.
-        store_gb: how many descriptors to keep in evaluation, in 10^9 bytes of CPU memory.
+        prompt: of each image; `{category}` is replaced by its category, as in DIFT's `a photo of a {category}`; None
+            uses the prompt of the backbone.
+        store_gb: size of the cache of descriptors in evaluation, in 10^9 bytes of CPU memory.
         store_dtype: precision of descriptors in evaluation, 'float32' or 'float16'.
-        init_cfg: of mmengine.
+        init_cfg: see mmengine's `BaseModule`.
 
     Raises:
-        ValueError: another precision.
+        ValueError: unknown precision.
     """
 
     PREDICTION: ClassVar[str]  # the field of a sample that `match` fills
@@ -125,7 +124,7 @@ class PairModel(DescriptorEncoder):
         data_samples: Sequence[Sample],
         mode: Literal['loss', 'predict', 'tensor'] = 'tensor',
     ) -> dict[str, Tensor] | Sequence[Sample] | list[list[Tensor]]:
-        """What mmengine calls.
+        """Entry point of mmengine.
 
         Args:
             inputs: for both views ('image0', 'image1') the images (3, H, W) of all pairs, in [-1, 1].
@@ -141,21 +140,21 @@ class PairModel(DescriptorEncoder):
         raise ValueError(f"mode is {mode!r}; it is 'loss', 'predict' or 'tensor'")
 
     def loss(self, inputs: Images, data_samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """What to minimise, of models that are trained."""
+        """Training loss, for trainable models."""
         raise NotImplementedError(
-            f'{type(self).__name__} is not trained; train a CorrespondenceModel of the same parts'
+            f'{type(self).__name__} cannot be trained; train a CorrespondenceModel with the same parts'
         )
 
     def predict(self, inputs: Images, data_samples: Sequence[Sample]) -> list[Sample]:
         """Match each pair.
 
         Returns:
-            The samples, each with what `match` gives, see there. One that has it already is left as it is. Damaged
-            samples get none. All say in their meta information by what `protocol` they were made.
+            The samples with the results of `match`. Those of samples that have one already are kept; damaged samples
+            get none. The meta information of all samples has the `protocol`.
         """
-        wanted = [i for i, s in enumerate(data_samples) if 'damaged' not in s and self.PREDICTION not in s]
-        samples = [data_samples[i] for i in wanted]
-        pairs = self.encode_pairs({view: [images[i] for i in wanted] for view, images in inputs.items()}, samples)
+        pending = [i for i, s in enumerate(data_samples) if 'damaged' not in s and self.PREDICTION not in s]
+        samples = [data_samples[i] for i in pending]
+        pairs = self.encode_pairs({view: [images[i] for i in pending] for view, images in inputs.items()}, samples)
         for sample, descriptors in zip(samples, pairs, strict=True):
             sample.set_field(self.match(*descriptors, sample), self.PREDICTION)
         for sample in data_samples:
@@ -163,14 +162,14 @@ class PairModel(DescriptorEncoder):
         return list(data_samples)
 
     def match(self, source: Tensor, target: Tensor, sample: Sample) -> Tensor:
-        """What `predict` gives of one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
+        """Prediction for one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
         raise NotImplementedError
 
     def encode_pairs(self, inputs: Images, data_samples: Sequence[Sample]) -> list[list[Tensor]]:
         """Descriptors (C', h, w) of both images of each pair, on the images' device.
 
-        Images of one size are encoded together, and in evaluation those of one file, prompt and size once. Images
-        without a path are never taken for one another.
+        Images of one size are encoded together, and in evaluation those with the same file, prompt and size once.
+        Images without a path are never considered equal.
         """
         images = [inputs[f'image{view}'][i] for i in range(len(data_samples)) for view in VIEWS]
         paths = [sample.get(f'img_path{view}') for sample in data_samples for view in VIEWS]
@@ -193,16 +192,16 @@ class PairModel(DescriptorEncoder):
                 descriptors[key] = x
                 if keep[i]:
                     self.store.put(key, x)
-        found = [descriptors[key].to(image.device) for key, image in zip(keys, images, strict=True)]
-        return [found[i : i + 2] for i in range(0, len(found), 2)]
+        encoded = [descriptors[key].to(image.device) for key, image in zip(keys, images, strict=True)]
+        return [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
 
     def encode(self, images: Tensor, prompts: Sequence[str | None]) -> Tensor:
-        """As for any `DescriptorEncoder`; without a `prompt`, those of the images are all None."""
+        """See `DescriptorEncoder`; without a `prompt`, the prompts of all images are None."""
         return super().encode(images, None if self.prompt is None else prompts)
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What a prediction depends on, for the record; in types that JSON has."""
+        """Everything that a prediction depends on, ready for JSON."""
         if self._protocol is None:
             model = getattr(self.backbone, 'fingerprint', type(self.backbone).__name__)
             own_prompt = model.get('prompt') if isinstance(model, dict) else None
@@ -220,7 +219,7 @@ class PairModel(DescriptorEncoder):
         return self._protocol
 
     def train(self, mode: bool = True) -> 'PairModel':
-        """Set the mode, and forget descriptors: weights may have changed."""
+        """Set the mode, and drop cached descriptors: weights may have changed."""
         self._forget()
         return super().train(mode)
 
@@ -229,7 +228,7 @@ class PairModel(DescriptorEncoder):
         self._protocol = None
 
     def _matching(self) -> dict[str, Any]:
-        """How `match` works, for the `protocol`."""
+        """Options of `match`, for the `protocol`."""
         raise NotImplementedError
 
     def _prompt_of(self, sample: Sample) -> str | None:
@@ -246,15 +245,15 @@ class CorrespondenceModel(PairModel):
     ```
 
     Args:
-        *args: what `PairModel` takes.
-        match_size: to what height and width maps are upsampled for matching: those of the 'original' images, as in
-            DIFT, or the same side for all, as in DHF (224 or 512). Predictions are in original pixels either way.
+        *args: see `PairModel`.
+        match_size: size to which maps are upsampled for matching: that of the 'original' images, as in DIFT, or one
+            side for all, as in DHF (224 or 512). Predictions are in original pixels in both cases.
         window: refine matches to sub-pixel positions, see `match_points`.
         temperature: of the refinement.
-        **kwargs: what `PairModel` takes.
+        **kwargs: see `PairModel`.
 
     Raises:
-        ValueError: another `match_size` or precision.
+        ValueError: unknown `match_size` or precision.
     """
 
     PREDICTION = 'pred_keypoints1'
@@ -275,7 +274,7 @@ class CorrespondenceModel(PairModel):
         self.temperature = temperature
 
     def loss(self, inputs: Images, data_samples: Sequence[PairSample]) -> dict[str, Tensor]:
-        """The mean loss of those pairs that have keypoints visible in both images."""
+        """Mean loss of the pairs with keypoints that are visible in both images."""
         pairs = self.encode_pairs(inputs, data_samples)
         losses = []
         for descriptors, sample in zip(pairs, data_samples, strict=True):
@@ -303,11 +302,11 @@ class CorrespondenceModel(PairModel):
         return matches.cpu().double() * scale
 
     def frame(self, sample: PairSample) -> tuple[Tensor, list[Size], Tensor]:
-        """Where a pair is matched, see `match_size`.
+        """The frame in which a pair is matched, see `match_size`.
 
         Returns:
             The source's visible keypoints (x, y) in the pixels of matching, float64 with shape (V, 2); (height, width)
-            of both images there; and what one such pixel of the target is in original ones, (x, y) with shape (2,).
+            of both images there; and the size of such a pixel of the target in original pixels, (x, y) with shape (2,).
         """
         sizes = original = [sample.ori_shape0, sample.ori_shape1]
         if self.match_size != 'original':
@@ -331,7 +330,7 @@ class CorrespondenceModel(PairModel):
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """Of a state dict's content."""
+    """Digest of a state dict's content."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())

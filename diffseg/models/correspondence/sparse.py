@@ -1,4 +1,4 @@
-"""Matching of keypoints that are found in both images: descriptors there, and mutual nearest neighbours."""
+"""Matching of detected keypoints of both images: mutual nearest neighbours of their descriptors."""
 
 from typing import Any, Literal
 
@@ -26,14 +26,14 @@ class SparseMatcher(PairModel):
     A checkpoint of a `CorrespondenceModel` with the same parts fits.
 
     Args:
-        *args: what `PairModel` takes, without a prompt.
+        *args: see `PairModel`, without a prompt.
         metric: of descriptors, 'cosine' or 'l2'.
-        convention: of interpolation, see `pixels_to_cells`: 'centres', or 'published' as in DIFT, whose points are up
-            to half a pixel off, and whose descriptors are shorter at the borders.
-        **kwargs: what `PairModel` takes.
+        convention: of interpolation, see `pixels_to_cells`: 'centres', or 'published' as in DIFT, with an error of up
+            to half a pixel in the positions, and shorter descriptors at the borders.
+        **kwargs: see `PairModel`.
 
     Raises:
-        ValueError: another metric, convention or precision, or a prompt.
+        ValueError: unknown metric, convention or precision, or a prompt is given.
     """
 
     PREDICTION = 'pred_matches'

@@ -15,13 +15,13 @@ from .pixels import Resize, Size, sample_pixels, spread_resize, upsample
 
 
 def vote(logits: Tensor) -> Tensor:
-    """How many members choose each class; the most frequent one, the smallest of equals, is the argmax.
+    """Number of votes of the members for each class; its argmax is the most frequent class, in a tie the smallest.
 
     Args:
         logits: shape (..., N, n) of N members and n classes.
 
     Returns:
-        Whole numbers with shape (..., n), in the dtype of `logits`.
+        Integers with shape (..., n), in the dtype of `logits`.
     """
     votes = torch.zeros_like(logits[..., 0, :])
     classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -45,7 +45,7 @@ def js_uncertainty(logits: Tensor) -> Tensor:
 
 
 def most_uncertain(uncertainty: Tensor) -> Tensor:
-    """The uncertainty of a picture: the mean of the tenth of its pixels that is most uncertain.
+    """Uncertainty of a picture: the mean over the most uncertain tenth of its pixels.
 
     Args:
         uncertainty: shape (B, H, W).
@@ -71,7 +71,7 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleBatchNorm(nn.Module):
-    """Batch norms of N members side by side, each over its own pixels."""
+    """Batch norms of N members side by side, each over the pixels of its member."""
 
     def __init__(self, members: int, features: int) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class EnsembleBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, members: slice = slice(None)) -> Tensor:
         """(P, N, features) -> (P, N, features), for the N members of a slice."""
-        own = (self.running_mean, self.running_var, self.weight, self.bias)
-        return F.batch_norm(x.flatten(1), *(t[members].flatten() for t in own), training=self.training).view(x.shape)
+        statistics = [t[members].flatten() for t in (self.running_mean, self.running_var, self.weight, self.bias)]
+        return F.batch_norm(x.flatten(1), *statistics, training=self.training).view(x.shape)
 
 
 class MLPEnsemble(nn.Module):
@@ -109,14 +109,14 @@ class MLPEnsemble(nn.Module):
         return self.after_first(self.linears[0](x))
 
     def after_first(self, x: Tensor, members: slice = slice(None)) -> Tensor:
-        """What the first linear layers gave, (P, N, hidden[0]) -> logits (P, N, n), for the N members of a slice."""
+        """Outputs of the first linear layers (P, N, hidden[0]) -> logits (P, N, n), for the N members of a slice."""
         for norm, linear in zip(self.norms, self.linears[1:], strict=True):
             x = linear(norm(x.relu(), members), members)
         return x
 
     @contextmanager
     def holding(self, members: Tensor) -> Iterator[None]:
-        """Put the tensors of some members back to what they were, whatever an optimizer does to them.
+        """Restore the tensors of some members on exit, after an optimizer step.
 
         Args:
             members: shape (N,), bool.
@@ -129,7 +129,7 @@ class MLPEnsemble(nn.Module):
 
 
 class EarlyStop(nn.Module):
-    """When each member has learned enough; kept with the weights, so that training can be resumed.
+    """State of early stopping of each member; saved with the weights, so that training can be resumed.
 
     Attributes:
         best: smallest mini-batch loss so far, shape (N,).
@@ -144,7 +144,7 @@ class EarlyStop(nn.Module):
         self.register_buffer('stopped', torch.zeros(members, dtype=torch.bool))
 
     def update(self, losses: Tensor, patience: int) -> None:
-        """Take in the losses (N,) of a mini-batch: more than `patience` in a row without a new best one stop."""
+        """Update with the losses (N,) of a mini-batch: a member stops after more than `patience` without a new best."""
         better = losses < self.best
         self.best = torch.where(better, losses, self.best)
         self.stale = torch.where(better, 0, self.stale + 1)
@@ -153,32 +153,32 @@ class EarlyStop(nn.Module):
 
 @MODELS.register_module()
 class PixelClassifierHead(BaseDecodeHead):
-    """Ensemble of small networks that classify single pixels by the maps' values there (DatasetDDPM, section 4).
+    """Ensemble of small networks that classify pixels by the values of the maps there (DatasetDDPM, section 4).
 
     ```text
     maps (B, C_l, h_l, w_l) -> upsampled and concatenated, at the drawn pixels only -> N networks -> votes (B, n, H, W)
     ```
 
-    As an ordinary head in any train loop, every step draws `num_pixels` labelled pixels of the batch for each member,
-    and `loss_ce` is the sum of the members' losses, so that each learns as if it were alone. `PixelClassifierLoop`
-    trains as published: over the pixels of all training pictures, and each member until it stops.
+    In any train loop, every step draws `num_pixels` labelled pixels of the batch for each member, and `loss_ce` is the
+    sum of the members' losses, so that the members are trained independently. `PixelClassifierLoop` trains as
+    published: over the pixels of all training pictures, with early stopping of each member.
 
-    Predictions are numbers of votes, whose argmax is the published one: the mode over members, in a tie the smallest
-    class. No gradient passes them. They are made without upsampling the maps, since interpolation and the first linear
-    layer can change places.
+    Predictions are numbers of votes, whose argmax is the published prediction: the mode over members, in a tie the
+    smallest class. They have no gradient. They are computed without upsampling the maps, since interpolation and the
+    first linear layer commute.
 
     Args:
-        in_channels: channels of every map, of a backbone T*C.
+        in_channels: channels of every map, T*C for those of a backbone.
         num_classes: n.
         in_index: the maps to use; by default all.
         num_members: N.
         hidden: widths of the two hidden layers; as published by default, (128, 32) below 30 classes, else (256, 128).
-        num_pixels: mini-batch of a member.
+        num_pixels: size of a member's mini-batch.
         output_size: side or (height, width) at which pixels are classified, 256 in the published tables; by default
             the size of the picture.
-        resize: 'bilinear' upsamples each map directly, as DatasetDDPM does; 'nearest' first repeats the cells of each
-            to the size of the finest one, as GDF does. Or one of them for each map: GDF takes the finest of each model,
-            so that the only map of a model is not repeated.
+        resize: 'bilinear' upsamples each map directly, as DatasetDDPM does; 'nearest' first enlarges each to the size
+            of the finest by repeating cells, as GDF does. Or one of them for each map: GDF takes the finest of each
+            model, so that the only map of a model is not repeated.
         ignore_index: label of pixels that are not trained.
     """
 
@@ -220,14 +220,14 @@ class PixelClassifierHead(BaseDecodeHead):
             ValueError: their channels are not `in_channels`.
         """
         if len(inputs) <= max(self.in_index):
-            raise ValueError(f'in_index={self.in_index} asks for more maps than the {len(inputs)} that there are')
+            raise ValueError(f'in_index={self.in_index} needs more maps than the {len(inputs)} of the input')
         maps = self._transform_inputs(inputs)
         if (channels := [x.shape[1] for x in maps]) != self.in_channels:
             raise ValueError(f'in_channels is {self.in_channels}, but the maps have {channels}')
         return maps
 
     def loss(self, inputs: Sequence[Tensor], batch_data_samples: list, train_cfg: dict) -> dict[str, Tensor]:
-        """Loss of freshly drawn pixels.
+        """Loss of randomly drawn pixels.
 
         Args:
             inputs: maps with shapes (B, C, h, w).
@@ -280,7 +280,7 @@ class PixelClassifierHead(BaseDecodeHead):
         return votes if votes.shape[2:] == tuple(size) else F.interpolate(votes, tuple(size), mode='nearest')
 
     def uncertainty(self, inputs: Sequence[Tensor], size: Size | None = None) -> Tensor:
-        """How much the members disagree on each picture: `most_uncertain` of `js_uncertainty`, shape (B,)."""
+        """Disagreement of the members on each picture: `most_uncertain` of `js_uncertainty`, shape (B,)."""
         return most_uncertain(js_uncertainty(self.pixel_logits(inputs, size)))
 
     def pixel_logits(self, inputs: Sequence[Tensor], size: Size | None = None) -> Tensor:
@@ -298,7 +298,7 @@ class PixelClassifierHead(BaseDecodeHead):
     def member_logits(self, inputs: Sequence[Tensor], size: Size | None = None) -> Iterator[Tensor]:
         """Logits (B, H, W, n) of one member after the other, with the arguments of `pixel_logits`.
 
-        So only one hidden layer is held at full size, and, where each is used up at once, one member's logits.
+        So memory holds one hidden layer at full size, and one member's logits if each is consumed at once.
         """
         maps = self.select(inputs)
         finest = tuple(max(x.shape[dim] for x in maps) for dim in (2, 3))

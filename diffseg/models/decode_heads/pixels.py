@@ -1,4 +1,4 @@
-"""Single pixels of maps that are to be upsampled, without upsampling the maps."""
+"""Values of upsampled maps at single pixels, without upsampling the maps."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -15,13 +15,13 @@ Resize = Literal['bilinear', 'nearest']
 
 
 def upsample(x: Tensor, size: Size, finest: Size, resize: Resize = 'bilinear') -> Tensor:
-    """Bring a map to the size of the labels.
+    """Resize a map to the size of the labels.
 
     Args:
         x: shape (B, C, h, w).
         size: (H, W) of the result.
-        finest: (h, w) of the largest map among those that are to be concatenated.
-        resize: 'bilinear' goes there directly, as DatasetDDPM does; 'nearest' by way of `finest`, to which it repeats
+        finest: (h, w) of the largest map among those to concatenate.
+        resize: 'bilinear' resizes directly, as DatasetDDPM does; 'nearest' first resizes to `finest` by repeating
             cells, as GDF does.
 
     Returns:
@@ -33,10 +33,10 @@ def upsample(x: Tensor, size: Size, finest: Size, resize: Resize = 'bilinear') -
 
 
 def spread_resize(resize: Resize | Sequence[Resize], maps: int) -> list[Resize]:
-    """One for each of several maps.
+    """One `resize` for each of several maps.
 
     Raises:
-        ValueError: their number or one of them is wrong.
+        ValueError: wrong number of values, or an unknown value.
     """
     resizes = [resize] * maps if isinstance(resize, str) else list(resize)
     if len(resizes) != maps or not set(resizes) <= set(get_args(Resize)):
@@ -52,13 +52,13 @@ def sample_pixels(
 
 
 class PixelGrid:
-    """Where the pixels of a picture lie on smaller maps.
+    """Positions of the pixels of a picture on smaller maps.
 
     Args:
         sizes: (h, w) of every map.
         size: (H, W) of the picture.
-        resize: how maps are brought to `size`, see `upsample`: all of them, or each.
-        device: where maps and pixels will be.
+        resize: see `upsample`; one for all maps, or for each.
+        device: of maps and pixels.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PixelGrid:
         device: torch.device | str | None = None,
     ) -> None:
         self.area = size[0] * size[1]
-        self.sizes = [tuple(each) for each in sizes]
+        self.sizes = [tuple(map_size) for map_size in sizes]
         finest = tuple(np.max(self.sizes, axis=0).tolist())
         through = [
             finest if mode == 'nearest' else source
@@ -99,13 +99,13 @@ class PixelGrid:
 
 
 def _corners(source: Size, through: Size, target: Size, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """The four cells of a map that each pixel is made of, and their shares.
+    """The four cells of a map that each pixel is interpolated from, and their weights.
 
     Args:
         source: (h, w) of the map.
         through: (h', w') to which its cells are repeated before they are interpolated.
         target: (H, W).
-        device: where the result is to be.
+        device: of the result.
 
     Returns:
         Indices into the flattened map and weights, with shapes (H*W, 4), int64 and float32.
@@ -117,24 +117,24 @@ def _corners(source: Size, through: Size, target: Size, device: torch.device | s
 
 
 def _axis(source: int, through: int, target: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """`_corners` along one axis: the two cells of each of `target` pixels, and their shares, (target, 2) each."""
+    """`_corners` along one axis: the two cells of each of `target` pixels, and their weights, (target, 2) each."""
     before, after, share = pixel_neighbours(through, target, device)
     cells = torch.stack([before, after], dim=1) * source // through
     return cells, torch.stack([1 - share, share], dim=1).float()
 
 
 class LabelledPixels:
-    """The labelled pixels of a few pictures, described by maps that stay at their own resolution.
+    """The labelled pixels of a few pictures, with features from maps at their original resolution.
 
     Args:
         maps: channels last, with shapes (B, h, w, C), any floating point type.
         labels: shape (B, H, W), on the device of the maps.
-        num_classes: how many classes there are.
-        ignore_index: label of pixels that are left out.
-        resize: how maps are brought to the size of the labels, see `upsample`.
+        num_classes: number of classes.
+        ignore_index: label of pixels that are ignored.
+        resize: of maps to the size of the labels, see `upsample`.
 
     Raises:
-        ValueError: labels that are no class, or no labelled pixel at all.
+        ValueError: a label is not a class, or no pixel is labelled.
     """
 
     def __init__(

@@ -18,12 +18,12 @@ from .levels import Size, check_order, finest, parse_sizes, split_levels, spread
 
 @dataclass(frozen=True)
 class MixingWeights:
-    """How much of each (timestep, layer) goes into one level.
+    """Mixing weights of the (timestep, layer) pairs of one level.
 
     Attributes:
         timesteps: T labels.
         layers: L labels.
-        weights: shape (T, L), on the CPU; not negative, and one in sum. Zero for pairs that are not mixed.
+        weights: shape (T, L), on the CPU; not negative, with sum 1. Zero for pairs that are not mixed.
     """
 
     timesteps: tuple[str, ...]
@@ -57,7 +57,8 @@ class ConvNorm(nn.Conv2d):
 class Bottleneck(nn.Module):
     """ResNet bottleneck with group norm, as DHF projects each layer.
 
-    The norm before the sum starts at one, not at zero, so that the block passes its branch on from the first step.
+    The scale of the norm before the residual sum is initialised with one, not zero, so that the branch contributes from
+    the first step.
     """
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
@@ -76,7 +77,7 @@ class Bottleneck(nn.Module):
 
 
 class LevelAggregation(nn.Module):
-    """One level: a bottleneck per layer, shared over timesteps, and the softmax-weighted sum of what they give."""
+    """One level: a bottleneck per layer, shared over timesteps, and the softmax-weighted sum of their outputs."""
 
     def __init__(
         self,
@@ -90,25 +91,25 @@ class LevelAggregation(nn.Module):
         self.timesteps = list(timesteps)
         self.kept = [list(steps) for steps in kept]
         self.bottleneck_layers = nn.ModuleList(nn.Sequential(Bottleneck(c, out_channels, num_groups)) for c in channels)
-        held = [[step in steps for steps in kept] for step in range(max(timesteps))]
-        self.register_buffer('held', torch.tensor(held), persistent=False)  # (T, L)
-        # Indices are buffers, for one that has to be copied to the device is waited for.
-        places = [place for place, is_held in enumerate(chain(*held)) if is_held]  # of `mixing_weights` in T*L
-        self.register_buffer('places', torch.tensor(places), persistent=False)
+        mixed = [[step in steps for steps in kept] for step in range(max(timesteps))]
+        self.register_buffer('mixed', torch.tensor(mixed), persistent=False)  # (T, L)
+        # Indices are buffers, since copying them to the device would synchronise.
+        indices = [index for index, is_mixed in enumerate(chain(*mixed)) if is_mixed]  # of `mixing_weights` in T*L
+        self.register_buffer('mixed_indices', torch.tensor(indices), persistent=False)
         for layer, steps in enumerate(self.kept):
             self.register_buffer(f'kept{layer}', torch.tensor(steps), persistent=False)
-        self.mixing_weights = nn.Parameter(torch.ones(len(places)))  # index s*L + l, if all are held
+        self.mixing_weights = nn.Parameter(torch.ones(len(indices)))  # index s*L + l, if all are mixed
 
     def weights(self) -> Tensor:
         """Softmax over all timesteps and layers together, shape (T, L)."""
         weights = self.mixing_weights.softmax(0)
-        return weights.new_zeros(self.held.numel()).scatter(0, self.places, weights).view(self.held.shape)
+        return weights.new_zeros(self.mixed.numel()).scatter(0, self.mixed_indices, weights).view(self.mixed.shape)
 
     def forward(self, maps: Sequence[Tensor], size: Size, resize_first: bool) -> Tensor:
         """Mix.
 
-        Layers go one by one, and those of one size are summed before they are resized, which being linear gives the
-        same as resizing each.
+        Layers are processed one by one, and those of one size are summed before they are resized, which is equivalent
+        since resizing is linear.
 
         Args:
             maps: L maps with shapes (B, T*C, h, w).
@@ -138,30 +139,30 @@ class LevelAggregation(nn.Module):
 class AggregationNeck(BaseModule):
     """Mix activations over layers and timesteps into one map per level, with learned weights.
 
-    Each layer has a bottleneck, shared over timesteps, and each level one softmax over all its (timestep, layer)
-    pairs. With one level, `num_groups` and `out_channels` as there, and `resize='before'`, this is DHF's aggregation
-    network, and a published state dict of it loads as it is.
+    Each layer has a bottleneck, shared over timesteps, and each level one softmax over all its (timestep, layer) pairs.
+    With one level, DHF's `num_groups` and `out_channels`, and `resize='before'`, this is DHF's aggregation network,
+    whose published state dicts can be loaded.
 
     Args:
         levels: the channels C of every layer of every level, fine -> coarse, in the backbone's order of layers.
-        timesteps: how many timesteps T every map holds; or a number for each, nested as `levels` is.
+        timesteps: number of timesteps T of every map; or one number for each, nested as `levels`.
         out_channels: channels P of every level's map; DHF has 384.
         num_groups: groups of every group norm.
         output_sizes: for each level a side or (height, width) in cells; by default the finest map of the level. DHF
             has [64].
-        resize: bring the maps of a level to one size 'after' the bottlenecks, which then run at each map's own size
-            (SD1.5's twelve residual layers at 512 pixels: a fifth of the operations), or 'before' them, as DHF
-            does. The same where all maps have one size already.
+        resize: resize the maps of a level 'after' the bottlenecks, which then run at the size of each map (SD1.5's
+            twelve residual layers at 512 pixels: a fifth of the operations), or 'before' them, as DHF does. Equivalent
+            if all maps have one size.
         layer_names: names of the layers of every level, for `mixing_weights`.
         timestep_names: names of the timesteps, for `mixing_weights`.
-        kept: for each layer, nested as `levels` is, the indices of those of its timesteps that are mixed; by default
-            all. What `tools/convert/prune.py` chooses.
-        enlarge: for each level a factor of its height and width, where no size is given; by default 1. With this a
-            level that was pruned of its finest layer stays as large as it was.
+        kept: for each layer, nested as `levels`, the indices of its timesteps that are mixed; by default all. Set by
+            `tools/convert/prune.py`.
+        enlarge: for each level a factor of its height and width, if it has no output size; by default 1. It keeps the
+            size of a level whose finest layer was pruned.
 
     Raises:
-        ValueError: `out_channels / 4` channels cannot form `num_groups` groups, names or factors do not match in
-            number, or a layer does not have the timesteps that are kept.
+        ValueError: `out_channels / 4` is not a multiple of `num_groups`, the number of names or factors is wrong, or
+            `kept` has timesteps that a layer lacks.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class AggregationNeck(BaseModule):
     def mixing_weights(self) -> list[MixingWeights]:
         """The table of mixing weights of each level."""
         return [
-            MixingWeights(self.timestep_names[: len(level.held)], names, level.weights().detach().float().cpu())
+            MixingWeights(self.timestep_names[: len(level.mixed)], names, level.weights().detach().float().cpu())
             for names, level in zip(self.layer_names, self.levels, strict=True)
         ]
 
@@ -245,17 +246,17 @@ class AggregationNeck(BaseModule):
 
 def _check_kept(kept: Sequence[Sequence[Sequence[int]]], timesteps: Sequence[Sequence[int]]) -> None:
     if [len(level) for level in kept] != [len(level) for level in timesteps]:
-        raise ValueError(f'kept={kept} must name timesteps for every layer, nested as their numbers are: {timesteps}')
+        raise ValueError(f'kept={kept} must name timesteps for every layer, nested like their numbers: {timesteps}')
     for indices, steps in zip(chain(*kept), chain(*timesteps), strict=True):
         if not indices or list(indices) != sorted(set(indices) & set(range(steps))):
             raise ValueError(
                 f'kept has {list(indices)} for a layer of {steps} timesteps; give one or more of 0 to {steps - 1}, '
-                f'ascending, and leave out a layer of which none is kept'
+                f'ascending, and remove a layer of which none is kept'
             )
 
 
 def _accept_single_level(module: AggregationNeck, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Rename the keys of DHF's aggregation network, which has one level and no name for it, to ours."""
+    """Rename the keys of DHF's aggregation network, which has one unnamed level, to those of this neck."""
     if len(module.levels) == 1 and f'{prefix}mixing_weights' in state_dict:
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f'{prefix}levels.0.{key.removeprefix(prefix)}'] = state_dict.pop(key)

@@ -21,12 +21,11 @@ class ConcatNeck(BaseModule):
 
     Args:
         levels: the channels C of every layer of every level, in the backbone's order of layers.
-        timesteps: how many timesteps T every map holds; or a number for each, nested as `levels` is.
+        timesteps: number of timesteps T of every map; or one number for each, nested as `levels`.
         output_sizes: for each level a side or (height, width) in cells; by default the finest map of the level.
-        order: how the levels go. What mmseg's heads expect is 'fine-to-coarse'; the configs of GDF have it the other
-            way round.
-        normalize: bring each map to unit length in every cell before maps are concatenated, so that those of different
-            networks count alike (Stable Diffusion with DINOv2, arXiv 2305.15347).
+        order: of the levels. mmseg's heads expect 'fine-to-coarse'; the configs of GDF have the reverse order.
+        normalize: L2-normalise each map in every cell before maps are concatenated, so that those of different networks
+            have equal weight (Stable Diffusion with DINOv2, arXiv 2305.15347).
 
     Attributes:
         out_channels: channels of each level's map.
@@ -63,7 +62,7 @@ class ConcatNeck(BaseModule):
             One map per level with shape (B, sum of T*C, h', w').
 
         Raises:
-            ValueError: the inputs do not match `levels`, or the levels do not go as `order` says.
+            ValueError: the inputs do not match `levels`, or the levels are not in `order`.
         """
         levels = split_levels(inputs, self.levels, self.timesteps)
         sizes = [size or finest(maps) for size, maps in zip(self.output_sizes, levels, strict=True)]

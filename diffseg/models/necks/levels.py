@@ -1,4 +1,4 @@
-"""What the necks share: sorting the backbone's maps into levels, and the order of levels."""
+"""Grouping of the backbone's maps into levels, and the order of levels, for all necks."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,10 +16,10 @@ def parse_sizes(output_sizes: Sequence[int | Sequence[int]] | None, num_levels: 
 
     Args:
         output_sizes: a side or `(height, width)` for each level, in cells.
-        num_levels: how many levels there are.
+        num_levels: number of levels.
 
     Raises:
-        ValueError: there are not as many sizes as levels.
+        ValueError: the numbers of sizes and levels differ.
     """
     if output_sizes is None:
         return [None] * num_levels
@@ -34,11 +34,11 @@ def spread_timesteps(timesteps: int | Sequence[Sequence[int]], levels: Sequence[
     """The number of timesteps T of every map of every level.
 
     Args:
-        timesteps: one number for all maps, or one for each, nested as `levels` is.
+        timesteps: one number for all maps, or one for each, nested as `levels`.
         levels: one item for every map of every level.
 
     Raises:
-        ValueError: the numbers are nested otherwise.
+        ValueError: the numbers have another nesting.
     """
     if isinstance(timesteps, int):
         return [[timesteps] * len(level) for level in levels]
@@ -58,7 +58,7 @@ def split_levels(
         timesteps: T of every map of every level.
 
     Raises:
-        ValueError: the number of maps or the channels of one are not what `levels` says.
+        ValueError: the number of maps or the channels of one do not match `levels`.
     """
     expected = [pair for level in zip(timesteps, levels, strict=True) for pair in zip(*level, strict=True)]
     if len(maps) != len(expected):
@@ -80,10 +80,10 @@ def finest(maps: Sequence[Tensor]) -> Size:
 
 
 def check_order(sizes: Sequence[Size], order: Order = 'fine-to-coarse') -> None:
-    """Verify that levels go one way.
+    """Verify the order of levels.
 
     mmseg's heads expect them fine -> coarse (UPerHead pools `inputs[-1]` and predicts at the size of `inputs[0]`).
-    Unlike GDF, whose configs list levels coarse -> fine and so predict at the coarsest size; `order` allows that.
+    Unlike GDF, whose configs list levels coarse -> fine and so predict at the coarsest size; `order` allows this.
 
     Raises:
         ValueError: a level is finer (or coarser) than the one before it.

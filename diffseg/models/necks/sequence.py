@@ -10,10 +10,10 @@ from torch import Tensor
 
 @MODELS.register_module()
 class NeckSequence(BaseModule):
-    """What one neck returns is what the next one gets.
+    """Apply necks one after another.
 
-    A segmentor has one neck. With this it can have `ConcatNeck`, which forms levels, and then a neck of mmseg that
-    takes one map per level, such as `FPN`.
+    A segmentor has one neck. With this it can combine `ConcatNeck`, which forms levels, with a neck of mmseg that takes
+    one map per level, such as `FPN`.
 
     Args:
         necks: configs of the necks.

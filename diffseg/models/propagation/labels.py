@@ -1,4 +1,4 @@
-"""Annotations to the labels of cells that are propagated, and propagated labels to predictions."""
+"""Encode annotations as labels of cells, and decode propagated labels to predictions."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from diffseg.geometry import Size, cells_to_pixels, pixels_to_cells, resize
 
 VOID = 255
 SIGMA = 0.5  # of a joint's Gaussian, in cells
-PEAK = 3  # cells of the highest values, whose mean place is a joint's
+PEAK = 3  # number of highest cells whose mean position is the joint
 
 
 def encode_mask(mask: Tensor, cells: Size) -> Tensor:
-    """One-hot labels of cells, each the object in its middle (Pillow's NEAREST).
+    """One-hot labels of cells, each the object at its centre (Pillow's NEAREST).
 
     Unlike DIFT, void pixels are background; there they are one more object, which is then predicted.
 
@@ -23,8 +23,8 @@ def encode_mask(mask: Tensor, cells: Size) -> Tensor:
         cells: height and width of the map.
 
     Returns:
-        Shape (K, h, w) for background and objects 1 to K - 1, float32. An object that is in the middle of no cell has
-        zeros only, and is never predicted.
+        Shape (K, h, w) for background and objects 1 to K - 1, float32. An object without a cell centre has zeros only,
+        and is never predicted.
     """
     objects = mask.where(mask != VOID, 0)
     nearest = _nearest(objects, cells).long()
@@ -32,11 +32,11 @@ def encode_mask(mask: Tensor, cells: Size) -> Tensor:
 
 
 def decode_mask(soft: Tensor, frame_size: Size, size: Size) -> Tensor:
-    """Object ids from soft labels: upsampled bilinearly, each label stretched to [0, 1], the highest one taken.
+    """Object ids from soft labels: upsampled bilinearly, each label stretched to [0, 1], then argmax.
 
     Args:
         soft: with shape (K, h, w), not negative.
-        frame_size: of the frame as the model sees it.
+        frame_size: of the model's input frame.
         size: of the mask, which is resized to it (Pillow's NEAREST).
 
     Returns:
@@ -49,7 +49,7 @@ def decode_mask(soft: Tensor, frame_size: Size, size: Size) -> Tensor:
 def stretch(labels: Tensor) -> Tensor:
     """Map the lowest value of each label to 0 and the highest to 1.
 
-    Unlike DIFT, a label whose values are all equal stays as it is; there these are 0 / 0, unless they are 0.
+    Unlike DIFT, a label whose values are all equal is unchanged; in DIFT these become 0 / 0, unless they are 0.
 
     Args:
         labels: with shape (K, h, w).
@@ -59,11 +59,11 @@ def stretch(labels: Tensor) -> Tensor:
 
 
 def encode_joints(joints: Tensor, size: Size, cells: Size) -> Tensor:
-    """A Gaussian on the map for each joint, 1 in the cell it is nearest to, as Contrastive Random Walk draws it.
+    """A Gaussian on the map for each joint, 1 in the nearest cell, as in Contrastive Random Walk.
 
-    The Gaussian is cut off two cells before and one cell behind its middle along each axis. There is none of joints
-    that lie so far outside that nothing of it is left. Unlike there, joints near the upper and left borders are rounded
-    like any other, and there is no label for the background, which no joint depends on.
+    The Gaussian is truncated two cells before and one cell after its centre along each axis. It is empty for joints
+    that are far outside. Unlike Contrastive Random Walk, joints near the upper and left borders are rounded like all
+    others, and there is no label for the background, on which no joint depends.
 
     Args:
         joints: (x, y) with shape (J, 2), in pixels.
@@ -83,7 +83,7 @@ def encode_joints(joints: Tensor, size: Size, cells: Size) -> Tensor:
 
 
 def decode_joints(soft: Tensor, size: Size) -> Tensor:
-    """Joints from soft labels: the mean place of the three highest cells, weighted with their values.
+    """Joints from soft labels: the mean position of the three highest cells, weighted by their values.
 
     Args:
         soft: with shape (J, h, w), not negative.
@@ -93,9 +93,9 @@ def decode_joints(soft: Tensor, size: Size) -> Tensor:
         (x, y) with shape (J, 2), float32, in pixels; (-1, -1) where a joint's label is zero everywhere.
     """
     h, w = soft.shape[1:]
-    values, places = soft.flatten(1).double().topk(min(PEAK, h * w))  # (J, 3)
+    values, indices = soft.flatten(1).double().topk(min(PEAK, h * w))  # (J, 3)
     weights = values / values.sum(1, keepdim=True)
-    means = torch.stack([(weights * (places % w)).sum(1), (weights * (places // w)).sum(1)], dim=1)
+    means = torch.stack([(weights * (indices % w)).sum(1), (weights * (indices // w)).sum(1)], dim=1)
     points = cells_to_pixels(means, size, (h, w), 'corners')
     return points.where(values[:, :1] > 0, -1).float()
 

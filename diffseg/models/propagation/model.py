@@ -28,26 +28,26 @@ class LabelPropagator(DescriptorEncoder):
     soft labels -> masks or joints at the original size
     ```
 
-    Each frame is encoded once. Descriptors are kept as long as they are needed, those of the first frame and of
-    `previous_frames` others, so that memory does not grow with the length of the video.
+    Each frame is encoded once. Only the descriptors of the first frame and of `previous_frames` others are kept, so
+    that memory does not grow with the length of the video.
 
     Args:
         backbone: config of any backbone whose images are in [-1, 1], RGB.
         neck: config of a neck with one level, see `DescriptorEncoder`.
         head: config of a `DescriptorHead`.
         labels: what to propagate, a 'mask' of objects or 'joints'.
-        topk: how many cells of the context make a cell's label, see `propagate_labels`.
-        radius: of the window in which they lie, in cells.
+        topk: number of context cells that are averaged for a cell's label, see `propagate_labels`.
+        radius: of the window that contains them, in cells.
         temperature: of their weights.
-        previous_frames: how many frames are context besides the first one.
-        batch_size: how many frames are encoded together.
-        context_device: where the descriptors of the context are kept, such as 'cpu' to spare the memory of a GPU; None
-            leaves them where they were computed.
+        previous_frames: number of context frames in addition to the first one.
+        batch_size: number of frames that are encoded together.
+        context_device: device for the descriptors of the context, such as 'cpu' to save GPU memory; None keeps them
+            where they were computed.
         data_preprocessor: config.
-        init_cfg: of mmengine.
+        init_cfg: see mmengine's `BaseModule`.
 
     Raises:
-        ValueError: other `labels`, or a number that is out of range.
+        ValueError: unknown `labels`, or a number is out of range.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LabelPropagator(DescriptorEncoder):
         data_samples: Sequence[VideoSample],
         mode: Literal['predict'] = 'predict',
     ) -> list[VideoSample]:
-        """What mmengine calls.
+        """Entry point of mmengine.
 
         Args:
             inputs: the 'frames' of all videos.
@@ -95,7 +95,7 @@ class LabelPropagator(DescriptorEncoder):
             mode: 'predict'.
 
         Raises:
-            ValueError: another mode, as nothing is trained.
+            ValueError: another mode; the model cannot be trained.
         """
         if mode != 'predict':
             raise ValueError(f"mode is {mode!r}; it is 'predict', since LabelPropagator is not trained")
@@ -109,10 +109,10 @@ class LabelPropagator(DescriptorEncoder):
 
         Returns:
             The samples, each with `pred_masks` (T, H, W) or `pred_joints` (T, J, 2), on the CPU. Those of the first
-            frame are what is given.
+            frame are its annotation.
 
         Raises:
-            ValueError: a sample is not annotated with the kind of labels to propagate.
+            ValueError: a sample lacks the annotation for `labels`.
         """
         for frames, sample in zip(inputs['frames'], data_samples, strict=True):
             if FIELDS[self.labels] not in sample:
@@ -143,7 +143,7 @@ class LabelPropagator(DescriptorEncoder):
 
         Args:
             frames: of a video.
-            encode_labels: gives the labels (K, h, w) of the first frame for the height and width of the maps.
+            encode_labels: returns the labels (K, h, w) of the first frame for the height and width of the maps.
         """
         described = self.encode_frames(frames)
         descriptors = next(described)
@@ -157,7 +157,7 @@ class LabelPropagator(DescriptorEncoder):
             yield labels
 
     def encode_frames(self, frames: VideoFrames) -> Iterator[Tensor]:
-        """Descriptors (C', h, w) of each frame, channels last in memory, in batches that are read when they are due."""
+        """Descriptors (C', h, w) of each frame, channels last in memory; batches are read lazily."""
         for start in range(0, len(frames), self.batch_size):
             batch = [frames[i] for i in range(start, min(start + self.batch_size, len(frames)))]
             images = torch.stack(batch).to(self.data_preprocessor.device).float() / 127.5 - 1  # (B, 3, H, W)

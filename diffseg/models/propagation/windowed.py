@@ -1,4 +1,4 @@
-"""Labels of some frames carried over to another one, by similarity within a window."""
+"""Propagate labels of some frames to another one, by similarity within a window."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**24  # similarities that are held at once
-TILE = 10  # cells on a side, at most; larger tiles compare more cells that are outside of each other's window
+CHUNK = 2**24  # similarities in memory at once
+TILE = 10  # cells on a side, at most; larger tiles compare more cells outside of each other's windows
 
 
 def propagate_labels(
@@ -19,31 +19,31 @@ def propagate_labels(
     temperature: float,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Soft labels of a frame from those of others: DIFT (arXiv 2306.03881) on DAVIS, in a protocol that is DINO's.
+    """Soft labels of a frame from those of others: DIFT (arXiv 2306.03881) on DAVIS, with DINO's protocol.
 
     A cell's label is the mean label of its most similar cells, among those in the window around it in all frames of the
-    context, weighted with `exp(cosine / temperature)`. The `topk` most similar ones count; more where several are as
-    similar as the last of them; all where the windows hold fewer. Beyond the border there are no cells.
+    context, weighted with `exp(cosine / temperature)`. The `topk` most similar ones are averaged; more if several tie
+    with the last of them, and all if the windows have fewer. There are no cells beyond the border.
 
     The published code multiplies all cells of the context with all cells of the target, and then zeroes what is outside
     of windows. Here the target is cut into tiles, and a tile is multiplied only with what its windows reach.
 
     Args:
-        target: descriptors with shape (C, h, w). They may be of any length and precision; similarities are computed in
+        target: descriptors with shape (C, h, w). They may have any norm and precision; similarities are computed in
             single precision, on the target's device.
-        context: descriptors of n frames, each with shape (C, h, w), on any device. Fastest where the channels of a cell
-            lie together in memory (the channels-last format).
+        context: descriptors of n frames, each with shape (C, h, w), on any device. Fastest in the channels-last memory
+            format.
         labels: of these frames, each with shape (K, h, w).
-        topk: how many cells to average.
+        topk: number of cells to average.
         radius: of the window, which is a square of `2 * radius + 1` cells.
         temperature: of the weights.
-        chunk: how many similarities to hold at once, but at least those of one cell.
+        chunk: number of similarities in memory at once, at least those of one cell.
 
     Returns:
         Shape (K, h, w). Sums to one over the labels of a cell if those of the context do.
 
     Raises:
-        ValueError: shapes do not fit together, or a number is out of range.
+        ValueError: shapes do not match, or a number is out of range.
     """
     _check(target, context, labels, topk, radius, temperature)
     h, w = target.shape[1:]
@@ -62,8 +62,8 @@ def propagate_labels(
             for i, (frame, norm) in enumerate(zip(context, norms, strict=True)):
                 logits[:, i] = query @ _cells(frame[near]).to(query).T / norm[near].flatten().to(query)
             weights = _weights(logits, within, topk)
-            found = sum(weights[:, i] @ _cells(label[near]).to(query) for i, label in enumerate(labels))  # (q, K)
-            result[..., rows, columns] = found.T.unflatten(1, (-1, within_columns.shape[0]))
+            propagated = sum(weights[:, i] @ _cells(label[near]).to(query) for i, label in enumerate(labels))  # (q, K)
+            result[..., rows, columns] = propagated.T.unflatten(1, (-1, within_columns.shape[0]))
     return result
 
 
@@ -73,7 +73,7 @@ def _weights(logits: Tensor, within: Tensor, topk: int) -> Tensor:
     Args:
         logits: of q queries with c cells of n frames, shape (q, n, c); overwritten.
         within: which cells are in a query's window, shape (q, c).
-        topk: how many logits of a query to keep, in all frames together.
+        topk: number of logits of a query to keep, over all frames.
     """
     flat = logits.masked_fill_(~within[:, None], -torch.inf).flatten(1)  # (q, n*c)
     least = flat.topk(min(topk, flat.shape[1]), sorted=False).values.amin(1, keepdim=True)
@@ -86,7 +86,7 @@ def _cells(maps: Tensor) -> Tensor:
 
 
 def _reach(start: int, side: int, radius: int, size: int, device: torch.device) -> tuple[slice, slice, Tensor]:
-    """Along one axis: a tile, what its windows reach, and which of the latter is in the window of which of the former.
+    """Along one axis: the cells of a tile, the cells that its windows reach, and which of them are in which window.
 
     Returns:
         Slices of q and of c cells, and a mask with shape (q, c).
@@ -98,7 +98,7 @@ def _reach(start: int, side: int, radius: int, size: int, device: torch.device) 
 
 
 def _tile_side(h: int, w: int, radius: int, frames: int, chunk: int) -> int:
-    """The largest side whose similarities number no more than a chunk; at least 1."""
+    """The largest side of a tile with at most `chunk` similarities; at least 1."""
     for side in range(TILE, 1, -1):
         if side**2 * min(h, side + 2 * radius) * min(w, side + 2 * radius) * frames <= chunk:
             return side
@@ -108,7 +108,7 @@ def _tile_side(h: int, w: int, radius: int, frames: int, chunk: int) -> int:
 def _check(
     target: Tensor, context: Sequence[Tensor], labels: Sequence[Tensor], topk: int, radius: int, temperature: float
 ) -> None:
-    """Raise a ValueError where `propagate_labels` cannot work with these."""
+    """Raise a ValueError for invalid arguments of `propagate_labels`."""
     if not len(context) or len(context) != len(labels):
         raise ValueError(f'there are {len(context)} frames of context and labels of {len(labels)}; give both for each')
     if unlike := {tuple(frame.shape) for frame in context} - {tuple(target.shape)}:

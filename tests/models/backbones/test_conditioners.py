@@ -214,7 +214,7 @@ def test_the_names_of_classes_as_a_prompt(tiny_pipeline):
         ({'type': 'names'}, "type 'names'; there are class_names, captions"),
         ({'dataset': 'ADE20KDataset'}, 'type None'),
         ({'type': 'class_names', 'dataset': 'ADE'}, "no data set 'ADE'; registered are .*ADE20KDataset"),
-        ({'type': 'class_names', 'dataset': 'BaseSegDataset'}, 'no class names of its own'),
+        ({'type': 'class_names', 'dataset': 'BaseSegDataset'}, 'no class names'),
         ({'type': 'class_names', 'dataset': 'ADE20KDataset', 'template': 'a'}, "template 'a' has no"),
     ],
 )

@@ -149,7 +149,7 @@ def test_random_weights_are_the_same_each_time(make: Callable):
         ({'layers': [4]}, ValueError, r"no layers \[4\].*'stage3' or 3"),
         ({'layers': [-5]}, ValueError, r'no layers \[-5\]'),
         ({'layers': ['stage4']}, ValueError, r"no layers \['stage4'\]"),
-        ({'layers': [3, -1]}, ValueError, 'asks for a layer twice'),
+        ({'layers': [3, -1]}, ValueError, 'lists a layer twice'),
         ({'channels': [32, 31]}, ValueError, r'stage3 has 32, not 31.*\[32, 32\]'),
         ({'channels': [32]}, ValueError, '1 entries for 2 layers'),
         ({'dtype': 'float23'}, ValueError, 'unknown dtype'),

@@ -309,7 +309,7 @@ def test_errors(make: Callable):
     with pytest.raises(ValueError, match='store_dtype'):
         make(store_dtype='int8')
     model = make(backbone={'layers': [LAYER, 'mid-vit-out']}).eval()
-    with pytest.raises(ValueError, match='backbone gives 2 maps'), torch.no_grad():
+    with pytest.raises(ValueError, match='backbone returns 2 maps'), torch.no_grad():
         model.test_step(make_batch((1, 2)))
     with pytest.raises(ValueError, match='mode'):
         model({}, [], mode='train')

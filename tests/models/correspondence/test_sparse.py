@@ -48,7 +48,7 @@ def test_what_it_does_not_take(make):
     ]:
         with pytest.raises(ValueError, match=problem):
             make(**options)
-    with pytest.raises(NotImplementedError, match='SparseMatcher is not trained'):
+    with pytest.raises(NotImplementedError, match='SparseMatcher cannot be trained'):
         make()({'image0': [], 'image1': []}, [], 'loss')
 
 

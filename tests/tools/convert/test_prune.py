@@ -32,9 +32,9 @@ def build(config: Path) -> nn.Module:
 def concentrate(neck: nn.Module, pairs: list[list[tuple[int, int]]]) -> None:
     """Give all weight to these (timestep, layer) of each level."""
     for level, kept in zip(neck.levels, pairs, strict=True):
-        logits = torch.full(level.held.shape, -50.0)
+        logits = torch.full(level.mixed.shape, -50.0)
         logits[tuple(zip(*kept, strict=True))] = torch.randn(len(kept))
-        level.mixing_weights.data = logits[level.held]
+        level.mixing_weights.data = logits[level.mixed]
         for parameter in level.bottleneck_layers.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
 
