@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from diffseg.cache import (
     read_entry,
 )
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.options import GROUPS
 from diffseg.models import DiffusionBackbone
 
 
@@ -462,7 +464,8 @@ def test_what_no_weight_tells_has_entries_of_its_own(make: Callable):
 
 
 def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Callable):
-    options = set(inspect.signature(DiffusionExtractor.__init__).parameters) - {'self'}
+    options = set(inspect.signature(DiffusionExtractor.__init__).parameters) - {'self', *GROUPS}
+    options |= {field.name for group in GROUPS.values() for field in fields(group)}
     weights = {'model', 'revision', 'variant', 'config', 'unet_weights', 'random'}  # told by their values
     speed = {'attention', 'vae_slicing', 'micro_batch', 'channels_last', 'compile', 'gradient_checkpointing'}
     told = {*make()._cache_context(), 'transform'}  # a transform is told where there is one
@@ -478,8 +481,8 @@ def test_checkpoints_know_nothing_of_it(make: Callable):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'noise': 'random'}, "noise='random' draws other maps each time"),
-        ({'train_noise': 'random'}, "train_noise='random' draws other maps each time"),
+        ({'noise': 'random'}, "noise='random' gives other maps in each call"),
+        ({'train_noise': 'random'}, "train_noise='random' gives other maps in each call"),
         ({'frozen': False}, r'extractor\.unet\..* is trained, so that maps change'),
         ({'lora': {'r': 2}}, r'extractor\.unet\..*lora.* is trained, so that maps change'),
         ({'cache': {'path': 'x', 'max_size': '20 gigs'}}, 'is not a size'),

@@ -108,12 +108,13 @@ def test_figures_are_those_of_score_layers(load_tool, pairs, undisturbed):
     cfg = Config.fromfile(pairs)
     rows = list(csv.DictReader((undisturbed / 'ranking.csv').open()))
     extractor = DiffusionExtractor(cfg.model.backbone.model, sorted({row['activation'] for row in rows}), [50, 350])
-    match_pair, data = load_tool('analysis/score_layers').match_pair, Path(cfg.train_dataloader.dataset.data_root)
-    hits = [
-        match_pair(extractor, data, json.loads(path.read_text()), size=None)
-        for path in (data / 'PairAnnotation/trn').glob('*.json')
-        if path.stem.rpartition(':')[2] in CATEGORIES
-    ]
+    tool, data = load_tool('analysis/score_layers'), Path(cfg.train_dataloader.dataset.data_root)
+    hits = []
+    for path in (data / 'PairAnnotation/trn').glob('*.json'):
+        if path.stem.rpartition(':')[2] in CATEGORIES:
+            pair = json.loads(path.read_text())
+            activations = [tool.extract(extractor, image, None, 'cpu') for image in tool.image_paths(data, pair)]
+            hits.append(tool.match_pair(pair, activations, 'cpu'))
     for row in rows:
         correct = [pair[row['activation']][extractor.timesteps.index(int(row['timestep']))] for pair in hits]
         assert float(row['PCK@0.1-bbox/image']) == pytest.approx(pck(correct, 'image'), abs=1e-4)
