@@ -3,7 +3,7 @@
 Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2105.05233). DIFT and DDPM-seg read the outputs of
 `output_blocks.i`, which `sites.resolve` knows as `adm-{i}`.
 
-The keys and shapes of such a checkpoint tell its configuration, except for how wide a head of attention is.
+The configuration follows from the keys and shapes of such a checkpoint, except for the width of attention heads.
 """
 
 import re
@@ -42,7 +42,7 @@ _PARTS = {
 
 
 def is_adm_checkpoint(keys: Collection[str]) -> bool:
-    """Whether these are the names of guided-diffusion's tensors; those of latent models have a prefix."""
+    """Whether these are the names of guided-diffusion's tensors; those of latent diffusion models have a prefix."""
     ends = ('time_embed.0.weight', 'input_blocks.0.0.weight', 'output_blocks.0.0.in_layers.0.weight', 'out.2.weight')
     return all(end in keys for end in ends) and not any('.transformer_blocks.' in key for key in keys)
 
@@ -52,26 +52,26 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
 
     Args:
         state: guided-diffusion's state dict.
-        settings: Its flags, as far as they are known, by name. Of what the weights do not tell, `num_head_channels`
-            (64), `image_size` (that which has 8 x 8 cells on the coarsest level) and `dropout` (0) are taken from
-            them. Flags of what the weights tell must agree with these, and flags of no influence are passed over, as
-            are strides and resolutions of attention that the network does not have.
+        settings: Its flags by name, as far as available. `num_head_channels` (64), `image_size` (8 x 8 cells on the
+            coarsest level) and `dropout` (0), which do not follow from the weights, are read from them. Flags that do
+            must agree with the weights; flags without influence are ignored, as are strides and resolutions of
+            attention that the network does not have.
 
     Raises:
         ValueError: Another kind of checkpoint, a network that depends on classes or on a second image, or settings that
-            do not fit.
+            do not match.
     """
     settings = settings or {}
     if not is_adm_checkpoint(state):
-        found = ', '.join(sorted({key.split('.')[0] for key in state})[:8]) or 'nothing'
+        prefixes = ', '.join(sorted({key.split('.')[0] for key in state})[:8]) or 'nothing'
         raise ValueError(
             'this is no denoising network of guided-diffusion, whose tensors are named time_embed.*, input_blocks.*, '
-            f'middle_block.*, output_blocks.* and out.*, without transformer_blocks; found are: {found}'
+            f'middle_block.*, output_blocks.* and out.*, without transformer_blocks; found are: {prefixes}'
         )
     if 'label_emb.weight' in state:
         raise ValueError(
-            f'the checkpoint is conditioned on {len(state["label_emb.weight"])} classes (label_emb), which images to '
-            'be read have not; take one without, such as 256x256_diffusion_uncond.pt'
+            f'the checkpoint is conditioned on {len(state["label_emb.weight"])} classes (label_emb), which images '
+            'lack; use one without classes, such as 256x256_diffusion_uncond.pt'
         )
     out_channels, in_channels = len(state['out.2.weight']), state['input_blocks.0.0.weight'].shape[1]
     if in_channels != 3 or out_channels not in (3, 6):
@@ -122,7 +122,7 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
     widths = {count for count, there in zip(channels, [*attention[:-1], True], strict=True) if there}
     if wrong := sorted(count for count in widths if count % head_channels):
         raise ValueError(
-            f'attention over {wrong} channels cannot have heads of {head_channels}; say how wide they are '
+            f'attention over {wrong} channels cannot have heads of {head_channels}; give their width '
             '(num_head_channels)'
         )
     plain, sampler = ('Resnet{}sampleBlock2D', 'resnet') if updown else ('{}Block2D', 'conv')
@@ -141,7 +141,7 @@ def adm_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None =
         'resnet_time_scale_shift': 'scale_shift' if shifted else 'default',
         'attention_head_dim': head_channels,
         'norm_num_groups': NORM_GROUPS,
-        'attn_norm_num_groups': NORM_GROUPS,  # else the middle's attention has no norm
+        'attn_norm_num_groups': NORM_GROUPS,  # without it the middle block's attention has no norm
         'dropout': settings.get('dropout', 0.0),
     }
 
@@ -151,10 +151,10 @@ def convert_adm_unet(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
     Args:
         state: guided-diffusion's, in any dtype.
-        config: What `adm_config` gives.
+        config: From `adm_config`.
 
     Raises:
-        ValueError: The tensors are not those of such a network.
+        ValueError: The tensors do not match the configuration.
     """
     with torch.device('meta'):
         expected = UNet2DModel.from_config(dict(config)).state_dict()
@@ -163,7 +163,7 @@ def convert_adm_unet(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     missing, strange = set(names.values()) - state.keys(), state.keys() - set(names.values())
     problems = [
         f'{len(keys)} tensors {what}, such as {min(keys)}'
-        for keys, what in ((missing, 'are missing'), (strange, 'have no place in it'))
+        for keys, what in ((missing, 'are missing'), (strange, 'are unexpected'))
         if keys
     ]
     converted = {}
@@ -175,16 +175,16 @@ def convert_adm_unet(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
                 problems.append(f'{original} has shape {shapes}')
                 break
     if problems:
-        told = ('block_out_channels', 'layers_per_block', 'up_block_types')
-        layout = ', '.join(f'{key} {config[key]}' for key in told)
+        shown = ('block_out_channels', 'layers_per_block', 'up_block_types')
+        layout = ', '.join(f'{key} {config[key]}' for key in shown)
         raise ValueError(
-            f'the checkpoint is no network that UNet2DModel can express: with {layout}, {"; ".join(problems)}'
+            f'UNet2DModel cannot express the network of the checkpoint: with {layout}, {"; ".join(problems)}'
         )
     return converted
 
 
 def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of modules in diffusers and in guided-diffusion; among them some that a network has not."""
+    """Names of modules in diffusers and in guided-diffusion; including some that a network lacks."""
     yield from _ENDS.items()
     for ours, theirs in _blocks(config):
         yield ours, theirs
@@ -193,7 +193,7 @@ def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of residual blocks, attention and samplers; of samplers that are convolutions, the convolution's."""
+    """Names of residual blocks, attention and samplers; for samplers that are convolutions, that of the convolution."""
     levels, repeats = len(config['block_out_channels']), config['layers_per_block']
     down, up = ('', '') if config['downsample_type'] == 'resnet' else ('.op', '.conv')
     ours = '.conv' if down else ''
@@ -225,7 +225,7 @@ def _tensor(name: str, tensor: Tensor, head_channels: int) -> Tensor:
 
 
 def _upsampler(state: Mapping[str, Tensor], i: int) -> str | None:
-    """What enlarges the map at the end of an output block: a residual block ('resnet'), a convolution, or nothing."""
+    """Kind of the upsampler at the end of an output block: a residual block ('resnet'), a convolution, or None."""
     for place in (1, 2):
         for kind, key in (('resnet', 'in_layers.0.weight'), ('conv', 'conv.weight')):
             if f'output_blocks.{i}.{place}.{key}' in state:
@@ -234,27 +234,28 @@ def _upsampler(state: Mapping[str, Tensor], i: int) -> str | None:
 
 
 def _check_settings(settings: Mapping[str, Any], required: Mapping[str, Any]) -> None:
-    """Compare settings with what the checkpoint holds or the conversion needs.
+    """Compare settings with the values in the checkpoint or those that the conversion needs.
 
     Args:
         settings: Flags by name.
-        required: The values by name; of a flag that names levels, all levels of the network and whether it names them.
+        required: The values by name; for a flag that lists levels, all levels of the network and whether they are
+            listed.
 
     Raises:
         ValueError: A setting differs.
     """
     for name, expected in required.items():
         if name not in settings or (settings[name] == '' and isinstance(expected, list)):
-            continue  # an empty channel_mult is guided-diffusion's way to leave it to the image size
-        value = given = settings[name]
+            continue  # an empty channel_mult is guided-diffusion's default for the image size
+        value = parsed = settings[name]
         if isinstance(expected, list | dict):
             try:
-                given = list(map(float, value.split(',') if isinstance(value, str) else value))
+                parsed = list(map(float, value.split(',') if isinstance(value, str) else value))
             except (TypeError, ValueError):
-                pass  # no numbers, so it differs
+                pass  # not numbers, so it differs
         if isinstance(expected, dict):
-            if isinstance(given, list):
-                given = [level for level in expected if level in given]
+            if isinstance(parsed, list):
+                parsed = [level for level in expected if level in parsed]
             expected = [level for level, named in expected.items() if named]
-        if given != expected:
+        if parsed != expected:
             raise ValueError(f'{name} is {value!r}, but the checkpoint has, or its conversion needs, {expected}')

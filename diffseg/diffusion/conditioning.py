@@ -1,7 +1,7 @@
-"""Prompts as what the UNet reads: token embeddings and, for SDXL, a pooled embedding and time ids.
+"""Prompt embeddings for the UNet: token embeddings and, for SDXL, a pooled embedding and time ids.
 
-A prompt is encoded once. Its embedding is kept on disk under a key of its content (text encoders, learned tokens,
-prompt, settings); where it is there, no text encoder is loaded.
+A prompt is encoded once. Its embedding is cached on disk under a digest of everything that it depends on (text
+encoders, learned tokens, prompt, settings); text encoders are loaded for new prompts only.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ from diffseg.diffusion.textual_inversion import add_tokens, read_inversion, spel
 from diffseg.files import whole_file
 
 T = TypeVar('T')
-Loader = Callable[[str], tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]]  # by the encoder's name
+Loader = Callable[[str], tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]]  # by name of the encoder
 
 logger = logging.getLogger(__name__)
 
-# Belongs to the key of an embedding: changes whenever the same prompt would be encoded differently.
+# Part of an embedding's key: changed whenever the encoding of a prompt changes.
 ENCODING = 'float32, chunks of the tokenizer length, pooled of the truncated prompt, 2'
 CLASS_ENCODING = 'float32, pooled, mean over templates, 1'  # the same for the embeddings of classes
-CHUNK = 256  # prompts that are encoded and in memory at once
-RECENT = 64  # prompts that are in memory
+CHUNK = 256  # prompts that are encoded together
+RECENT = 64  # prompts in the cache in memory
 
 SINGLE_FILE_PREFIXES = ('cond_stage_model.', 'conditioner.embedders.')
 
@@ -61,8 +61,8 @@ class Conditioning:
     Attributes:
         embeds: One row for each prompt, with shape (P, N, D); without tokens, N = 0, for networks that read none.
         pooled: SDXL's pooled embeddings, with shape (P, D2); None for models without.
-        times: What replaces the UNet's embeddings of timesteps 0 to K - 1 (after its MLP), with shape (K, E); None if
-            nothing does.
+        times: Replacements of the UNet's embeddings of timesteps 0 to K - 1 (after its MLP), with shape (K, E); None
+            without replacement.
     """
 
     embeds: Tensor
@@ -71,7 +71,7 @@ class Conditioning:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is there."""
+        """All tensors that are not None."""
         return [x for x in (self.embeds, self.pooled, self.times) if x is not None]
 
     def first(self) -> 'Conditioning':
@@ -89,15 +89,15 @@ class Conditioning:
 
         Args:
             index: Rows of the prompts, with shape (B,).
-            size: Height and width of the images in pixels. SDXL is told that this is the original size, uncropped.
-            device: Of the arguments; None is the embeddings'.
-            dtype: Of the arguments; None is the embeddings'.
+            size: Height and width of the images in pixels. For SDXL this is the original size, uncropped.
+            device: Of the arguments; None is that of the embeddings.
+            dtype: Of the arguments; None is that of the embeddings.
 
         Returns:
-            `encoder_hidden_states` (B, N, D) and `added_cond_kwargs`: None, or `text_embeds` (B, D2) and `time_ids`
-            (B, 6), which are original height and width, top and left of the crop, target height and width; in float32
-            always, for half precision has no 2049. With `times` also, for `Denoiser`, `time_embeddings` (B, K, E).
-            Nothing if there are no tokens.
+            `encoder_hidden_states` (B, N, D) and `added_cond_kwargs`: None, or `text_embeds` (B, D2) and `time_ids` (B,
+            6), which are original height and width, top and left of the crop, target height and width; always in
+            float32, since half precision cannot represent 2049. With `times` also, for `Denoiser`, `time_embeddings`
+            (B, K, E). Empty without tokens.
         """
         if not self.embeds.shape[1]:
             return {}
@@ -116,38 +116,38 @@ class Conditioning:
 
 
 def pooled_size(unet_config: Mapping[str, Any]) -> int | None:
-    """Size D2 of the pooled embedding that a UNet reads; None for those that read none."""
+    """Size D2 of the pooled embedding that a UNet reads; None for UNets without."""
     if unet_config['addition_embed_type'] != 'text_time':
         return None
     return unet_config['projection_class_embeddings_input_dim'] - 6 * unet_config['addition_time_embed_dim']
 
 
 class PromptEncoder:
-    """The text encoders of a model, which are loaded for new prompts only.
+    """Encode prompts with the text encoders of a model, which are loaded for new prompts only.
 
     The encoders run in float32 (unlike GDF, which runs SDXL's in float16), one after the other, and are freed.
 
-    A prompt of more tokens than the tokenizer's length (77 with begin and end) is cut into chunks of that length, of
-    which the last is short, and the chunks' states are concatenated. Unlike GDF, which does this above 70 words
-    separated by spaces, and so truncates prompts of many tokens in few words and pads none of 71 to 75 short words. The
-    pooled embedding is that of the truncated prompt (GDF has none, and so no long prompts with SDXL).
+    A prompt of more tokens than the tokenizer's length (77 with begin and end) is split into chunks of that length, the
+    last of which is shorter, and the states of the chunks are concatenated. Unlike GDF, which does this above 70 words
+    separated by spaces, and so truncates prompts of many tokens in few words and does not pad those of 71 to 75 short
+    words. The pooled embedding is that of the truncated prompt (GDF has none, and so no long prompts with SDXL).
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
-        revision: Commit, tag or branch of a hub id; None is the preset's, else the newest.
-        variant: Variant of the weight files; None is the preset's, else none.
-        config: Preset or diffusers folder that describes a single file, and has the tokenizers, which a file has not.
-        cache_dir: Where embeddings are kept; None is `prompts` in the folder that the environment variable
+        revision: Commit, tag or branch of a hub id; None is that of the preset, else the newest.
+        variant: Variant of the weight files; None is that of the preset, else none.
+        config: Preset or diffusers folder that describes a single file, and has the tokenizers, which a file lacks.
+        cache_dir: Cache folder of embeddings; None is `prompts` in the folder that the environment variable
             `DIFFSEG_CACHE` names, else in `~/.cache/diffseg`.
         textual_inversion: Files of learned tokens, see `read_inversion`.
-        lora_weights: Weights of low rank that are added to those of the text encoders for which there are such.
-        truncate: Cut long prompts off at the tokenizer's length, as diffusers' pipelines do, instead of into chunks.
-        device: Where encoders run. The results are on the CPU.
+        lora_weights: LoRA weights that are added to those of the text encoders, if they have any for these.
+        truncate: Truncate long prompts at the tokenizer's length, as diffusers' pipelines do, instead of using chunks.
+        device: Device of the encoders. The results are on the CPU.
 
     Raises:
-        OSError: Text encoders, tokenizers or tokens are missing, damaged or unreachable. Of the model this comes with
-            the first prompt.
-        ValueError: Learned tokens that cannot be read or are for another kind of model.
+        OSError: Text encoders, tokenizers or tokens are missing, damaged or unreachable; for those of the model, raised
+            by the first prompt.
+        ValueError: Learned tokens cannot be read or belong to another kind of model.
     """
 
     def __init__(
@@ -180,21 +180,21 @@ class PromptEncoder:
         """Embeddings with shape (P, N, D), in the order of the prompts, and pooled ones with shape (P, D2) for SDXL.
 
         Raises:
-            ValueError: None, or prompts of different numbers of tokens.
+            ValueError: No prompts, or prompts with different numbers of tokens.
         """
         self.prepare(prompts)
-        found = {prompt: self._recall(prompt) for prompt in dict.fromkeys(prompts)}
+        encoded = {prompt: self._recall(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning(
-            **{name: torch.stack([found[prompt][name] for prompt in prompts]) for name in found[prompts[0]]}
+            **{name: torch.stack([encoded[prompt][name] for prompt in prompts]) for name in encoded[prompts[0]]}
         )
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode prompts, as many as there may be, that are not on disk yet.
+        """Encode any number of prompts that are not on disk yet.
 
-        Of few prompts, one text encoder at a time is in memory; of more than 256, all are, which are loaded once.
+        Up to 256 prompts are encoded with one text encoder in memory at a time; for more, all are loaded once.
 
         Raises:
-            ValueError: None, or prompts of different numbers of tokens.
+            ValueError: No prompts, or prompts with different numbers of tokens.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f'prompts is {prompts!r}; it is a sequence of one or more prompts')
@@ -211,18 +211,18 @@ class PromptEncoder:
             examples = {length: prompt for prompt, length in lengths.items()}
             listed = '; '.join(f'{length} for {prompt[:40]!r}' for length, prompt in examples.items())
             raise ValueError(
-                f'prompts have different numbers of tokens ({listed}); encode them one by one, or cut them off at the '
-                f"tokenizer's length (truncate)"
+                f'prompts have different numbers of tokens ({listed}); encode them one by one, or truncate them at '
+                f"the tokenizer's length (truncate)"
             )
 
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Embeddings of classes, with shape (N, D), as VPD has them.
+        """Embeddings of classes, with shape (N, D), as in VPD.
 
-        That of a class is the mean of the text encoder's pooled embedding, as it is (not projected, not normalised),
-        over prompts such as 'a photo of a {}.'.
+        That of a class is the mean of the text encoder's pooled embedding (not projected, not normalised) over prompts
+        such as 'a photo of a {}.'.
 
         Raises:
-            ValueError: A template without the place for the name, no template, or a model with two text encoders.
+            ValueError: No template, a template without `{}`, or a model with two text encoders.
         """
         if wrong := [template for template in templates if '{}' not in template] or not templates:
             raise ValueError(f"templates {wrong or list(templates)} have no '{{}}' for the name of a class")
@@ -231,19 +231,19 @@ class PromptEncoder:
                 f'{self.model} has two text encoders; embeddings of classes are defined for models with one'
             )
         path = self._path([CLASS_ENCODING, self._identity, list(names), list(templates)])
-        if (found := _read(path)) is None:
+        if (stored := _read(path)) is None:
             tokenizer, encoder = self._load('text_encoder')
             embeds = [
                 _pooled(tokenizer, encoder, [template.format(name) for template in templates]).mean(0).cpu()
                 for name in tqdm(names, desc='encoding classes')
             ]
-            found = {'classes': torch.stack(embeds)}
-            _write(path, found, {'classes': json.dumps(list(names)), 'encoding': CLASS_ENCODING})
-        return found['classes']
+            stored = {'classes': torch.stack(embeds)}
+            _write(path, stored, {'classes': json.dumps(list(names)), 'encoding': CLASS_ENCODING})
+        return stored['classes']
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where the text encoders come from."""
+        """Source of the text encoders."""
         return find_source(self.model, revision=self.revision, variant=self.variant, config=self.config)
 
     @cached_property
@@ -255,17 +255,17 @@ class PromptEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies text encoders and tokenizers by their content, wherever they come from.
+        """Digest of the content of text encoders and tokenizers, independent of their source.
 
-        Learned tokens and weights of low rank, which are added to them, do not count. It is kept with every embedding,
-        so that no text encoder is loaded for it, unless nothing was encoded before: then the empty prompt is.
+        Learned tokens and LoRA weights, which are added to them, are not included. The digest is stored with every
+        embedding, so that no text encoder is loaded for it; if nothing was encoded before, the empty prompt is encoded.
 
         Raises:
             OSError: Nothing was encoded before, and the text encoders are missing, damaged or unreachable.
         """
         path = self._path_of(self._example)
-        if (known := _read(path, _encoders_of)) is not None:
-            return known
+        if (stored := _read(path, _encoders_of)) is not None:
+            return stored
         list(self._encode([self._example], self._load))
         return self._encoders_digest()
 
@@ -279,14 +279,14 @@ class PromptEncoder:
         return _identity(self.source, self.encoders) + (f'+{json.dumps(learned)}' if learned else '')
 
     def _path(self, content: Any) -> Path:
-        """The file of what is determined by `content`."""
+        """Path of the file for a key's `content`."""
         return self.folder / f'{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}.safetensors'
 
     def _path_of(self, prompt: str) -> Path:
         return self._path([ENCODING, self._identity, prompt, *(['truncated'] if self.truncate else [])])
 
     def _length(self, prompt: str) -> int | None:
-        """Number of tokens of a prompt that is in memory or on disk, None of another."""
+        """Number of tokens of a prompt that is in memory or on disk, None for other prompts."""
         if prompt in self._recent:
             return len(self._recent[prompt]['embeds'])
         return _read(self._path_of(prompt), _count)
@@ -301,7 +301,7 @@ class PromptEncoder:
         return tensors
 
     def _encode(self, prompts: Sequence[str], load: Loader) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Encode prompts, with the text encoders that `load` gives by name, and write them to disk."""
+        """Encode prompts, with the text encoders that `load` returns by name, and write them to disk."""
         for prompt, tensors in zip(prompts, self._run(prompts, load), strict=True):
             metadata = {
                 'prompt': prompt,
@@ -343,10 +343,10 @@ class PromptEncoder:
 
 
 class NoPromptEncoder:
-    """In the place of a `PromptEncoder` for models without text encoders: its only prompt is the empty one.
+    """Replaces `PromptEncoder` for models without text encoders; only the empty prompt is allowed.
 
     Args:
-        model: What errors call the model.
+        model: Name of the model in error messages.
     """
 
     inversions = ()
@@ -363,8 +363,8 @@ class NoPromptEncoder:
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Raise a ValueError for prompts that are not empty."""
-        if told := next(filter(None, prompts), None):
-            raise ValueError(f'{self.model} has no text encoder and reads no prompt; leave out {told!r}')
+        if prompt := next(filter(None, prompts), None):
+            raise ValueError(f'{self.model} has no text encoder and reads no prompt; leave out {prompt!r}')
 
 
 def encode_prompts(
@@ -375,25 +375,25 @@ def encode_prompts(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Conditioning:
-    """Encode prompts with a model's text encoders, or read what was encoded before.
+    """Encode prompts with a model's text encoders, or read cached embeddings.
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
-        prompts: All of the same number of chunks; long ones of the same number of tokens.
-        device: Where encoders run. The result is there too.
+        prompts: Prompts with the same number of chunks; long ones with the same number of tokens.
+        device: Of the encoders and the result.
         dtype: Of the result.
         options: Further options of `PromptEncoder`.
 
     Raises:
         OSError: Text encoders or tokenizers are missing, damaged or unreachable.
-        ValueError: Prompts of different lengths, or none.
+        ValueError: Prompts of different lengths, or no prompts.
     """
     encoded = PromptEncoder(model, device=device, **options)(prompts)
     return Conditioning(*(x.to(device, dtype) for x in encoded.tensors))
 
 
 def default_cache_dir() -> Path:
-    """Where embeddings are kept unless another folder is named."""
+    """Default cache folder of embeddings."""
     return Path(os.environ.get('DIFFSEG_CACHE') or Path.home() / '.cache' / 'diffseg').expanduser() / 'prompts'
 
 
@@ -415,27 +415,27 @@ def _encoders_of(path: Path) -> str:
 
 
 def _read(path: Path, read: Callable[[Path], T] = _tensors) -> T | None:
-    """What `read` finds in a file, None if the file is not there or damaged."""
+    """Result of `read` for a file, None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
         return read(path)
     except SafetensorError as error:
-        logger.warning('encoding a prompt anew, its file %s is damaged: %s', path, error)
+        logger.warning('encoding a prompt again, its file %s is damaged: %s', path, error)
         return None
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file that is there as a whole or not at all, whoever else writes it too."""
+    """Write a file atomically."""
     with whole_file(path) as partial:
         partial.write_bytes(save(dict(tensors), metadata))
 
 
 def _identity(source: ModelSource, encoders: Sequence[str]) -> str:
-    """What tells text encoders and tokenizers apart, found without loading them.
+    """Identifier of text encoders and tokenizers, without loading them.
 
-    That of a hub id is its name, so that embeddings on disk can be used without the weights; else it is a digest of the
-    content, so that it survives moving a folder.
+    That of a hub id is its name, so that cached embeddings can be used without the weights; otherwise a digest of the
+    content, which does not change if a folder is moved.
     """
     if source.kind == 'hub':
         return f'{source.location}@{source.revision or "main"}/{source.variant or ""}'
@@ -457,7 +457,7 @@ def _identity(source: ModelSource, encoders: Sequence[str]) -> str:
 
 
 def _digest(tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection) -> str:
-    """Sixteen hexadecimal digits that identify a text encoder and its tokenizer by what embeddings depend on."""
+    """Sixteen hexadecimal digits that identify all that embeddings depend on in a text encoder and its tokenizer."""
     config = encoder.config
     settings = [config.hidden_act, config.num_attention_heads, config.layer_norm_eps]
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.model_max_length]
@@ -469,8 +469,8 @@ def _files(source: ModelSource, part: str, pattern: str) -> list[Path]:
     folder = Path(source.location, part)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f'{source.location} has no {part}/, so that no prompt can be encoded; expected {FOLDER_LAYOUT}. Embeddings '
-            'made elsewhere can be given instead of prompts'
+            f'{source.location} has no {part}/, so that no prompt can be encoded; expected {FOLDER_LAYOUT}. '
+            'Precomputed embeddings can be given instead of prompts'
         )
     return sorted(path for path in folder.glob(pattern) if path.is_file())
 
@@ -479,7 +479,7 @@ def _text_encoders_in_file(source: ModelSource) -> dict[str, Tensor]:
     checkpoint = read_checkpoint(source.location)
     tensors = {name: tensor for name, tensor in checkpoint.items() if name.startswith(SINGLE_FILE_PREFIXES)}
     if not tensors:
-        raise OSError(f'{source.location} has no text encoder; embeddings made elsewhere can replace prompts')
+        raise OSError(f'{source.location} has no text encoder; precomputed embeddings can replace prompts')
     return tensors
 
 
@@ -489,7 +489,7 @@ def _run(encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor) -> A
 
 
 def _pooled(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
-    """Pooled embeddings (P, D): the last layer's normalised state of the end token, whatever follows it."""
+    """Pooled embeddings (P, D): the last layer's normalised state of the first end token."""
     length = tokenizer.model_max_length
     ids = tokenizer(list(prompts), padding=True, max_length=length, truncation=True, return_tensors='pt').input_ids
     return _run(encoder, ids).pooler_output
@@ -501,7 +501,7 @@ def _truncated(tokenizer: CLIPTokenizer, prompt: str) -> Tensor:
 
 
 def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Tensor]:
-    """Token ids with shape (1, N) each: the padded prompt, or of a long one its pieces."""
+    """Token ids with shape (1, N) each: the padded prompt, or the chunks of a long one."""
     length = tokenizer.model_max_length
     ids = tokenizer(prompt, truncation=False, verbose=False, return_tensors='pt').input_ids
     return [_truncated(tokenizer, prompt)] if ids.shape[1] <= length else list(ids.split(length, dim=1))

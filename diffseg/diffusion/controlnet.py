@@ -1,4 +1,4 @@
-"""ControlNets (arXiv 2302.05543): further conditions that are made from the image itself."""
+"""ControlNets (arXiv 2302.05543): additional conditioning on the image itself."""
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -16,24 +16,24 @@ from diffseg.diffusion.loading import fingerprint, reason_of, set_attention
 CANNY_THRESHOLDS = 100, 200  # GDF's
 
 
-# What a ControlNet and its UNet must agree on.
+# Options that must be equal in a ControlNet and its UNet.
 COMMON = ('in_channels', 'block_out_channels', 'down_block_types', 'layers_per_block', 'cross_attention_dim')
 
 
 class Control(nn.Module):
-    """A ControlNet and its view of the image.
+    """A ControlNet and its conditioning image.
 
     Args:
         net: The ControlNet.
-        image: What it is shown: 'canny' (edges) or 'image' (the image as it is).
-        scale: What its residuals are multiplied by.
+        image: Its conditioning image: 'canny' (edges) or 'image' (the image itself).
+        scale: Factor of its residuals.
 
     Attributes:
         fingerprint: Identifies the weights.
 
     Raises:
-        ImportError: cv2, which finds edges, is not installed.
-        ValueError: Another `image`.
+        ImportError: cv2, which detects edges, is not installed.
+        ValueError: Unknown `image`.
     """
 
     def __init__(self, net: ControlNetModel, image: str = 'canny', scale: float = 1.0):
@@ -48,7 +48,7 @@ class Control(nn.Module):
         self.fingerprint = fingerprint(net.state_dict())
 
     def view(self, images: Tensor) -> Tensor:
-        """What the ControlNet is shown, in [0, 1], of images in [-1, 1], both with shape (B, 3, H, W)."""
+        """Conditioning images in [0, 1] for images in [-1, 1], both with shape (B, 3, H, W)."""
         return VIEWS[self.image](images)
 
     def forward(self, x_t: Tensor, timestep: Tensor, condition: Mapping[str, Any], view: Tensor) -> list[Tensor]:
@@ -56,9 +56,9 @@ class Control(nn.Module):
 
         Args:
             x_t: Noised latents with shape (N, 4, h, w).
-            timestep: Of each, with shape (N,).
+            timestep: Timesteps of the latents, with shape (N,).
             condition: The UNet's `encoder_hidden_states` and `added_cond_kwargs`.
-            view: With shape (N, 3, 8h, 8w).
+            view: Conditioning images with shape (N, 3, 8h, 8w).
         """
         view = view.to(x_t.dtype)
         down, middle = self.net(
@@ -80,17 +80,17 @@ def load_control(
     """Load a ControlNet, in the UNet's dtype and on the CPU.
 
     Args:
-        unet: What it is to steer.
+        unet: The UNet that it conditions.
         model: Folder of a diffusers `ControlNetModel`, or hub id.
-        image: What it is shown, see `Control`.
-        scale: What its residuals are multiplied by.
+        image: Its conditioning image, see `Control`.
+        scale: Factor of its residuals.
         revision: Commit, tag or branch of a hub id.
         variant: Variant of the weight files, such as 'fp16'.
         attention: Implementation of attention, see `load_parts`.
 
     Raises:
-        OSError: No such model, or one that is damaged or unreachable.
-        ValueError: It was made for another UNet, or a wrong option.
+        OSError: The model does not exist, is damaged or cannot be reached.
+        ValueError: It was trained for another UNet, or an option is invalid.
     """
     try:
         net, info = ControlNetModel.from_pretrained(
@@ -107,7 +107,7 @@ def load_control(
         ) from error
     if strange := sorted((*info['missing_keys'], *info['unexpected_keys'])):
         raise ValueError(
-            f'{model} is no ControlNet: {len(strange)} tensors are missing or not expected, such as {strange[0]}'
+            f'{model} is not a ControlNet: {len(strange)} tensors are missing or unexpected, such as {strange[0]}'
         )
     ours, theirs = (
         {name: tuple(x) if isinstance(x := config[name], list) else x for name in COMMON}

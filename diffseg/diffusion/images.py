@@ -1,4 +1,4 @@
-"""Image files to the tensors that networks take, and what such tensors must be."""
+"""Reading of image files as tensors, and checks of such tensors."""
 
 from pathlib import Path
 from typing import Literal
@@ -20,16 +20,17 @@ def open_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB.
 
     The EXIF orientation is applied, as viewers and mmseg's loader do. Unlike DIFT, DHF and GDF, which leave such
-    photographs lying on their side; for images without the tag (SPair-71k, ADE20K, ...) it is the same. Transparency is
-    dropped, and of an animation the first frame is taken.
+    photographs lying on their side; images without the tag (SPair-71k, ADE20K, ...) are the same. Transparency is
+    dropped, and the first frame of an animation is read.
 
     Raises:
-        ValueError: if the file cannot be read, is damaged or cut short, is no image, or has more than 8 bits a channel.
+        ValueError: the file cannot be read, is damaged or truncated, is not an image, or has more than 8 bits a
+            channel.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow's decoders let many types escape on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(f'{path}: cannot be read as an image ({error})') from error
     if image.mode == 'F' or image.mode.startswith('I'):
         raise ValueError(f'{path}: has mode {image.mode!r}; convert it to 8 bits a channel first')
@@ -41,8 +42,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
     Args:
         path: the file.
-        size: (height, width) to resize to, bicubically and without keeping the aspect ratio, as DIFT and GDF do;
-            None keeps the image's own size.
+        size: (height, width) to resize to, bicubically and without keeping the aspect ratio, as DIFT and GDF do; None
+            keeps the size.
 
     Returns:
         A tensor with shape (3, H, W) in [-1, 1], float32, RGB.
@@ -60,7 +61,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """Read an image's (height, width) from its header, its EXIF orientation applied.
 
     Raises:
-        ValueError: if the header cannot be read.
+        ValueError: the header cannot be read.
     """
     try:
         with Image.open(path) as file:
@@ -71,14 +72,14 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def check_images(images: Tensor, cell: int) -> None:
-    """Verify that images are what a network takes, but for their values; does not wait for their device.
+    """Check shape and dtype of images, not their values; does not synchronise with the device.
 
     Args:
         images: RGB in [-1, 1], with shape (B, 3, H, W).
-        cell: side, in pixels, of the smallest image that the network takes.
+        cell: side, in pixels, of the smallest image that the network accepts.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are invalid for a network.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f'images have shape {tuple(images.shape)}; expected (B, 3, H, W)')
@@ -92,10 +93,10 @@ def check_images(images: Tensor, cell: int) -> None:
 
 
 def check_range(low: float, high: float) -> None:
-    """Verify the smallest and the largest value of images.
+    """Check the smallest and the largest value of images.
 
     Raises:
-        ValueError: they are not those of images in [-1, 1].
+        ValueError: they are not in [-1, 1], with some tolerance.
     """
     if low < -RANGE or high > RANGE:
         raise ValueError(
@@ -105,9 +106,9 @@ def check_range(low: float, high: float) -> None:
 
 
 def extend_images(images: Tensor, multiple: int) -> Tensor:
-    """Continue images (B, 3, H, W) to the right and below, to sides that are a multiple.
+    """Pad images (B, 3, H, W) on the right and at the bottom, to multiples of `multiple`.
 
-    Mirrored, or if they are too small for that, constant.
+    By reflection, or by the border pixels if images are too small for it.
     """
     height, width = images.shape[-2:]
     below, right = -height % multiple, -width % multiple
@@ -121,10 +122,9 @@ def resize_images(images: Tensor, size: tuple[int, int], interpolation: Interpol
     Args:
         images: in [-1, 1], with shape (B, C, H, W).
         size: (height, width) of the result.
-        interpolation: 'bilinear' between pixels, whatever the factor, as GDF resizes tensors; 'bicubic' as Pillow
-            resizes 8-bit pictures, which DIFT and GDF do with files: over more pixels where the result is smaller,
-            along rows and then along columns, and rounded to 8 bits after each. (Pillow 13 begins with columns where a
-            picture becomes lower and wider.)
+        interpolation: 'bilinear' without antialiasing, as GDF resizes tensors; 'bicubic' as Pillow resizes 8-bit
+            pictures, which DIFT and GDF do with files: with antialiasing, along rows and then along columns, and
+            rounded to 8 bits after each. (Pillow 13 begins with columns where a picture becomes lower and wider.)
 
     Returns:
         Shape (B, C, height, width).
@@ -139,11 +139,11 @@ def resize_images(images: Tensor, size: tuple[int, int], interpolation: Interpol
 
 
 def decode(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
-    """Images of latents.
+    """Decode latents to images.
 
     Args:
-        vae: A whole one, see `loading.load_vae`; None in pixel space, where latents are images.
-        latents: Scaled as the UNet has them, with shape (B, 4, h, w).
+        vae: With decoder, see `loading.load_vae`; None in pixel space, where latents are images.
+        latents: Scaled as for the UNet, with shape (B, 4, h, w).
 
     Returns:
         RGB in [-1, 1], with shape (B, 3, H, W), float32.

@@ -1,4 +1,4 @@
-"""Choices of layers: published ones, by name, and those with timesteps of their own."""
+"""Named sets of layers from publications, and layers with timesteps of their own."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from diffseg.diffusion.sites import aliases, nearest, refuse_string, resolve
 from diffseg.diffusion.trajectories import whole_timesteps
 
-# Variants of one set are for different UNet topologies; the first one whose layers all exist is meant.
+# Variants of a set are for different UNet topologies; the first one whose layers all exist is used.
 LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
     # Meng et al., "Not All Diffusion Model Activations Have Been Evaluated as Discriminative Features" (2410.03558):
     # GDF's config_{15,xl}_practical.json
@@ -28,7 +28,7 @@ LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
             'up-level1-repeat0-vit-block0-out',
         ),
     ),
-    # what earlier work used, the outputs of whole blocks: config_{15,xl}_legacy.json
+    # layers of earlier work, the outputs of whole blocks: config_{15,xl}_legacy.json
     'legacy': (
         (
             'up-level0-upsampler-out',
@@ -64,18 +64,18 @@ LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
-    """Turn set names, glob patterns, aliases and layer names into layer names.
+    """Expand set names, glob patterns and aliases to layer names.
 
     Args:
-        names: any mixture of keys of `LAYER_SETS`, patterns such as `'up-*-res-out'` or `'adm-*'`, and what
-            `sites.resolve` takes.
+        names: any mixture of keys of `LAYER_SETS`, patterns such as `'up-*-res-out'` or `'adm-*'`, and names for
+            `sites.resolve`.
         available: the UNet's layer names, in order of execution (`sites.sites`).
 
     Returns:
-        Layer names in the order asked for, each once; those of a pattern in order of execution.
+        Layer names in the order of `names`, without duplicates; those of a pattern in order of execution.
 
     Raises:
-        ValueError: if a set has no variant for this UNet, a pattern matches nothing, or a name is unknown.
+        ValueError: a set has no variant for this UNet, a pattern matches nothing, or a name is unknown.
     """
     refuse_string('layers', names)
     available = list(available)
@@ -84,63 +84,63 @@ def expand(names: Iterable[str], available: Iterable[str]) -> list[str]:
         if name in LAYER_SETS:
             layers += _variant(name, available)
         elif set(name) & set('*?['):
-            found = [layer for layer in available if fnmatchcase(layer, name)]
-            found = found or [layer for alias, layer in aliases(available).items() if fnmatchcase(alias, name)]
-            if not found:
+            matches = [layer for layer in available if fnmatchcase(layer, name)]
+            matches = matches or [layer for alias, layer in aliases(available).items() if fnmatchcase(alias, name)]
+            if not matches:
                 raise ValueError(f'no layer matches {name!r}; {nearest(name, available)}')
-            layers += found
+            layers += matches
         else:
             layers += resolve([name], available)
     return list(dict.fromkeys(layers))
 
 
 class Reading(NamedTuple):
-    """A layer, or an alias of it, and at which timesteps it is read."""
+    """A layer, or an alias of it, and the timesteps at which it is read."""
 
     layer: str
     timesteps: tuple[int, ...]
 
     def label(self, every: tuple[int, ...]) -> str:
-        """The layer, followed by its timesteps unless these are `every` one."""
+        """The layer, followed by its timesteps unless these are `every`."""
         return self.layer if self.timesteps == every else f'{self.layer}@{"+".join(map(str, self.timesteps))}'
 
 
 def split_timesteps(
     layers: Sequence[str], timesteps: Sequence[int] | None = None
 ) -> tuple[list[Reading], tuple[int, ...]]:
-    """Tell layers from the timesteps that some of them name.
+    """Split names of layers from their timesteps.
 
     `'up-level1-upsampler-out@50'` is read at t = 50 alone, `'up-level1-upsampler-out@100+200'` at two timesteps, and a
     layer without `@` at all `timesteps`.
 
     Args:
-        layers: names or aliases; the same one may come again, at other timesteps.
-        timesteps: of all layers together; may be left out where each one names its own.
+        layers: names or aliases; a layer may be repeated with other timesteps.
+        timesteps: of layers without timesteps; may be omitted if there are none.
 
     Returns:
-        What to read, in the order of `layers`, and all timesteps, ascending if they were left out.
+        The readings, in the order of `layers`, and all timesteps, ascending if `timesteps` is omitted.
 
     Raises:
-        ValueError: timesteps are malformed or missing, or a layer is to be read twice at one.
+        ValueError: timesteps are malformed or missing, or a layer is listed twice at one timestep.
     """
     refuse_string('layers', layers)
     if timesteps is not None:
         timesteps = whole_timesteps(timesteps)
     readings: list[Reading] = []
     for text in layers:
-        layer, at, own = text.partition('@')
-        if at and not (layer and re.fullmatch(r'-?\d+(\+-?\d+)*', own)):
+        layer, at, suffix = text.partition('@')
+        if at and not (layer and re.fullmatch(r'-?\d+(\+-?\d+)*', suffix)):
             raise ValueError(f"layer {text!r} is malformed; write its timesteps as in 'dift-1@50' or 'dift-1@100+200'")
         if not at and timesteps is None:
             raise ValueError(f"layer {text!r} has no timesteps; name them, as in '{text}@50', or give `timesteps`")
-        readings.append(Reading(layer, tuple(map(int, own.split('+')) if at else timesteps)))
+        readings.append(Reading(layer, tuple(map(int, suffix.split('+')) if at else timesteps)))
     named = set(chain(*(reading.timesteps for reading in readings)))
     union = tuple(sorted(named) if timesteps is None else timesteps)
     if missing := sorted(named - set(union)):
         raise ValueError(f'layers name timesteps {missing} that are not in timesteps={list(union)}; add or omit these')
-    pairs = Counter((layer, t) for layer, own in readings for t in own)
+    pairs = Counter((layer, t) for layer, layer_timesteps in readings for t in layer_timesteps)
     if twice := [f'{layer}@{t}' for (layer, t), number in pairs.items() if number > 1]:
-        raise ValueError(f'asked for twice: {", ".join(twice)}')
+        raise ValueError(f'layers are listed twice: {", ".join(twice)}')
     return readings, union
 
 

@@ -1,10 +1,9 @@
 """A model's parts from a preset, a hub id, a diffusers folder or a single checkpoint file.
 
-Weights are read from safetensors, or with `weights_only=True` where there is nothing else; no code that comes with a
-model is run. Only what is asked for is kept: the UNet and the encoder half of the VAE. Text encoders are
-`conditioning`'s.
+Weights are read from safetensors, or with `weights_only=True` if there is nothing else; no code of a model is executed.
+Only the UNet and the encoder of the VAE are loaded. Text encoders are loaded by `conditioning`.
 
-A model whose UNet is a `UNet2DModel` works on pixels and has nothing but a UNet and a scheduler.
+A model whose UNet is a `UNet2DModel` works on pixels and has only a UNet and a scheduler.
 """
 
 import hashlib
@@ -41,14 +40,14 @@ FOLDER_LAYOUT = (
     'a folder in the diffusers layout (unet/, vae/, scheduler/, text_encoder/, tokenizer/; or, of pixel space, unet/ '
     'and scheduler/)'
 )
-# What diffusers calls the architecture of a single-file checkpoint -> presets that describe it. SD 2.x files do not say
+# diffusers' name of the architecture of a single-file checkpoint -> presets that describe it. SD 2.x files do not tell
 # whether their UNet predicts noise or velocity.
 SINGLE_FILE_PRESETS = {'v1': ('sd15',), 'v2': ('sd21', 'sd21-base'), 'xl_base': ('sdxl',)}
 FINGERPRINT_SAMPLES = 64
 REFUSED_CLASS = re.compile(r'unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)', re.IGNORECASE)  # in torch's errors
 VARIANT = re.compile(r'\w+\.(?P<variant>[\w-]+?)(-\d+-of-\d+)?\.(safetensors|bin)')  # of a file of weights
 
-# The first one unless a configuration names another.
+# The first one is the default.
 _CLASSES: dict[str, tuple[type, ...]] = {
     'unet': (UNet2DConditionModel, UNet2DModel),
     'vae': (AutoencoderKL,),
@@ -63,14 +62,14 @@ _PREFIXES = {'unet': ('model.diffusion_model.',), 'vae': ('first_stage_model.', 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """Source of a model.
 
     Attributes:
         kind: 'hub', 'folder' or 'file'.
         location: Hub id, folder or file.
         revision: Commit, tag or branch of a hub id; None is the newest.
         variant: Variant of the weight files, such as 'fp16'.
-        preset: What is known of the model beforehand.
+        preset: Preset of the model, if there is one.
         config: Preset or diffusers folder that describes a single file.
     """
 
@@ -83,7 +82,7 @@ class ModelSource:
 
 
 class ModelConfig(NamedTuple):
-    """Configurations, complete with the defaults of diffusers' classes; None where a folder has no such part."""
+    """Configurations, complete with the defaults of diffusers' classes; None for parts that a folder lacks."""
 
     unet: dict[str, Any]
     vae: dict[str, Any] | None
@@ -97,14 +96,14 @@ class ModelConfig(NamedTuple):
 
 @dataclass
 class DiffusionParts:
-    """What is needed to read activations of images.
+    """Parts of a model that read activations of images.
 
     Attributes:
         unet: In evaluation mode.
-        vae: The encoder half only, in evaluation mode; None if it was not asked for, or in pixel space.
-        vae_config: The VAE's configuration, there even without the VAE; None in pixel space.
+        vae: Without decoder, in evaluation mode; None if not requested, or in pixel space.
+        vae_config: Configuration of the VAE, also if it is not loaded; None in pixel space.
         scheduler_config: Betas and prediction type.
-        source: Where the parts come from.
+        source: Source of the parts.
         fingerprint: Identifies the weights, see `fingerprint`.
     """
 
@@ -122,7 +121,7 @@ class DiffusionParts:
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied by before the UNet sees them."""
+        """Factor of the latents for the UNet."""
         return self.vae_config['scaling_factor']
 
     @property
@@ -142,8 +141,8 @@ class DiffusionParts:
                 f'{self.source.location} was trained on EDM noise levels ({self.scheduler_config.get("_class_name")}), '
                 'which have no betas; models with a variance-preserving schedule are supported'
             )
-        known = inspect.signature(DDIMScheduler.__init__).parameters
-        betas = {key: value for key, value in self.scheduler_config.items() if 'beta' in key and key in known}
+        accepted = inspect.signature(DDIMScheduler.__init__).parameters
+        betas = {key: value for key, value in self.scheduler_config.items() if 'beta' in key and key in accepted}
         steps = self.scheduler_config.get('num_train_timesteps', 1000)
         with torch.device('cpu'):
             return DDIMScheduler(num_train_timesteps=steps, **betas).alphas_cumprod
@@ -152,16 +151,16 @@ class DiffusionParts:
 def find_source(
     model: str | Path, *, revision: str | None = None, variant: str | None = None, config: str | Path | None = None
 ) -> ModelSource:
-    """Tell what kind of source `model` names.
+    """Find the kind of source of `model`.
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
-        revision: Commit, tag or branch of a hub id; None is the preset's, else the newest.
-        variant: Variant of the weight files; None is the preset's, else none.
+        revision: Commit, tag or branch of a hub id; None is that of the preset, else the newest.
+        variant: Variant of the weight files; None is that of the preset, else none.
         config: Preset or diffusers folder that describes a single file.
 
     Raises:
-        FileNotFoundError: A path that is not there.
+        FileNotFoundError: The path does not exist.
         ValueError: Neither a path, a preset nor a hub id.
     """
     config = None if config is None else str(config)
@@ -174,7 +173,7 @@ def find_source(
         return ModelSource('folder', str(path), variant=variant, config=config)
     if path.is_file():
         if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
-            raise ValueError(f'{path} is no checkpoint; files may end in {", ".join(CHECKPOINT_SUFFIXES)}')
+            raise ValueError(f'{path} is not a checkpoint; files may end in {", ".join(CHECKPOINT_SUFFIXES)}')
         return ModelSource('file', str(path), config=config)
     is_path = isinstance(model, Path) or text.count('/') > 1 or text[:1] in './~'
     if is_path or path.suffix.lower() in CHECKPOINT_SUFFIXES:
@@ -193,12 +192,12 @@ def find_source(
 def load_config(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> ModelConfig:
     """Configurations of a model's parts, without its weights.
 
-    Presets, and hub ids that a preset knows, need no network.
+    Presets and their hub ids need no network.
 
     Raises:
-        OSError: No such model, or a folder or repository without a UNet.
-        ValueError: A UNet or VAE of another class, a UNet of pixels beside a VAE, or a single file whose architecture
-            is not clear.
+        OSError: The model does not exist, or has no UNet.
+        ValueError: The UNet or VAE has an unsupported class, a UNet of pixels has a VAE, or the architecture of a
+            single file is ambiguous.
     """
     return _load_config(find_source(model, revision=revision, config=config))
 
@@ -225,23 +224,23 @@ def load_parts(
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
-        revision: Commit, tag or branch of a hub id; None is the preset's, else the newest.
-        variant: Variant of the weight files, such as 'fp16'; None is the preset's, else none.
-        config: Preset or diffusers folder that describes a single file; None: told from its keys.
-        unet_weights: File of a UNet state dict in diffusers' names that is read, strictly, instead of the model's own
-            UNet weights. None is the preset's (CleanDIFT has one), else none.
-        dtype: Of the parts. The VAE stays in float32 if this is float16 and its config says that it overflows then
-            (`force_upcast`).
+        revision: Commit, tag or branch of a hub id; None is that of the preset, else the newest.
+        variant: Variant of the weight files, such as 'fp16'; None is that of the preset, else none.
+        config: Preset or diffusers folder that describes a single file; None infers it from its keys.
+        unet_weights: File of a UNet state dict in diffusers' names that is read, strictly, instead of the model's UNet
+            weights. None is that of the preset (CleanDIFT has one), else none.
+        dtype: Of the parts. The VAE stays in float32 if this is float16 and its config has `force_upcast`, since it
+            would overflow.
         attention: 'sdpa' (torch's fused attention), 'eager' (plain matrix products), 'xformers' (needs a GPU), or
             'auto', which is 'sdpa'.
         vae: Whether the VAE is loaded, if there is one.
-        random: Parts ('unet', 'vae') that get random weights instead of the model's; these are then not read.
+        random: Parts ('unet', 'vae') with random weights; those of the model are not read.
         seed: Of the random weights.
 
     Raises:
-        OSError: Weights that are missing, truncated or unreachable.
-        ValueError: Wrong arguments, or weights that do not fit the architecture.
-        ImportError: xformers is asked for and not installed.
+        OSError: Weights are missing, truncated or unreachable.
+        ValueError: Invalid arguments, or weights that do not match the architecture.
+        ImportError: xformers is requested and not installed.
     """
     if unknown := set(random) - set(_CONVERTERS):
         raise ValueError(f'random names {", ".join(map(repr, sorted(unknown)))}; parts are {", ".join(_CONVERTERS)}')
@@ -308,9 +307,9 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     """Sixteen hexadecimal digits that identify weights, at little cost.
 
     They depend on every tensor's name, shape and up to 64 evenly spaced values (all values of a smaller tensor), read
-    as float32. So they are the same wherever the weights come from and on any device, and differ whenever training,
-    merging or rounding to another dtype has touched a sampled value; a change to single other values goes unseen.
-    Without values, on the meta device, names and shapes count.
+    as float32. So they do not depend on the source of the weights and the device, and change if training, merging or
+    rounding to another dtype changes a sampled value; a change of single other values is not detected. On the meta
+    device, only names and shapes are used.
 
     Args:
         state: Tensors of any shape and device, by name.
@@ -334,7 +333,7 @@ def _evenly_spaced(length: int, n: int) -> Tensor:
 
 
 def explain(source: ModelSource, part: str, error: Exception) -> OSError:
-    """The error to raise when a part could not be read: where, why, and what can be done."""
+    """Error for a part that cannot be read, with location, reason and remedy."""
     reason = reason_of(error)
     if source.kind == 'file':
         return OSError(f'cannot read {part} from {source.location}: {reason}')
@@ -369,7 +368,7 @@ def reason_of(error: BaseException) -> str:
         if isinstance(cause, LocalEntryNotFoundError):
             return 'the hub cannot be reached, and the file has not been downloaded before'
         if isinstance(cause, pickle.UnpicklingError) and (match := REFUSED_CLASS.search(str(cause))):
-            return f'it holds an object of the class {match[1].rstrip(".")}, and objects but for tensors are refused'
+            return f'it holds an object of the class {match[1].rstrip(".")}, and only tensors are loaded'
         cause = cause.__cause__ or cause.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
 
@@ -387,24 +386,24 @@ def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = 
     else:
         names = {'vae': 'config.json', 'scheduler': 'scheduler_config.json'}
         there = {part: Path(source.location, part, name).is_file() for part, name in names.items()}
-    configs = configs._replace(**{part: _read_config(source, part) for part, found in there.items() if found})
+    configs = configs._replace(**{part: _read_config(source, part) for part, exists in there.items() if exists})
     if configs.pixel_space:
         _check_pixel_space(configs, source.location)
     return configs
 
 
 def _check_pixel_space(configs: ModelConfig, location: str) -> None:
-    """Raise a ValueError unless the UNet works on images, and on nothing else."""
-    unet, found = configs.unet, []
+    """Raise a ValueError unless the images are the only input of the UNet."""
+    unet, unsupported = configs.unet, []
     if configs.vae is not None:
-        found.append('a VAE beside it')
+        unsupported.append('a VAE beside it')
     if unet['in_channels'] != 3:
-        found.append(f'{unet["in_channels"]} input channels')
+        unsupported.append(f'{unet["in_channels"]} input channels')
     if unet['class_embed_type'] is not None or unet['num_class_embeds'] is not None:
-        found.append('classes to be conditioned on')
-    if found:
+        unsupported.append('classes to be conditioned on')
+    if unsupported:
         raise ValueError(
-            f'the UNet2DModel of {location} has {" and ".join(found)}; supported are those of RGB pixels alone, '
+            f'the UNet2DModel of {location} has {" and ".join(unsupported)}; supported are those of RGB pixels alone, '
             'without classes and VAE'
         )
 
@@ -414,10 +413,10 @@ def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None =
 
     Args:
         source: Of kind 'file'.
-        checkpoint: The file's tensors, if they are at hand.
+        checkpoint: The file's tensors, if they are loaded.
 
     Raises:
-        ValueError: The file's keys do not tell, and no `config` was given.
+        ValueError: The keys of the file are ambiguous, and `config` is not given.
     """
     if source.config is not None:
         return find_source(source.config)
@@ -425,27 +424,27 @@ def describe_file(source: ModelSource, checkpoint: Mapping[str, Tensor] | None =
     if is_adm_checkpoint(checkpoint):
         raise ValueError(
             f'{source.location} is a checkpoint of guided-diffusion; convert it with tools/convert/adm.py '
-            f'{source.location} FOLDER and give the folder, or say what it is with config=PRESET'
+            f'{source.location} FOLDER and give the folder, or describe it with config=PRESET'
         )
     kind = infer_diffusers_model_type(checkpoint)
     presets = SINGLE_FILE_PRESETS.get(kind, ())
     if len(presets) != 1:
-        known = f'fits {" and ".join(presets)}' if presets else f'is of an unsupported kind ({kind})'
+        kinds = f'fits {" and ".join(presets)}' if presets else f'is of an unsupported kind ({kind})'
         raise ValueError(
-            f'{source.location} {known}; say which configuration describes it with config=PRESET or config=FOLDER'
+            f'{source.location} {kinds}; give the configuration that describes it with config=PRESET or config=FOLDER'
         )
     return find_source(presets[0])
 
 
 def _read_config(source: ModelSource, part: str) -> dict[str, Any]:
     try:
-        found = _CLASSES[part][0].load_config(source.location, subfolder=part, revision=source.revision)
+        config = _CLASSES[part][0].load_config(source.location, subfolder=part, revision=source.revision)
     except (OSError, ValueError, HFValidationError) as error:
         raise explain(source, part, error) from error
-    known = [cls.__name__ for cls in _CLASSES[part]]
-    if part != 'scheduler' and (name := found.get('_class_name', known[0])) not in known:
-        raise ValueError(f'the {part} of {source.location} is a {name}; supported: {", ".join(known)}')
-    return found if part == 'scheduler' else _complete(part, found)
+    supported = [cls.__name__ for cls in _CLASSES[part]]
+    if part != 'scheduler' and (name := config.get('_class_name', supported[0])) not in supported:
+        raise ValueError(f'the {part} of {source.location} is a {name}; supported: {", ".join(supported)}')
+    return config if part == 'scheduler' else _complete(part, config)
 
 
 def _class_of(part: str, config: Mapping[str, Any]) -> type:
@@ -455,8 +454,8 @@ def _class_of(part: str, config: Mapping[str, Any]) -> type:
 def _complete(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Add the defaults of diffusers' class.
 
-    An absent `force_upcast` stays False, though `AutoencoderKL`'s default is True: files that do not have the key are
-    those of SD 1.x and 2.x, whose VAEs do not overflow in float16.
+    A missing `force_upcast` is False, although the default of `AutoencoderKL` is True: files without the key are those
+    of SD 1.x and 2.x, whose VAEs do not overflow in float16.
     """
     parameters = inspect.signature(_class_of(part, config).__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -469,7 +468,7 @@ def _on_meta(part: str, config: Mapping[str, Any]) -> ModelMixin:
 
 
 def _initialise(part: str, config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> ModelMixin:
-    """Random weights that depend on the seed alone, and leave torch's own random state as it was."""
+    """Random weights that depend only on the seed; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _class_of(part, config).from_config(dict(config)).eval()
@@ -483,7 +482,7 @@ def _load(
     checkpoint: Mapping[str, Tensor] | None,
     dtype: torch.dtype,
 ) -> ModelMixin:
-    """A part with the model's own weights; `checkpoint` are the tensors of a single file."""
+    """A part with the weights of the model; `checkpoint` are the tensors of a single file."""
     if checkpoint is not None:
         return _fill(part, config, _convert(part, config, checkpoint, source), source.location, dtype)
     if source.preset is not None and source.preset.checkpoint is not None:
@@ -506,7 +505,7 @@ def _from_pretrained(cls: type, part: str, source: ModelSource, dtype: torch.dty
         )
     except (OSError, HFValidationError) as error:
         raise explain(source, part, error) from error
-    except (ValueError, RuntimeError) as error:  # shapes that differ
+    except (ValueError, RuntimeError) as error:  # different shapes
         raise _misfit(part, f'{source.location}/{part}', str(error).split('. If you want')[0]) from error
     _check_keys(part, f'{source.location}/{part}', info['missing_keys'], info['unexpected_keys'])
     return model.eval()
@@ -515,7 +514,7 @@ def _from_pretrained(cls: type, part: str, source: ModelSource, dtype: torch.dty
 def _fill(
     part: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str, dtype: torch.dtype
 ) -> ModelMixin:
-    """Build a part around the weights of a state dict, strictly."""
+    """Build a part with the weights of a state dict, strictly."""
     model = _on_meta(part, config)
     expected = model.state_dict()
     _check_keys(part, path, expected.keys() - state.keys(), state.keys() - expected.keys())
@@ -523,7 +522,7 @@ def _fill(
         if state[name].shape != tensor.shape:
             shapes = f'{tuple(state[name].shape)}, not {tuple(tensor.shape)}'
             raise _misfit(part, path, f'{name} has shape {shapes}')
-    # Copies: what is read from a file is mapped, and files change.
+    # Copies, since tensors of a file are memory-mapped, and files may change.
     model.load_state_dict({name: state[name].to(dtype, copy=True) for name in expected}, assign=True)
     return model
 
@@ -554,7 +553,7 @@ def _convert(
     if any(key.startswith(_PREFIXES[part]) for key in checkpoint):
         try:
             return _CONVERTERS[part](checkpoint, config)
-        except (KeyError, AttributeError) as error:  # tensors that the converter looks for
+        except (KeyError, AttributeError) as error:  # tensors that the converter needs
             raise _misfit(part, source.location, f'no {error}') from error
     if part == 'unet' and 'conv_in.weight' in checkpoint:
         return checkpoint
@@ -568,7 +567,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors in a file, by name; those of safetensors files are read when they are used.
 
     Raises:
-        OSError: No such file, or one that is truncated or holds more than tensors.
+        OSError: The file does not exist, is truncated or holds other objects than tensors.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'no checkpoint file at {path}')
@@ -577,7 +576,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return load_file(path) if safe else load_single_file_checkpoint(str(path))
     except Exception as error:  # diffusers and safetensors raise many kinds
         reason = reason_of(error)
-        remedy = 'It is truncated or no checkpoint; get it again, as .safetensors'
+        remedy = 'It is truncated or not a checkpoint; get it again, as .safetensors'
         if 'an object of the class' in reason:
             remedy = (
                 'Get the weights as .safetensors; or, if you trust the file and the class is installed, write its '

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685), through diffusers and peft: layers to train, and ready-made weights."""
+"""Low-rank adaptation (LoRA, arXiv 2106.09685), with diffusers and peft: trainable layers, and pretrained weights."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ from diffseg.diffusion.loading import read_checkpoint, reason_of
 
 FILE_NAME = 'pytorch_lora_weights.safetensors'  # diffusers'
 DOWN, UP = r'(lora_A|lora_down|\w+\.down)', r'(lora_B|lora_up|\w+\.up)'  # the two matrices of a module
-UNSUPPORTED = {'.dora_scale': 'DoRA', '.hada_': 'LoHa', '.lokr_': 'LoKr'}  # parts of names that tell other methods
+UNSUPPORTED = {'.dora_scale': 'DoRA', '.hada_': 'LoHa', '.lokr_': 'LoKr'}  # parts of tensor names of other methods
 TARGET_MODULES = ('to_q', 'to_k', 'to_v', 'to_out.0')  # the projections of attention, as in diffusers' training scripts
 
 
@@ -41,13 +41,13 @@ def add_lora(
     lora_alpha: float | None = None,
     target_modules: Sequence[str] = TARGET_MODULES,
 ) -> list[str]:
-    """Put trainable layers of low rank beside linear layers and convolutions; they change nothing as yet.
+    """Add trainable LoRA layers to linear layers and convolutions; initially they do not change the output.
 
-    Their weights are in float32, also beside a UNet in half precision.
+    Their weights are in float32, also with a UNet in half precision.
 
     Args:
         unet: The network; changed in place.
-        modules: Names of the modules to choose from.
+        modules: Names of the candidate modules.
         r: Rank.
         lora_alpha: The layers' output is multiplied by this over `r`; None is `r`.
         target_modules: Ends of module names, such as 'to_q' or 'up_blocks.1.*.to_q', with `fnmatch`'s wildcards.
@@ -57,7 +57,7 @@ def add_lora(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: A rank below 1, or a target that is no module to choose from.
+        ValueError: The rank is below 1, or a target matches no candidate.
     """
     require_peft()
     from peft import LoraConfig
@@ -73,8 +73,8 @@ def add_lora(
             f'target_modules {void} of LoRA name no linear layer or convolution of the UNet that the chosen layers '
             f'depend on; such are {", ".join(candidates[:3])}, ...'
         )
-    names = sorted({name for found in chosen.values() for name in found})
-    # peft takes them for ends of names; none is that of another
+    names = sorted({name for matches in chosen.values() for name in matches})
+    # peft matches them as ends of names; none is the end of another
     unet.add_adapter(LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=names))
     added = {name: parameter for name, parameter in unet.named_parameters() if '.lora_' in name}
     for parameter in added.values():
@@ -84,11 +84,11 @@ def add_lora(
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """Ready-made weights of low rank.
+    """Pretrained LoRA weights.
 
     Attributes:
         path: The file.
-        scale: What the change of the weights is multiplied by.
+        scale: Factor of the change of the weights.
         digest: Of the file's content.
         state: Tensors in diffusers' names, those of the UNet after 'unet.', others after 'text_encoder.' and so on.
         alphas: Alphas of the modules, in files of kohya's kind.
@@ -119,25 +119,25 @@ def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -
         source: A safetensors file; a folder with one, or with one of diffusers' name; or on the hub, as 'owner/name' or
             'owner/name/file.safetensors'.
         unet_config: Configuration of the UNet that they are for.
-        scale: What the change of the weights is to be multiplied by.
+        scale: Factor of the change of the weights.
 
     Raises:
         ImportError: peft is not installed.
-        OSError: There is no such file, it is damaged, or the hub cannot be reached.
-        ValueError: The file is of another format.
+        OSError: The file does not exist or is damaged, or the hub cannot be reached.
+        ValueError: The file has another format.
     """
     require_peft()
     path = _find(source)
     names = list(read_checkpoint(path))
-    if found := {kind for part, kind in UNSUPPORTED.items() if any(part in name for name in names)}:
-        raise ValueError(f'{path} holds {" and ".join(sorted(found))} weights; only LoRA is supported')
+    if kinds := {kind for part, kind in UNSUPPORTED.items() if any(part in name for name in names)}:
+        raise ValueError(f'{path} holds {" and ".join(sorted(kinds))} weights; only LoRA is supported')
     if not any('lora' in name for name in names):
         raise ValueError(f'{path} holds no LoRA weights; its tensors have names such as {names[0]!r}')
     try:
         state, alphas, metadata = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
             str(path), unet_config=unet_config, use_safetensors=True, return_lora_metadata=True
         )
-    except (ValueError, KeyError, IndexError) as error:  # names that the converter does not know
+    except (ValueError, KeyError, IndexError) as error:  # names that are unknown to the converter
         raise ValueError(f'{path} has LoRA weights in an unknown format: {reason_of(error)}') from error
     if any(name.endswith('.alpha') for name in state):
         state = _apply_alphas(state, metadata, path)
@@ -146,10 +146,10 @@ def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -
 
 
 def _apply_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, path: Path) -> dict[str, Tensor]:
-    """Weights whose alpha is their rank, as it is where no file says otherwise, of some with alphas among the tensors.
+    """Fold alphas among the tensors into the weights, so that alpha equals the rank, which is the default.
 
     Raises:
-        ValueError: An alpha of no matrices, or beside a configuration, which has alphas as well.
+        ValueError: An alpha without matrices, or together with metadata, which have alphas as well.
     """
     if metadata:
         raise ValueError(f'{path} has alphas among its tensors and in its metadata; remove the metadata')
@@ -176,8 +176,8 @@ def _find(source: str | Path) -> Path:
         files = sorted(path.glob('*.safetensors'))
         named = [file for file in files if file.name == FILE_NAME] or files
         if len(named) != 1:
-            found = ', '.join(file.name for file in files) or 'no safetensors files'
-            raise ValueError(f'{path} holds {found}; name the file of the LoRA weights')
+            names = ', '.join(file.name for file in files) or 'no safetensors files'
+            raise ValueError(f'{path} holds {names}; name the file of the LoRA weights')
         return named[0]
     if isinstance(source, Path) or text[:1] in './~' or text.count('/') not in (1, 2):
         raise FileNotFoundError(f'no LoRA weights at {path}; give a safetensors file, a folder with one, or a hub id')
@@ -192,10 +192,10 @@ def _find(source: str | Path) -> Path:
 
 
 def fuse_lora(unet: UNet2DConditionModel, weights: LoraWeights) -> None:
-    """Add ready-made weights to those of a UNet, in place.
+    """Add pretrained LoRA weights to those of a UNet, in place.
 
     Raises:
-        ValueError: They do not fit, or there are none for a UNet.
+        ValueError: They do not match, or there are none for a UNet.
     """
     if not weights.part('unet'):
         raise ValueError(f'{weights.path} holds no LoRA weights for a UNet')
@@ -208,15 +208,15 @@ def fuse_lora(unet: UNet2DConditionModel, weights: LoraWeights) -> None:
 
 
 def fuse_text_lora(encoder: PreTrainedModel, part: str, weights: LoraWeights) -> None:
-    """Let ready-made weights change those of a text encoder, in place. There may be none for it.
+    """Add pretrained LoRA weights to those of a text encoder, if there are any, in place.
 
     Args:
-        encoder: The one called `part`.
+        encoder: The text encoder.
         part: 'text_encoder' or 'text_encoder_2'.
-        weights: Weights for it and others.
+        weights: Weights of all parts.
 
     Raises:
-        ValueError: They do not fit.
+        ValueError: They do not match.
     """
     if not weights.part(part):
         return
@@ -236,21 +236,21 @@ def fuse_text_lora(encoder: PreTrainedModel, part: str, weights: LoraWeights) ->
         if isinstance(module, BaseTunerLayer):
             module.merge()
     recurse_remove_peft_layers(encoder)
-    encoder.delete_adapter(part)  # of which no layers are left
+    encoder.delete_adapter(part)  # its layers are gone
 
 
 @contextmanager
 def _all_fitting(model: nn.Module, part: str, weights: LoraWeights) -> Iterator[None]:
-    """Raise a ValueError unless all weights for a part find their place in the model."""
-    before, given = sum(1 for _ in model.parameters()), len(weights.part(part))
+    """Raise a ValueError unless all weights for a part are loaded into the model."""
+    before, expected = sum(1 for _ in model.parameters()), len(weights.part(part))
     try:
         yield
     except (RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise ValueError(f'the LoRA weights in {weights.path} do not fit this {part}: {reason[:300]}') from error
     loaded = sum(1 for _ in model.parameters()) - before
-    if loaded != given:
+    if loaded != expected:
         raise ValueError(
-            f'of {given} LoRA weights in {weights.path} for the {part}, this one has a place for {loaded}; they were '
+            f'of {expected} LoRA weights in {weights.path} for the {part}, only {loaded} match this one; they were '
             f'made for another model'
         )

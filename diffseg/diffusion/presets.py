@@ -1,8 +1,8 @@
-"""What is known of each published model: where its weights are, its licence, and its architecture.
+"""Presets of published models: source of the weights, licence, and architecture.
 
 The architecture is data here so that layers can be listed, and models built with random weights, without a download. A
-config names only what differs from the defaults of diffusers' class; where weights are read, the config beside them is
-read too and counts.
+config has only the differences from the defaults of diffusers' class; with weights, the config stored with them is
+used.
 """
 
 import difflib
@@ -85,21 +85,21 @@ class Preset:
     """A published model.
 
     Attributes:
-        name: What users call it.
+        name: Name of the preset.
         repo_id: Repository on the Hugging Face hub, in diffusers' layout; None if there is none.
         license: Licence of the weights.
         image_size: Side of the square images, in pixels, that it was trained on.
-        unet_config: What differs from the defaults of `UNet2DConditionModel`, or of the class that it names.
-        vae_config: What differs from `AutoencoderKL`'s defaults; None for models of pixel space.
+        unet_config: Differences from the defaults of `UNet2DConditionModel`, or of the class in `_class_name`.
+        vae_config: Differences from the defaults of `AutoencoderKL`; None for models of pixel space.
         scheduler_config: Betas, prediction type, and which timesteps a sampler takes.
-        mirrors: Other ids of the same weights. Ids that are gone from the hub are among them, so that they are known.
-        gone: Those ids that have been removed from the hub.
-        revision: Commit that is read unless another is asked for.
-        variant: Variant of the weight files (`fp16`) that is read unless another is asked for.
+        mirrors: Other ids of the same weights, including removed ones, so that they are recognised.
+        gone: Ids that were removed from the hub.
+        revision: Default commit.
+        variant: Default variant of the weight files (`fp16`).
         unet_weights: (repository, file) of a UNet state dict in diffusers' names, which is read instead of the UNet in
             `repo_id`.
-        checkpoint: Where there is no repository: the file that it is published as, and by whom.
-        clean_timestep: For UNets that were trained to read a latent without noise: the timestep at which they read it.
+        checkpoint: Without repository: the published file and its author.
+        clean_timestep: Timestep of UNets that were trained on latents without noise.
     """
 
     name: str
@@ -241,10 +241,10 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name.
+    """Get a preset by name.
 
     Raises:
-        KeyError: No such preset; the message names the nearest ones.
+        KeyError: Unknown preset; the message names the nearest ones.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3)
@@ -254,6 +254,6 @@ def get_preset(name: str) -> Preset:
 
 
 def preset_of_repo(repo_id: str) -> Preset | None:
-    """The preset whose weights a hub repository holds, under its first id or a mirror's, if there is one."""
-    own = (preset for preset in PRESETS.values() if preset.unet_weights is None)
-    return next((preset for preset in own if repo_id in (preset.repo_id, *preset.mirrors)), None)
+    """The preset of a hub repository, by its id or that of a mirror; None if there is none."""
+    presets = (preset for preset in PRESETS.values() if preset.unet_weights is None)
+    return next((preset for preset in presets if repo_id in (preset.repo_id, *preset.mirrors)), None)

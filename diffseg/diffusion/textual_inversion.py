@@ -1,4 +1,4 @@
-"""Tokens learned by textual inversion: reading their files, and teaching them to a tokenizer and a text encoder."""
+"""Tokens learned by textual inversion: reading their files, and adding them to a tokenizer and a text encoder."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from safetensors.torch import load
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-# names of vectors that are no token, and the text encoder that they are for
+# names of vectors other than the token, and their text encoder
 _ENCODER_KEYS = {'emb_params': 'text_encoder', 'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'}
 
 
@@ -24,7 +24,7 @@ class Inversion:
     """A learned token.
 
     Attributes:
-        token: How it is written in prompts.
+        token: Its text in prompts.
         vectors: {text encoder: (n, D)}, n vectors for one token.
         path: The file.
         digest: Of the file's content.
@@ -39,11 +39,11 @@ class Inversion:
 def read_inversion(path: str | Path) -> Inversion:
     """Read a file of diffusers' format or of AUTOMATIC1111's, for SD or (with `clip_l` and `clip_g`) SDXL.
 
-    A token is named as in the file or, where the file does not name it, after the file.
+    The token's name is read from the file, or else is that of the file.
 
     Raises:
-        OSError: There is no such file.
-        ValueError: The file is damaged or of another format.
+        OSError: The file does not exist.
+        ValueError: The file is damaged or has another format.
     """
     path = Path(path).expanduser()
     content = path.read_bytes()
@@ -54,9 +54,9 @@ def read_inversion(path: str | Path) -> Inversion:
         raise ValueError(f'{path} cannot be read as textual inversion: {error}') from error
     token, vectors = _parse(state)
     if not vectors or not all(isinstance(x, Tensor) and x.ndim in (1, 2) for x in vectors.values()):
-        found = list(state) if isinstance(state, Mapping) else type(state).__name__
+        keys = list(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(
-            f'{path} holds {found}; textual inversion is one vector or (n, D) vectors under their token, under clip_l '
+            f'{path} holds {keys}; textual inversion is one vector or (n, D) vectors under their token, under clip_l '
             f'and clip_g (SDXL), or under string_to_param'
         )
     vectors = {part: x.detach().float().reshape(-1, x.shape[-1]) for part, x in vectors.items()}
@@ -92,16 +92,16 @@ def add_tokens(
     part: str,
     inversions: Sequence[Inversion],
 ) -> None:
-    """Teach tokens to a tokenizer and its text encoder, in place.
+    """Add tokens to a tokenizer and its text encoder, in place.
 
     Args:
         tokenizer: Of the encoder.
-        encoder: The one called `part`.
+        encoder: The text encoder.
         part: 'text_encoder' or 'text_encoder_2'.
         inversions: The tokens.
 
     Raises:
-        ValueError: A token has no vectors for this encoder, or such of another size, or it is known already.
+        ValueError: A token has no vectors for this encoder or vectors of another size, or it exists in the tokenizer.
     """
     width = encoder.get_input_embeddings().weight.shape[1]
     for inversion in inversions:
@@ -110,7 +110,7 @@ def add_tokens(
             there = ', '.join(f'{x.shape[1]} for {name}' for name, x in inversion.vectors.items())
             raise ValueError(
                 f'{inversion.path} has vectors of {there}, but the {part} of this model needs {width}; the token was '
-                f'made for another kind of model'
+                f'trained for another kind of model'
             )
         if inversion.token in tokenizer.get_vocab():
             raise ValueError(

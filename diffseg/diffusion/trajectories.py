@@ -1,14 +1,14 @@
-"""From a clean latent to the activations at the wanted timesteps: the five published ways of getting there.
+"""Trajectories from a clean latent to the activations at some timesteps: five published methods.
 
 =============  =========================================================================  ====================
 `noise`        the latent noised to each t by the closed (VP) formula                     DIFT, GDF
-`clean`        the latent as it is, the UNet told any t                                   CleanDIFT, VPD
+`clean`        the clean latent, the UNet called with any t                               CleanDIFT, VPD
 `inversion`    DDIM inversion, from the latent towards noise                              Hyperfeatures, real
 `generation`   DDIM sampling, from noise towards a latent, with classifier-free guidance  Hyperfeatures, synthetic
-`refinement`   passes of the UNet over its own output, pass i told timestep i             Meta Prompts
+`refinement`   passes of the UNet over its own output, pass i with timestep i             Meta Prompts
 =============  =========================================================================  ====================
 
-Timesteps are always those the UNet is called with: 0 (nearly clean) to 999 (noise), and -1 for the clean latent, whose
+Timesteps are always those of the UNet calls: 0 (nearly clean) to 999 (noise), and -1 for the clean latent, whose
 cumulative alpha is 1.
 """
 
@@ -34,21 +34,21 @@ CLEAN = -1  # the timestep of a latent without noise
 PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
 
 SPACINGS = ('leading', 'trailing', 'linspace')  # of the timesteps of a sampler
-SHARED = ('schedule', 'timesteps')  # what every trajectory is made of; other fields are options of one kind
+SHARED = ('schedule', 'timesteps')  # fields of all trajectories; other fields are options of one kind
 
-# Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. Two among them are none of its
-# own: `time_embeddings` (N, K, E) replace its embeddings of the timesteps 0 to K - 1, and `views` are what ControlNets
-# are shown, {'0': (N, 3, 8h, 8w), ...}.
+# Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. Two are not arguments of the
+# UNet: `time_embeddings` (N, K, E) replace its embeddings of the timesteps 0 to K - 1, and `views` are the images of
+# ControlNets, {'0': (N, 3, 8h, 8w), ...}.
 Condition = Mapping[str, Any]
 Activations = dict[str, Tensor]
 Transform = Callable[[str, Tensor], Tensor]
 
 
 def seeded_noise(shape: Sequence[int], seed: int, *key: int | str) -> Tensor:
-    """Standard normal noise that depends on nothing but the arguments.
+    """Standard normal noise that depends only on the arguments.
 
     It is drawn on the CPU in float32, so it is the same on any device; drawn for one image at a time and shared by all
-    images (as DDPM-Seg does), it is the same at any position of any batch. `key` tells apart the draws of one seed.
+    images (as DDPM-Seg does), it is the same at any position of any batch. `key` distinguishes draws of one seed.
     """
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, 'little'))
@@ -90,10 +90,10 @@ def sampling_timesteps(
         steps: Number of calls.
         training_steps: Number of timesteps that the model was trained with.
         spacing: 'leading', 'trailing' or 'linspace' (arXiv 2305.08891, table 2).
-        steps_offset: What is added to all of them, with 'leading' alone.
+        steps_offset: Added to all of them, with 'leading' only.
 
     Raises:
-        ValueError: More steps than there are, another spacing, or an offset beyond the last timestep.
+        ValueError: Too many steps, unknown spacing, or an offset beyond the last timestep.
     """
     if not 1 <= steps <= training_steps:
         raise ValueError(f'{steps} steps; a schedule of {training_steps} timesteps allows 1 to {training_steps}')
@@ -114,16 +114,16 @@ def sampling_timesteps(
 
 
 class NoiseSchedule:
-    """The cumulative alphas that a model was trained with, what it was trained to predict, and how it is sampled.
+    """Noise schedule of a model: cumulative alphas, prediction type and spacing of sampling.
 
     Args:
         alphas_cumprod: abar of timesteps 0, 1, ..., with shape (training steps,).
         prediction_type: 'epsilon' or 'v_prediction'.
         spacing: Of the timesteps of a sampler, see `sampling_timesteps`.
-        steps_offset: Of the timesteps of a sampler, likewise.
+        steps_offset: Of the timesteps of a sampler, see `sampling_timesteps`.
 
     Raises:
-        ValueError: The prediction type is another one.
+        ValueError: Unknown prediction type.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class NoiseSchedule:
         steps_offset: int = 0,
     ):
         if prediction_type not in ('epsilon', 'v_prediction'):
-            raise ValueError(f"prediction type {prediction_type!r}; known are 'epsilon' and 'v_prediction'")
+            raise ValueError(f"prediction type {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
         self.alphas_cumprod = alphas_cumprod.double().cpu()
         self._alphas: list[float] = self.alphas_cumprod.tolist()
         self.prediction_type = prediction_type
@@ -172,23 +172,23 @@ def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) ->
 
 
 def unet_dtype(unet: Network) -> torch.dtype:
-    """In what the UNet computes, whatever the dtype of layers that are trained beside its own."""
+    """Dtype in which the UNet computes, independent of that of added trainable layers."""
     return unet.conv_in.weight.dtype
 
 
 class Denoiser:
-    """The UNet as the trajectories use it: a call reads activations, predicts, or does both at once.
+    """The UNet in a trajectory: a call reads activations, predicts, or both.
 
     Args:
         unet: The UNet to read from.
         layers: The activations to read.
         attention: Categories of aggregated attention to read, see `ActivationRecorder`.
-        micro_batch: The largest number of latents in one UNet call; larger batches are cut and joined again.
+        micro_batch: The largest number of latents in one UNet call; larger batches are split.
         attention_mode: How attention is aggregated.
         vae_scale_factor: Image pixels per latent cell; None as in `sites`.
         controls: ControlNets.
         transform: Applied to activations (N, C, h, w), with their names, as soon as a call of the UNet is over, so that
-            what it leaves out takes no memory. The prediction stays as it is.
+            dropped values take no memory. The prediction is not transformed.
     """
 
     def __init__(
@@ -229,19 +229,19 @@ class Denoiser:
         return self._call(self._read, x_t, timestep, condition)
 
     def predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
-        """The UNet's prediction (N, 4, h, w) in the dtype of `x_t`; without the variance that some learn beside it."""
+        """The UNet's prediction (N, 4, h, w) in the dtype of `x_t`; without a learned variance."""
         return self._prediction(self._call(self._predict, x_t, timestep, condition), x_t)
 
     def read_and_predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> tuple[Activations, Tensor]:
-        """What `read` and `predict` return, from one call of the UNet."""
-        found = self._call(self._read_and_predict, x_t, timestep, condition)
-        prediction = self._prediction(found, x_t)
+        """Results of `read` and `predict` from one call of the UNet."""
+        activations = self._call(self._read_and_predict, x_t, timestep, condition)
+        prediction = self._prediction(activations, x_t)
         if PREDICTION not in self._layers:
-            del found[PREDICTION]
-        return found, prediction
+            del activations[PREDICTION]
+        return activations, prediction
 
-    def _prediction(self, found: Activations, x_t: Tensor) -> Tensor:
-        return found[PREDICTION][:, : x_t.shape[1]].to(x_t.dtype)
+    def _prediction(self, activations: Activations, x_t: Tensor) -> Tensor:
+        return activations[PREDICTION][:, : x_t.shape[1]].to(x_t.dtype)
 
     def _call(
         self, recorder: ActivationRecorder, x_t: Tensor, timestep: int | Tensor, condition: Condition
@@ -256,17 +256,19 @@ class Denoiser:
             kwargs = map_condition(itemgetter(rows), condition)
             views = kwargs.pop('views', {})
             if self.controls:
-                told = {name: kwargs[name] for name in ('encoder_hidden_states', 'added_cond_kwargs')}
+                embeddings = {name: kwargs[name] for name in ('encoder_hidden_states', 'added_cond_kwargs')}
                 residuals = [
-                    control(x_t[rows], timestep[rows], told, view)
+                    control(x_t[rows], timestep[rows], embeddings, view)
                     for control, view in zip(self.controls, views.values(), strict=True)
                 ]
                 kwargs |= residual_kwargs(residuals)
             with _embedded(self.unet, timestep[rows], kwargs.pop('time_embeddings', None)):
-                found = recorder(x_t[rows], timestep[rows], **kwargs)
+                activations = recorder(x_t[rows], timestep[rows], **kwargs)
             if self.transform is not None:
-                found = {name: x if name == PREDICTION else self.transform(name, x) for name, x in found.items()}
-            chunks.append(found)
+                activations = {
+                    name: x if name == PREDICTION else self.transform(name, x) for name, x in activations.items()
+                }
+            chunks.append(activations)
         if len(chunks) == 1:
             return chunks[0]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -274,7 +276,7 @@ class Denoiser:
 
 @contextmanager
 def _embedded(unet: Network, timesteps: Tensor, embeddings: Tensor | None) -> Iterator[None]:
-    """Have the UNet embed timesteps (N,) by looking them up in (N, K, E), if that is given."""
+    """Replace the UNet's embeddings of timesteps (N,) by those in (N, K, E), if given."""
     if embeddings is None:
         yield
         return
@@ -288,7 +290,7 @@ def _embedded(unet: Network, timesteps: Tensor, embeddings: Tensor | None) -> It
 
 @dataclass(frozen=True)
 class Trajectory(ABC):
-    """Where the wanted timesteps lie and how to get there.
+    """Base class: how to compute the inputs of the UNet at some timesteps.
 
     Raises:
         ValueError: A timestep is not on this trajectory.
@@ -305,7 +307,7 @@ class Trajectory(ABC):
         allowed, name = self.allowed(), self.name
         values = ', '.join(map(str, allowed) if len(allowed) < 4 else (*map(str, allowed[:2]), '...', str(allowed[-1])))
         if not self.timesteps:
-            raise ValueError(f'no timesteps asked for; the {name} trajectory has {values}')
+            raise ValueError(f'timesteps is empty; the {name} trajectory has {values}')
         if wrong := [t for t in self.timesteps if t not in allowed]:
             raise ValueError(f'timesteps {wrong} are not on the {name} trajectory, which has {values}')
 
@@ -316,18 +318,18 @@ class Trajectory(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that `build_trajectory` needs besides timesteps and schedule."""
-        own = [field.name for field in fields(self) if field.name not in SHARED]
-        return {'type': self.name, **{option: getattr(self, option) for option in own}}
+        """Arguments of `build_trajectory` other than timesteps and schedule."""
+        names = [field.name for field in fields(self) if field.name not in SHARED]
+        return {'type': self.name, **{option: getattr(self, option) for option in names}}
 
     @property
     def needs_negative(self) -> bool:
-        """Whether `__call__` needs `negative`, unless that is the same as the condition."""
+        """Whether `__call__` needs `negative`, unless it is equal to the condition."""
         return False
 
     @abstractmethod
     def allowed(self) -> Sequence[int]:
-        """The timesteps that can be asked for, in the order of the UNet calls."""
+        """Allowed timesteps, in the order of the UNet calls."""
 
     @abstractmethod
     def __call__(
@@ -339,14 +341,14 @@ class Trajectory(ABC):
         noise: Tensor | None = None,
         negative: Condition | None = None,
     ) -> Activations:
-        """Read the activations at all wanted timesteps.
+        """Read the activations at all `timesteps`.
 
         Args:
-            denoiser: The UNet and what to read from it.
-            latent: Where the trajectory starts, with shape (N, 4, h, w).
+            denoiser: The UNet and the activations to read.
+            latent: Start of the trajectory, with shape (N, 4, h, w).
             condition: Keyword arguments of the UNet for these latents.
             noise: Standard normal, with shape (N, T, 4, h, w) or, the same for all timesteps, (N, 1, 4, h, w).
-            negative: Like `condition`, for the prediction that guidance leads away from; None where it is the same.
+            negative: Like `condition`, for the negative prediction of guidance; None if it is the same.
 
         Returns:
             {name: (N, T, C, h, w)}, T in the order of `timesteps`.
@@ -357,12 +359,14 @@ def _read_at_once(denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], con
     """Activations of x_t (N, T, 4, h, w), timesteps folded into the batch."""
     n, t = x_t.shape[:2]
     folded = upload(torch.tensor(timesteps, device='cpu').repeat(n), x_t.device)  # (N*T,)
-    found = denoiser.read(x_t.flatten(0, 1), folded, map_condition(lambda x: x.repeat_interleave(t, 0), condition))
-    return {name: activation.unflatten(0, (n, t)) for name, activation in found.items()}
+    activations = denoiser.read(
+        x_t.flatten(0, 1), folded, map_condition(lambda x: x.repeat_interleave(t, 0), condition)
+    )
+    return {name: activation.unflatten(0, (n, t)) for name, activation in activations.items()}
 
 
 class Noise(Trajectory):
-    """The latent with noise added, by the closed formula at exactly the asked timesteps, all in one UNet call.
+    """The latent with noise added, by the closed formula at exactly `timesteps`, all in one UNet call.
 
     Unlike GDF, whose t = 50 becomes 51 (SD1.5), 49 (SD2.1-base) or 50 (SDXL) in its schedulers.
     """
@@ -381,7 +385,7 @@ class Noise(Trajectory):
 
 
 class Clean(Trajectory):
-    """The latent without noise, whatever timestep the UNet is told: CleanDIFT's 261, Hyperfeatures' one-step -1."""
+    """The latent without noise, with any timestep for the UNet: CleanDIFT's 261, Hyperfeatures' one-step -1."""
 
     folds_timesteps = True
 
@@ -397,11 +401,11 @@ class Clean(Trajectory):
 
 @dataclass(frozen=True)
 class _DDIM(Trajectory):
-    """UNet calls along `allowed()`, as far as the last wanted one; that one stops after the last wanted activation.
+    """UNet calls along `allowed()` up to the last of `timesteps`; the last call stops after the last activation.
 
     Args:
         steps: Number of steps between the clean latent and noise.
-        guidance: Scale of classifier-free guidance; 1 is none. Activations are the conditional prediction's.
+        guidance: Scale of classifier-free guidance; 1 is none. Activations are those of the conditional call.
     """
 
     steps: int = 50
@@ -416,29 +420,29 @@ class _DDIM(Trajectory):
         """See `Trajectory`."""
         calls = self.allowed()
         last = max(calls.index(t) for t in self.timesteps)
-        found, x_t = self._follow(calls[: last + 1], denoiser, latent, condition, negative)
-        found[calls[last]] = denoiser.read(x_t, calls[last], condition)
-        return self._stack(found)
+        by_timestep, x_t = self._follow(calls[: last + 1], denoiser, latent, condition, negative)
+        by_timestep[calls[last]] = denoiser.read(x_t, calls[last], condition)
+        return self._stack(by_timestep)
 
     def _follow(
         self, calls: Sequence[int], denoiser: Denoiser, x_t: Tensor, condition: Condition, negative: Condition | None
     ) -> tuple[dict[int, Activations], Tensor]:
-        """Step from the first to the last of `calls`: what is wanted of all but the last, and the latent there."""
-        found = {}
+        """Step along `calls`: the activations of all calls but the last, and the latent at the last."""
+        by_timestep = {}
         for t, t_next in pairwise(calls):
             if t in self.timesteps:
-                found[t], prediction = denoiser.read_and_predict(x_t, t, condition)
+                by_timestep[t], prediction = denoiser.read_and_predict(x_t, t, condition)
             else:
                 prediction = denoiser.predict(x_t, t, condition)
             if negative is not None and self.needs_negative:
                 unconditional = denoiser.predict(x_t, t, negative)
                 prediction = unconditional + self.guidance * (prediction - unconditional)
             x_t = self.schedule.ddim_step(x_t, prediction, t, t_next)
-        return found, x_t
+        return by_timestep, x_t
 
-    def _stack(self, found: Mapping[int, Activations]) -> Activations:
-        names = found[self.timesteps[0]]
-        return {name: torch.stack([found[t][name] for t in self.timesteps], dim=1) for name in names}
+    def _stack(self, by_timestep: Mapping[int, Activations]) -> Activations:
+        names = by_timestep[self.timesteps[0]]
+        return {name: torch.stack([by_timestep[t][name] for t in self.timesteps], dim=1) for name in names}
 
 
 @dataclass(frozen=True)
@@ -457,17 +461,17 @@ class Inversion(_DDIM):
 class Generation(_DDIM):
     """DDIM sampling from noise, the `latent` it starts from.
 
-    Hyperfeatures has `spacing='leading', steps_offset=0`, where Stable Diffusion's own configurations say an offset of
-    1 and those of its turbo models 'trailing'.
+    Hyperfeatures has `spacing='leading', steps_offset=0`, where Stable Diffusion's configurations have an offset of 1
+    and those of its turbo models 'trailing'.
 
     Args:
         guidance: Scale of classifier-free guidance.
-        spacing: Of the timesteps, 'leading', 'trailing' or 'linspace', see `sampling_timesteps`; None is the model's
-            own.
-        steps_offset: Of the timesteps with 'leading' spacing; None is the model's own.
+        spacing: Of the timesteps, 'leading', 'trailing' or 'linspace', see `sampling_timesteps`; None is that of the
+            model.
+        steps_offset: Of the timesteps with 'leading' spacing; None is that of the model.
 
     Raises:
-        ValueError: The UNet would be told that noise is nearly clean, as with a single 'leading' step.
+        ValueError: The first timestep is for a nearly clean latent, as with a single 'leading' step.
     """
 
     guidance: float = 7.5
@@ -493,15 +497,15 @@ class Generation(_DDIM):
     def generate(
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, negative: Condition | None = None
     ) -> tuple[Activations, Tensor]:
-        """Follow the trajectory to its end: the activations as `__call__` has them, and the clean latent."""
-        found, latent = self._follow([*self.allowed(), CLEAN], denoiser, noise, condition, negative)
-        return self._stack(found), latent
+        """Follow the trajectory to its end: the activations as in `__call__`, and the clean latent."""
+        by_timestep, latent = self._follow([*self.allowed(), CLEAN], denoiser, noise, condition, negative)
+        return self._stack(by_timestep), latent
 
 
 class Refinement(Trajectory):
-    """Passes of the UNet over its own output, x <- UNet(x), as Meta Prompts has them; the first is over the latent.
+    """Passes of the UNet over its own output, x <- UNet(x), as in Meta Prompts; the first is over the latent.
 
-    Passes are counted by timesteps: pass 0 is told timestep 0, and so on.
+    Pass i is called with timestep i.
     """
 
     def allowed(self) -> Sequence[int]:
@@ -511,14 +515,14 @@ class Refinement(Trajectory):
     def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
         """See `Trajectory`."""
         last = max(self.timesteps)
-        x, found = latent, {}
+        x, by_timestep = latent, {}
         for t in range(last):
             if t in self.timesteps:
-                found[t], x = denoiser.read_and_predict(x, t, condition)
+                by_timestep[t], x = denoiser.read_and_predict(x, t, condition)
             else:
                 x = denoiser.predict(x, t, condition)
-        found[last] = denoiser.read(x, last, condition)
-        return {name: torch.stack([found[t][name] for t in self.timesteps], dim=1) for name in found[last]}
+        by_timestep[last] = denoiser.read(x, last, condition)
+        return {name: torch.stack([by_timestep[t][name] for t in self.timesteps], dim=1) for name in by_timestep[last]}
 
 
 TRAJECTORIES: dict[str, type[Trajectory]] = {
@@ -529,7 +533,7 @@ TRAJECTORIES: dict[str, type[Trajectory]] = {
 def build_trajectory(
     trajectory: str | Mapping[str, Any], timesteps: Sequence[int], schedule: NoiseSchedule
 ) -> Trajectory:
-    """Make a trajectory from its name, or from `dict(type=name, ...)` with its options.
+    """Build a trajectory from its name, or from `dict(type=name, ...)` with its options.
 
     Raises:
         ValueError: Unknown name or option, or a timestep that is not on the trajectory.
@@ -539,9 +543,9 @@ def build_trajectory(
     if name not in TRAJECTORIES:
         raise ValueError(f'unknown trajectory {name!r}; there are {", ".join(TRAJECTORIES)}')
     kind = TRAJECTORIES[name]
-    known = [field.name for field in fields(kind) if field.name not in SHARED]
-    if wrong := sorted(set(options) - set(known)):
-        raise ValueError(f'the {name} trajectory has no options {wrong}; it has {known}')
+    available = [field.name for field in fields(kind) if field.name not in SHARED]
+    if wrong := sorted(set(options) - set(available)):
+        raise ValueError(f'the {name} trajectory has no options {wrong}; it has {available}')
     return kind(schedule, whole_timesteps(timesteps), **options)
 
 
@@ -549,7 +553,7 @@ def whole_timesteps(timesteps: Sequence[int]) -> tuple[int, ...]:
     """Timesteps as integers.
 
     Raises:
-        ValueError: They are no sequence of whole numbers.
+        ValueError: They are not a sequence of whole numbers.
     """
     try:
         return tuple(map(index, timesteps))
@@ -562,7 +566,7 @@ def whole_timesteps(timesteps: Sequence[int]) -> tuple[int, ...]:
 def dhf_timesteps(save_timestep: Sequence[int], trajectory: str = 'inversion', steps: int = 50) -> list[int]:
     """Translate the step indices of Hyperfeatures' `save_timestep` (49 clean, 0 noise) into timesteps of the UNet.
 
-    They are for the inversion as it is here, and for generation with `spacing='leading', steps_offset=0`.
+    The result is for `Inversion`, and for `Generation` with `spacing='leading', steps_offset=0`.
 
     >>> dhf_timesteps([49, 45, 40, 0])
     [-1, 60, 160, 960]

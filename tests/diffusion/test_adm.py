@@ -141,9 +141,9 @@ def test_other_checkpoints_are_refused(state):
     refused('1000 classes', {'label_emb.weight': torch.zeros(1000, 128)})
     refused('no output_blocks.3.0.out_layers.3.weight, where a level of 3', {}, without='output_blocks.3')
     refused('6 channels going in.*upsampler', {'input_blocks.0.0.weight': torch.zeros(32, 6, 3, 3)})
-    one = r'UNet2DModel can express: .*\[32, 32, 64\].*; 6 tensors are missing, such as output_blocks.1.1.norm'
+    one = r'UNet2DModel cannot express .*\[32, 32, 64\].*; 6 tensors are missing, such as output_blocks.1.1.norm'
     refused(one.replace('; ', ''), {}, without='output_blocks.1.1')  # attention behind some blocks of a level only
-    refused(r'10 tensors have no place in it, such as middle_block.3', {
+    refused(r'10 tensors are unexpected, such as middle_block.3', {
         name.replace('middle_block.2', 'middle_block.3'): x for name, x in state.items() if 'middle_block.2' in name
     })  # fmt: skip
     refused(r'time_embed.0.weight has shape \(128, 64\) instead of \(128, 32\)', {

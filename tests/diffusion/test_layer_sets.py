@@ -110,11 +110,11 @@ def test_timesteps_may_be_left_out():
         (['a@50,100'], [50], "'a@50,100' is malformed"),
         (['a@50+'], [50], 'malformed'),
         (['@50'], [50], 'malformed'),
-        (['a@50', 'a@100+50'], None, 'asked for twice: a@50'),
+        (['a@50', 'a@100+50'], None, 'listed twice: a@50'),
         ('dift-1', [50], "layers is the string 'dift-1'; give a list"),
         (['a'], [50.5], r'timesteps is \[50\.5\]; it is a list of whole numbers'),
-        (['a', 'a@50'], [50, 100], 'asked for twice: a@50'),
-        (['a@50+50'], None, 'asked for twice: a@50'),
+        (['a', 'a@50'], [50, 100], 'listed twice: a@50'),
+        (['a@50+50'], None, 'listed twice: a@50'),
     ],
 )
 def test_timesteps_that_cannot_be_read(layers, timesteps, message):

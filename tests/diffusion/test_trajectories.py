@@ -245,7 +245,7 @@ def test_seeded_noise_depends_on_its_key_and_on_nothing_else():
         ({'type': 'generation', 'steps': 1}, [0], "begins at t = 0, .* set spacing='trailing', or more steps"),
         ({'type': 'generation', 'spacing': 'middle'}, [0], "'middle'; it is 'leading', 'trailing', 'linspace'"),
         ({'type': 'inversion', 'steps': 0}, [-1], '1 to 1000'),
-        ('noise', [], 'no timesteps'),
+        ('noise', [], 'timesteps is empty'),
         ('noise', [50.9], r'timesteps is \[50\.9\]; it is a list of whole numbers, such as'),
         ('noise', 50, r'timesteps is 50; it is a list'),
         ('noise', '50', r"timesteps is '50'; it is a list"),

@@ -47,8 +47,10 @@ def kind_of(network: nn.Module) -> NetworkKind:
     for kind in KINDS:
         if isinstance(network, kind.network):
             return kind
-    known = ', '.join(kind.network.__name__ for kind in KINDS)
-    raise TypeError(f'activations of a {type(network).__name__} cannot be read; the networks that can be are: {known}')
+    supported = ', '.join(kind.network.__name__ for kind in KINDS)
+    raise TypeError(
+        f'activations of a {type(network).__name__} cannot be read; the networks that can be are: {supported}'
+    )
 
 
 def sites(network: Network, vae_scale_factor: int | None = None) -> dict[str, Site]:

@@ -1,4 +1,4 @@
-"""Names of activations: published aliases, and what to say of an unknown name."""
+"""Names of activations: published aliases, and suggestions for an unknown name."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -29,13 +29,14 @@ def resolve(names: Sequence[str], available: Iterable[str]) -> list[str]:
     """
     refuse_string('layers', names)
     available = list(available)
-    known = aliases(available)
+    site_of_alias = aliases(available)
     resolved = [
-        known.get(name) or re.sub(r'^dhf-(\d+)-(\d+)$', r'up-level\1-repeat\2-res-increment', name) for name in names
+        site_of_alias.get(name) or re.sub(r'^dhf-(\d+)-(\d+)$', r'up-level\1-repeat\2-res-increment', name)
+        for name in names
     ]
-    for given, name in zip(names, resolved, strict=True):
+    for requested, name in zip(names, resolved, strict=True):
         if name not in available:
-            raise ValueError(f'unknown activation {given!r}; {nearest(name, available)}')
+            raise ValueError(f'unknown activation {requested!r}; {nearest(name, available)}')
         if resolved.count(name) > 1:
             raise ValueError(f'activation {name!r} is named twice')
     return resolved
@@ -50,14 +51,16 @@ def refuse_string(option: str, value: object) -> None:
 def nearest(name: str, available: Sequence[str]) -> str:
     """End an error message: the five names that share most with an unknown name or pattern."""
 
-    def likeness(known: str) -> tuple[int, int]:
-        return sum(block.size for block in SequenceMatcher(None, name, known).get_matching_blocks()), -len(known)
+    def likeness(candidate: str) -> tuple[int, int]:
+        return sum(block.size for block in SequenceMatcher(None, name, candidate).get_matching_blocks()), -len(
+            candidate
+        )
 
     return f'the nearest of {len(available)} are: {", ".join(sorted(available, key=likeness, reverse=True)[:5])}'
 
 
 def aliases(available: Iterable[str]) -> dict[str, str]:
-    """What each alias stands for in a network, see `resolve`; those of one kind in order of execution.
+    """Sites by alias in a network, see `resolve`; those of one kind in order of execution.
 
     Args:
         available: The network's names in order of execution.
@@ -71,7 +74,7 @@ def aliases(available: Iterable[str]) -> dict[str, str]:
 
 
 def _block_outputs(available: Iterable[str], block: str) -> list[str]:
-    """What each block of the decoder executes last; the beginnings of its names match `block`, or it began before."""
+    """Last site of each block of the decoder; prefixes of its names match `block`."""
     outputs, current = {}, ''
     for name in available:
         if name.startswith('up-'):
