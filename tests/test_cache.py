@@ -71,9 +71,9 @@ def test_an_image_hits_at_any_place_in_any_batch(tmp_path: Path):
 def test_what_is_missing_is_computed_in_one_call(tmp_path: Path):
     cache, images, calls = FeatureCache(tmp_path, 'float32'), make_images(5), []
     cache.fetch(images[[1, 3]], {}, compute)
-    found = cache.fetch(images, {}, lambda x: calls.append(x) or compute(x))
+    maps = cache.fetch(images, {}, lambda x: calls.append(x) or compute(x))
     assert len(calls) == 1 and torch.equal(calls[0], images[[0, 2, 4]])
-    assert same(found, tuple(compute(images)))
+    assert same(maps, tuple(compute(images)))
     assert (cache.counts.hits, cache.counts.misses) == (2, 5)
 
 
@@ -84,9 +84,9 @@ def test_what_is_each_images_own_is_in_its_key_and_computed_with(tmp_path: Path)
 
     cache, images, calls = FeatureCache(tmp_path, 'float32'), make_images(1).expand(3, -1, -1, -1), []
     cache.fetch(images[:1], {}, add, per_image=[2])
-    (found,) = cache.fetch(images, {}, add, per_image=[1, 2, 3])
+    (maps,) = cache.fetch(images, {}, add, per_image=[1, 2, 3])
     assert calls == [[2], [1, 3]]
-    assert torch.equal(found, images + torch.tensor([1, 2, 3])[:, None, None, None])
+    assert torch.equal(maps, images + torch.tensor([1, 2, 3])[:, None, None, None])
 
 
 def test_key_is_that_of_everything(tmp_path: Path):
@@ -155,10 +155,10 @@ def test_floats_are_rounded_to_nearest(tmp_path: Path, dtype: str, error: float)
 
 def test_int8_is_off_by_half_a_step_of_its_channel(tmp_path: Path):
     x = torch.randn(2, 5, 7, 9) * torch.tensor([1e-6, 1.0, 300.0, 1e9, 0.0])[:, None, None]  # (B, C, h, w)
-    (found,) = FeatureCache(tmp_path, 'int8').fetch(make_images(2), {}, lambda _: [x])
+    (maps,) = FeatureCache(tmp_path, 'int8').fetch(make_images(2), {}, lambda _: [x])
     largest = x.abs().amax((-2, -1), keepdim=True)
-    assert ((found - x).abs() <= largest / 254 * (1 + 1e-4)).all()
-    assert not torch.equal(found, x)
+    assert ((maps - x).abs() <= largest / 254 * (1 + 1e-4)).all()
+    assert not torch.equal(maps, x)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_a_damaged_entry_is_reported_and_computed_anew(tmp_path: Path, messages:
     first.write_bytes(paths[2].read_bytes())  # another image's entry
     second.write_bytes(second.read_bytes()[:-1])
     calls = []
-    found = cache.fetch(images, {}, lambda x: calls.append(len(x)) or compute(x))
-    assert calls == [2] and same(found, expected)
+    maps = cache.fetch(images, {}, lambda x: calls.append(len(x)) or compute(x))
+    assert calls == [2] and same(maps, expected)
     assert cache.counts.damaged == 2
     assert [str(path) in message for path, message in zip(paths[:2], messages, strict=True)] == [True, True]
     assert same(cache.fetch(images, {}, never), expected)

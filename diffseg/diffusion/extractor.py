@@ -46,9 +46,9 @@ class DiffusionExtractor(nn.Module):
     -> mean over E -> {name: (B,T,C,h',w')}
     ```
 
-    A map of stride s has h = ceil(H/s) times w = ceil(W/s) cells, which tile the image, whatever its size: a cell is
-    H / h pixels high and W / w pixels wide. The image is continued to the right and below, mirrored, up to a multiple
-    of the UNet's own stride. Where a side of it is no multiple of s, maps are then interpolated, see `fit_to_image`.
+    A map of stride s has h = ceil(H/s) times w = ceil(W/s) cells, which tile the image, whatever its size: a cell is H
+    / h pixels high and W / w pixels wide. The image is continued to the right and below, mirrored, up to a multiple of
+    the UNet's stride. If a side of it is not a multiple of s, maps are then interpolated, see `fit_to_image`.
 
     A model of pixel space (its UNet is a `UNet2DModel`) has no VAE and no prompt: its latents are the images.
 
@@ -61,13 +61,13 @@ class DiffusionExtractor(nn.Module):
     Args:
         model: Preset, hub id, diffusers folder or single checkpoint file, see `load_parts`.
         layers: Names of the activations to read, or aliases of them, see `sites`.
-        timesteps: Where on the trajectory to read, as the UNet's own timesteps.
+        timesteps: Timesteps of the UNet, which must be on the trajectory.
         trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
             trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance; there is none
             by default in pixel space. A prompt that is the negative prompt itself is not guided, which would change
             nothing and take twice as long.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
-            embedding; or None, if each call brings its own.
+            embedding; or None, if each call passes prompts.
         ensemble: Number of draws over which activations are averaged.
         noise: 'seeded', or 'random' for fresh draws from torch's global generator, one per image, timestep and member.
         seed: Of the seeded draws.
@@ -253,7 +253,7 @@ class DiffusionExtractor(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """All that the activations of an image depend on, ready for JSON. The model is identified by its weights.
 
-        Where calls bring their own prompts, these and the fingerprint of `prompt_encoder` belong to it too.
+        If calls pass prompts, these and the fingerprint of `prompt_encoder` belong to it too.
         """
         encoded = [*_texts(self._prompt), *_texts(self._negative_prompt)]
         return {
@@ -284,7 +284,7 @@ class DiffusionExtractor(nn.Module):
 
         Args:
             images: RGB in [-1, 1], with shape (B, 3, H, W).
-            prompts: One for all images or one for each; None takes the constructor's.
+            prompts: One for all images or one for each; None uses those of the constructor.
 
         Returns:
             {name: (B, T, C, h, w)} with h = ceil(H / stride) and w = ceil(W / stride), cells that tile the image. The
@@ -330,7 +330,7 @@ class DiffusionExtractor(nn.Module):
         Args:
             latents: Where the trajectory starts: clean latents, or noise for 'generation'. With shape (B, 4, h, w), or
                 (B, E, 4, h, w) with one for each ensemble member.
-            prompts: One for all latents or one for each; None takes the constructor's.
+            prompts: One for all latents or one for each; None uses those of the constructor.
             images: What ControlNets look at, in [-1, 1], with shape (B, 3, 8h, 8w); needed only where there are such.
 
         Returns:
@@ -359,18 +359,20 @@ class DiffusionExtractor(nn.Module):
         total: Activations = {}
         with torch.set_grad_enabled(_wants_grad(self.unet, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
-                found = self._read_members(latents[:, first : first + fit], first, conditioning, rows, views, guided)
-                for name, x in found.items():  # (m, B, T, C, h, w)
+                activations = self._read_members(
+                    latents[:, first : first + fit], first, conditioning, rows, views, guided
+                )
+                for name, x in activations.items():  # (m, B, T, C, h, w)
                     part = x[0] if e == 1 else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) / e
                     total[name] = total[name] + part if name in total else part
-            return {name: total[name].to(found[name].dtype) for name in self._order}
+            return {name: total[name].to(activations[name].dtype) for name in self._order}
 
     def generate(self, size: tuple[int, int], prompt: Prompts | None = None) -> tuple[Activations, Tensor]:
         """Generate an image and read the activations on the way; they are those that `forward` gives.
 
         Args:
             size: Height and width of the image in pixels.
-            prompt: None takes the constructor's.
+            prompt: None uses those of the constructor.
 
         Returns:
             {name: (1, T, C, h', w')}, and the clean latent (1, 4, h, w), see `images.decode`. In pixel space it is the
@@ -395,9 +397,9 @@ class DiffusionExtractor(nn.Module):
         if self._is_guided(prompt):
             negative = self._condition(self._negative, torch.zeros(1, dtype=torch.long, device='cpu'), noise)
         with torch.set_grad_enabled(_wants_grad(self.unet)):
-            found, latent = self.trajectory.generate(self._denoiser, noise, condition, negative=negative)
-        self._check({**found, 'the generated latent': latent})
-        return found, latent
+            activations, latent = self.trajectory.generate(self._denoiser, noise, condition, negative=negative)
+        self._check({**activations, 'the generated latent': latent})
+        return activations, latent
 
     def _read_members(
         self,
@@ -418,14 +420,14 @@ class DiffusionExtractor(nn.Module):
             noise = torch.cat([self._draw('noise', first + i, shape, latents.device) for i in range(m)])
         if guided:
             negative = self._condition(self._negative, torch.zeros_like(rows), latents) | {'views': views}
-        found = self.trajectory(
+        activations = self.trajectory(
             self._denoiser,
             latents.transpose(0, 1).flatten(0, 1),  # (m*B, 4, h, w)
             self._condition(conditioning, rows, latents) | {'views': views},
             noise=noise,  # (m*B, 1 or T, 4, h, w)
             negative=negative,
         )
-        return {name: x.unflatten(0, (m, b)) for name, x in found.items()}
+        return {name: x.unflatten(0, (m, b)) for name, x in activations.items()}
 
     def _encode_images(self, images: Tensor, members: int) -> Tensor:
         """Latents (B, E, 4, h, w) of the first E ensemble members, float32; in pixel space the images themselves."""
@@ -467,15 +469,15 @@ class DiffusionExtractor(nn.Module):
 
     def _choose(self, prompts: Prompts | None, batch: int) -> tuple[Conditioning, Tensor]:
         """Embeddings, and which row of them each of `batch` images takes, with shape (batch,)."""
-        known, texts = _texts(self._prompt), _texts(prompts)
+        encoded, texts = _texts(self._prompt), _texts(prompts)
         if prompts is None:
             if self.conditioning is None:
                 raise ValueError('the extractor has no prompt; give one with each call')
             conditioning, rows = self.conditioning, [0]
             if (n := len(conditioning.embeds)) > 1:
                 raise ValueError(f'the extractor has {n} prompts; say with each call which image takes which')
-        elif texts and set(texts) <= set(known):
-            conditioning, rows = self.conditioning, [known.index(text) for text in texts]
+        elif texts and set(texts) <= set(encoded):
+            conditioning, rows = self.conditioning, [encoded.index(text) for text in texts]
         else:
             conditioning = self._encode(prompts)
             rows = list(range(len(conditioning.embeds)))
@@ -536,8 +538,8 @@ def _autocast_device(x: Tensor) -> str:
 
 def _refuse(model: str | Path, **options: Any) -> None:
     """Raise a ValueError for options that have no effect, or none that could be meant, in pixel space."""
-    if given := [name for name, value in options.items() if value]:
-        raise ValueError(f'{model} works on pixels, without VAE and text encoder; leave out {", ".join(given)}')
+    if unsupported := [name for name, value in options.items() if value]:
+        raise ValueError(f'{model} works on pixels, without VAE and text encoder; leave out {", ".join(unsupported)}')
 
 
 def _scaled(source: LoraSource) -> tuple[str | Path, float]:
@@ -572,10 +574,10 @@ def _compile_unread_blocks(unet: nn.Module, read: Iterable[str], options: Mappin
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}; use 'float32', 'float16' or 'bfloat16'")
-    return found
+    return torch_dtype
 
 
 def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:

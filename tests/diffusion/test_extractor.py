@@ -47,13 +47,13 @@ def assert_same(found, expected, **tolerance):
 @pytest.mark.parametrize('size', [(64, 64), (64, 128), (96, 40), (70, 129), (8, 8), (9, 200)])
 def test_shapes_follow_the_sites(make, size):
     extractor = make([*LAYERS, 'up-level2-repeat0-vit-block0-cross-map'], attention_maps=['up_cross'])
-    found = extractor(torch.zeros(1, 3, *size))
-    assert list(found) == extractor.layers == [*LAYERS, 'up-level2-repeat0-vit-block0-cross-map', 'attn']
+    activations = extractor(torch.zeros(1, 3, *size))
+    assert list(activations) == extractor.layers == [*LAYERS, 'up-level2-repeat0-vit-block0-cross-map', 'attn']
     assert extractor.channels[-2:] == [77, 2 * 77]
     assert [site.stride for site in extractor.sites.values()][:3] == STRIDES
     for (name, site), channels in zip(extractor.sites.items(), extractor.channels, strict=True):
-        assert found[name].shape == (1, 2, channels, *(math.ceil(side / site.stride) for side in size))
-        assert found[name].shape[-2:] == site.size(*size)
+        assert activations[name].shape == (1, 2, channels, *(math.ceil(side / site.stride) for side in size))
+        assert activations[name].shape[-2:] == site.size(*size)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_activations_are_transformed_as_soon_as_they_are_read(make, images, opti
 
 def test_averaged_attention_is_cropped_at_its_own_stride(make):
     extractor = make(attention_maps=['up_cross', 'down_cross'], attention_mode='average')
-    found = extractor(torch.zeros(1, 3, 70, 129))
+    activations = extractor(torch.zeros(1, 3, 70, 129))
     assert extractor.layers[-2:] == ['attn-16', 'attn-32'] and extractor.channels[-2:] == [77, 77]
-    assert found['attn-16'].shape == (1, 2, 77, 5, 9) and found['attn-32'].shape == (1, 2, 77, 3, 5)
+    assert activations['attn-16'].shape == (1, 2, 77, 5, 9) and activations['attn-32'].shape == (1, 2, 77, 3, 5)
 
 
 def test_averaged_attention_stands_where_the_layers_say(make, images):
@@ -231,8 +231,8 @@ def test_the_latent_is_the_scaled_posterior(make, images):
 def test_sdxl(tiny_sdxl_pipeline, tmp_path, images):
     layers = ['up-level0-repeat0-vit-block7-out', 'up-level1-repeat0-vit-block0-cross-q']
     extractor = DiffusionExtractor(tiny_sdxl_pipeline, layers, [50], prompt='a horse', runtime={'cache_dir': tmp_path})
-    found = extractor(images[..., :40])
-    assert [tuple(x.shape) for x in found.values()] == [(2, 1, 64, 2, 2), (2, 1, 32, 4, 3)]
+    activations = extractor(images[..., :40])
+    assert [tuple(x.shape) for x in activations.values()] == [(2, 1, 64, 2, 2), (2, 1, 32, 4, 3)]
 
 
 def test_prompts_for_all_and_for_each(make, images):
@@ -428,9 +428,9 @@ def test_on_the_meta_device_shapes_are_the_same(make, images):
     shapes = {name: x.shape for name, x in make()(images).items()}
     with torch.device('meta'):
         extractor = make(random=('unet', 'vae'))
-    found = extractor(images.to('meta'))
-    assert all(x.is_meta for x in found.values())
-    assert {name: x.shape for name, x in found.items()} == shapes
+    activations = extractor(images.to('meta'))
+    assert all(x.is_meta for x in activations.values())
+    assert {name: x.shape for name, x in activations.items()} == shapes
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])

@@ -204,6 +204,7 @@ def test_alphas_without_their_matrices(unet, encoder, tmp_path: Path):
     with pytest.raises(ValueError, match='alphas among its tensors and in its metadata'):
         read_lora(path, config)
 
+
 def test_another_model(folder: Path):
     for other in (tiny.sdxl_unet(), tiny.unet(block_out_channels=(32, 64, 64, 64)), tiny.unet(layers_per_block=1)):
         with pytest.raises(ValueError, match=FILE_NAME + r'.*(do not fit this unet|only \d+)'):

@@ -34,24 +34,24 @@ def images():
 @pytest.mark.parametrize('size', [(16, 16), (12, 20), (7, 9), (1, 3)])
 def test_shapes_follow_the_sites(make, size):
     extractor = make([*LAYERS, 'unet-in', 'unet-out'])
-    found = extractor(torch.zeros(2, 3, *size))
+    activations = extractor(torch.zeros(2, 3, *size))
     assert extractor.layers == [*NAMES, 'unet-in', 'unet-out'] and extractor.channels == [32, 32, 16, 3, 6]
     for name, site in extractor.sites.items():
-        assert found[name].shape == (2, 2, site.channels, *(math.ceil(side / site.stride) for side in size))
+        assert activations[name].shape == (2, 2, site.channels, *(math.ceil(side / site.stride) for side in size))
 
 
 @torch.no_grad()
 def test_the_image_is_noised_by_linear_betas_with_one_draw_for_all(make):
     images = torch.rand(2, 3, 10, 18) * 2 - 1
     extractor = make(['unet-in', 'unet-out', *LAYERS])
-    found = extractor(images)
+    activations = extractor(images)
     noise = seeded_noise((1, 3, 12, 20), 0, 'noise', 0)  # for the image as it is continued
     for i, t in enumerate((50, 400)):
         expected = add_noise(images, noise[..., :10, :18], ALPHAS[t])
-        torch.testing.assert_close(found['unet-in'][:, i], expected)
+        torch.testing.assert_close(activations['unet-in'][:, i], expected)
     whole = torch.nn.functional.pad(images, (0, 2, 0, 2), mode='reflect')
     prediction = extractor.unet(add_noise(whole, noise, ALPHAS[400]), 400).sample
-    torch.testing.assert_close(found['unet-out'][:, 1], prediction[..., :10, :18])
+    torch.testing.assert_close(activations['unet-out'][:, 1], prediction[..., :10, :18])
     torch.testing.assert_close(extractor.encode(images), whole)
 
 

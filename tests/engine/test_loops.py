@@ -228,10 +228,10 @@ def test_killed_and_resumed(configure, undisturbed, tmp_path):
         assert process.exitcode == -signal.SIGKILL
     cfg = configure(tmp_path / 'run', resume=True)
     Runner.from_cfg(cfg).train()
-    found = read(tmp_path / 'run')
-    assert found == read(Path(undisturbed[0].work_dir))
+    activations = read(tmp_path / 'run')
+    assert activations == read(Path(undisturbed[0].work_dir))
     Runner.from_cfg(cfg).train()  # a finished training is left alone
-    assert read(tmp_path / 'run') == found
+    assert read(tmp_path / 'run') == activations
 
 
 def test_validated_at_the_end(configure, tmp_path):

@@ -85,7 +85,7 @@ HAND_MADE = [
 
 
 def test_hand_made_case():
-    found = evaluate(PCKMetric(thresholds=[0.1]), HAND_MADE)
+    figures = evaluate(PCKMetric(thresholds=[0.1]), HAND_MADE)
     expected = {
         'PCK@0.1-bbox/point': 2 / 5,
         'PCK@0.1-bbox/image': (1 / 3 + 1 + 0) / 3,
@@ -94,14 +94,14 @@ def test_hand_made_case():
         'PCK@0.1-img/image': (1 + 1 + 0) / 3,
         'PCK@0.1-img/category': (1 + 0) / 2,
     }
-    assert found == {**{name: pytest.approx(100 * value) for name, value in expected.items()}, 'damaged': 0}
+    assert figures == {**{name: pytest.approx(100 * value) for name, value in expected.items()}, 'damaged': 0}
 
 
 def test_all_figures_are_exactly_100_for_perfect_predictions():
     points = [(3.5, 7.25), (199, 299)]
-    found = evaluate(PCKMetric(), [make_sample(str(i), 'cow', points, points) for i in range(3)])
-    assert found.pop('damaged') == 0
-    assert len(found) == 4 * 2 * 3 and set(found.values()) == {100}
+    figures = evaluate(PCKMetric(), [make_sample(str(i), 'cow', points, points) for i in range(3)])
+    assert figures.pop('damaged') == 0
+    assert len(figures) == 4 * 2 * 3 and set(figures.values()) == {100}
 
 
 def test_an_empty_data_set_is_an_error():
@@ -120,8 +120,8 @@ def test_damaged_pairs_are_counted_and_do_not_count():
 def test_pairs_of_some_categories_alone(tmp_path):
     path = tmp_path / 'pck.json'
     damaged = {'pair_id': '9', 'category': 'dog', 'damaged': 'dog.jpg: cannot be read', 'protocol': {}}
-    found = evaluate(PCKMetric(out_file=str(path), categories=['c*'], prefix='c'), [*HAND_MADE, damaged])
-    assert found == {f'c/{name}': value for name, value in evaluate(PCKMetric(), HAND_MADE[:2]).items()}
+    figures = evaluate(PCKMetric(out_file=str(path), categories=['c*'], prefix='c'), [*HAND_MADE, damaged])
+    assert figures == {f'c/{name}': value for name, value in evaluate(PCKMetric(), HAND_MADE[:2]).items()}
     protocol = json.loads(path.read_text())['protocol']
     assert protocol['categories'] == ['c*'] and protocol['pairs'] == 2
     with pytest.raises(ValueError, match=r"no pair has a category that matches \['cat'\]"):
@@ -150,7 +150,7 @@ def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
         'damaged': 'cat.jpg: cannot be read',
         'protocol': HAND_MADE[0]['protocol'],
     }
-    found = evaluate(PCKMetric(out_file=str(path)), [*HAND_MADE, damaged])
+    figures = evaluate(PCKMetric(out_file=str(path)), [*HAND_MADE, damaged])
     result = json.loads(path.read_text())
     protocol = result['protocol']
     assert protocol['versions'].keys() == {'diffseg', 'diffusers', 'mmengine', 'mmseg', 'torch', 'transformers'}
@@ -171,7 +171,7 @@ def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
     }
     assert result['damaged'] == ['cat.jpg: cannot be read']
     assert score(result['predictions']) == result['figures']
-    assert {**result['figures']['all'], 'damaged': 1} == found
+    assert {**result['figures']['all'], 'damaged': 1} == figures
     assert result['predictions'][1]['predicted'] == [[10, 20]]
 
 

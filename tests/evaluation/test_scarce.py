@@ -28,15 +28,15 @@ def test_by_hand():
 
 
 def test_absent_classes_count_and_the_ignored_one_does_not():
-    found = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), classes=4, ignore_label=0)
-    assert found['scarce/mIoU'] == pytest.approx(100 * 0.4 / 3)
+    figures = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), classes=4, ignore_label=0)
+    assert figures['scarce/mIoU'] == pytest.approx(100 * 0.4 / 3)
 
 
 def test_whole_data_set_not_mean_over_pictures():
     other = torch.zeros_like(PREDICTION), torch.zeros_like(TRUTH)
     # class 0: (3 + 8) / (4 + 8)
-    found = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), other)
-    assert found['scarce/mIoU'] == pytest.approx(100 * (11 / 12 + 0.4) / 3)
+    figures = evaluate({'type': 'ScarceIoUMetric'}, (PREDICTION, TRUTH), other)
+    assert figures['scarce/mIoU'] == pytest.approx(100 * (11 / 12 + 0.4) / 3)
 
 
 def test_identity_is_one():

@@ -172,14 +172,14 @@ def test_timesteps_of_their_own_that_are_wrong(make: Callable):
 def test_each_image_may_have_its_own_prompt(make: Callable, tmp_path: Path, cached: bool):
     images = make_images()
     backbone = make(cache={'path': str(tmp_path), 'dtype': 'float32'} if cached else None)
-    found = backbone(images, ['a horse', 'a dog'])
+    maps = backbone(images, ['a horse', 'a dog'])
     for i, prompt in enumerate(('a horse', 'a dog')):
         alone = make(prompt=prompt)(images[i : i + 1])
-        for ours, theirs in zip(found, alone, strict=True):
+        for ours, theirs in zip(maps, alone, strict=True):
             torch.testing.assert_close(ours[i], theirs[0], rtol=1e-4, atol=1e-4)
     other = backbone(images, ['a dog', 'a horse'])
-    assert not torch.allclose(found[0], other[0], rtol=1e-3, atol=1e-3)
-    for ours, again in zip(found, backbone(images, ['a horse', 'a dog']), strict=True):
+    assert not torch.allclose(maps[0], other[0], rtol=1e-3, atol=1e-3)
+    for ours, again in zip(maps, backbone(images, ['a horse', 'a dog']), strict=True):
         assert torch.equal(ours, again)
 
 

@@ -45,9 +45,9 @@ def test_similarity_is_that_of_the_upsampled_map(cells, size, dtype):
 @pytest.mark.parametrize(('cells', 'size'), SHAPES)
 def test_the_nearest_neighbour_is_exact(cells, size, chunk, dtype):
     maps, queries = torch.randn(8, *cells, dtype=dtype), torch.randn(40, 8, dtype=dtype)
-    found = UpsampledSimilarity.of(queries, maps, size).argmax(chunk)
+    matches = UpsampledSimilarity.of(queries, maps, size).argmax(chunk)
     expected = upsampled_similarity(queries, maps, size)
-    reached = expected[torch.arange(40), found[:, 1], found[:, 0]]
+    reached = expected[torch.arange(40), matches[:, 1], matches[:, 0]]
     torch.testing.assert_close(reached, expected.amax((1, 2)), rtol=0, atol=1e-12)
 
 

@@ -138,20 +138,20 @@ def test_logit_scale_is_a_constant_or_learned():
 @pytest.mark.parametrize('options', [{}, {'match_size': 40}, {'neck': CONCAT}, {'store_dtype': 'float16'}])
 def test_an_image_matches_itself(make: Callable, options: dict):
     batch = make_batch((1, 1))
-    (found,) = predictions(make(**options), batch)
+    (samples,) = predictions(make(**options), batch)
     sample = batch['data_samples'][0]
-    assert found.dtype == torch.float64
+    assert samples.dtype == torch.float64
     keypoints = sample.keypoints0[sample.visible].double()
     assert keypoints[1].tolist() == [159, 127]  # a corner: from the middle of its cell on, all pixels are alike
     if 'match_size' not in options:
-        assert torch.equal(found[[0, 2]], keypoints[[0, 2]])
-    errors = (found - keypoints).abs()
+        assert torch.equal(samples[[0, 2]], keypoints[[0, 2]])
+    errors = (samples - keypoints).abs()
     assert errors[[0, 2]].max() <= 4 and errors[1].max() <= 9  # pixels for matching are 3.2 to 4 wide, half a cell 4
 
 
 def test_only_visible_keypoints_are_matched_and_there_may_be_none(make: Callable):
-    (found,) = predictions(make(), make_batch((1, 2), visible=False))
-    assert found.shape == (0, 2)
+    (samples,) = predictions(make(), make_batch((1, 2), visible=False))
+    assert samples.shape == (0, 2)
 
 
 def test_each_image_is_encoded_once(make: Callable):
@@ -281,11 +281,11 @@ def test_on_an_accelerator(make: Callable):
     model = make(neck=AGGREGATION)
     expected = predictions(model, make_batch((1, 2), (2, 3)))
     with simulated_device() as device:
-        found = predictions(model.to(device), make_batch((1, 2), (2, 3)))
+        samples = predictions(model.to(device), make_batch((1, 2), (2, 3)))
         loss = model.train().loss(**model.data_preprocessor(make_batch((1, 2)), True))['loss_match']
         loss.backward()
         assert all(parameter.grad.device == device for parameter in model.parameters())
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(samples, expected, strict=True))
 
 
 def test_descriptors_that_were_just_computed_stay_on_the_device(make: Callable):

@@ -201,8 +201,8 @@ def test_an_ordinary_head_of_a_segmentor(tiny_pipeline, test_cfg):
 
     model.eval()
     with torch.no_grad():
-        found = model.test_step(batch(0, 1))
-    for sample in found:
+        samples = model.test_step(batch(0, 1))
+    for sample in samples:
         votes, labels = sample.seg_logits.data, sample.pred_sem_seg.data
         assert votes.shape == (CLASSES, 64, 96)
         torch.testing.assert_close(votes.sum(dim=0), torch.full((64, 96), 3.0))

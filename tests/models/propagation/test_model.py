@@ -53,11 +53,11 @@ def predict(model: LabelPropagator, frames: Tensor, sample: VideoSample) -> Vide
 def test_the_same_frame_again_and_again_keeps_the_mask(drawn_mask):
     frames = frames_of(*[0] * 8)
     mask = nn.functional.interpolate(drawn_mask(16, 24)[None, None], SIZE)[0, 0]  # whole cells
-    found = predict(build(topk=1), frames, sample_of(frames, first_mask=mask)).pred_masks
-    assert found.shape == (8, *SIZE) and found.dtype == torch.uint8
-    assert torch.equal(found[0], mask)
-    for later in found[1:]:
-        assert torch.equal(later, found[1])
+    samples = predict(build(topk=1), frames, sample_of(frames, first_mask=mask)).pred_masks
+    assert samples.shape == (8, *SIZE) and samples.dtype == torch.uint8
+    assert torch.equal(samples[0], mask)
+    for later in samples[1:]:
+        assert torch.equal(later, samples[1])
         assert (later != mask).float().mean() < 0.05  # corners of cells, by the bilinear upsampling
 
 
@@ -66,32 +66,32 @@ def test_masks_and_joints_follow_what_moves(drawn_mask):
     mask, joints = drawn_mask(*SIZE), torch.tensor([[20.0, 30.0], [60.0, 12.0]])
     masks = predict(build(topk=1), frames, sample_of(frames, first_mask=mask)).pred_masks
     assert (masks[3] != mask.roll(12, 1)).float().mean() < 0.06
-    found = predict(build(topk=1, labels='joints'), frames, sample_of(frames, first_joints=joints)).pred_joints
-    assert found.shape == (4, 2, 2) and torch.equal(found[0], joints)
-    assert ((found[3] - joints - torch.tensor([12.0, 0])).abs() < 2).all()
+    samples = predict(build(topk=1, labels='joints'), frames, sample_of(frames, first_joints=joints)).pred_joints
+    assert samples.shape == (4, 2, 2) and torch.equal(samples[0], joints)
+    assert ((samples[3] - joints - torch.tensor([12.0, 0])).abs() < 2).all()
 
 
 def test_predictions_have_the_size_of_the_original_frames(drawn_mask):
     frames, original = frames_of(0, 4), (50, 130)
-    found = predict(build(), frames, sample_of(frames, original, first_mask=drawn_mask(*original))).pred_masks
-    assert found.shape == (2, *original)
+    samples = predict(build(), frames, sample_of(frames, original, first_mask=drawn_mask(*original))).pred_masks
+    assert samples.shape == (2, *original)
     joints = torch.tensor([[100.0, 40.0]])
     sample = sample_of(frames, original, first_joints=joints)
-    found = predict(build(topk=1, labels='joints'), frames, sample).pred_joints
+    samples = predict(build(topk=1, labels='joints'), frames, sample).pred_joints
     cell = torch.tensor([4 * 130 / 96, 4 * 50 / 64])
-    assert ((found[1, 0] - joints[0]) / cell - torch.tensor([1, 0])).abs().max() < 0.75
+    assert ((samples[1, 0] - joints[0]) / cell - torch.tensor([1, 0])).abs().max() < 0.75
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 20])
 def test_frames_are_encoded_once_and_batches_change_nothing(batch_size, drawn_mask):
     frames = frames_of(0, 4, 4, 8, 12, 16, 20)
     model, sample = build(batch_size=batch_size), sample_of(frames, first_mask=drawn_mask(*SIZE))
-    found = predict(model, frames, sample).pred_masks
+    samples = predict(model, frames, sample).pred_masks
     seen = torch.cat(model.backbone.seen)
     assert all(len(images) <= batch_size for images in model.backbone.seen)
     torch.testing.assert_close(seen, frames / 127.5 - 1)
     reference = predict(build(), frames, sample_of(frames, first_mask=drawn_mask(*SIZE))).pred_masks
-    assert torch.equal(found, reference)
+    assert torch.equal(samples, reference)
 
 
 def test_frames_are_read_when_they_are_due():
@@ -128,17 +128,17 @@ def test_on_an_accelerator(drawn_mask):
         model = build(labels=labels)
         expected = predict(model, frames, sample_of(frames, **first))
         with simulated_device() as device:
-            found = predict(model.to(device), frames, sample_of(frames, **first))
+            samples = predict(model.to(device), frames, sample_of(frames, **first))
             name = 'pred_masks' if labels == 'mask' else 'pred_joints'
-            assert torch.equal(found.get(name), expected.get(name))
+            assert torch.equal(samples.get(name), expected.get(name))
 
 
 def test_a_diffusion_model_propagates(tiny_pipeline, drawn_mask):
     backbone = backbone_config(tiny_pipeline, layers=['dift-2'], timesteps=[51], ensemble=2)
     model = build(backbone=backbone, batch_size=2).eval()
     frames = frames_of(0, 0, 0)
-    found = predict(model, frames, sample_of(frames, first_mask=drawn_mask(*SIZE))).pred_masks
-    assert (found[2] == found[0]).float().mean() > 0.7
+    samples = predict(model, frames, sample_of(frames, first_mask=drawn_mask(*SIZE))).pred_masks
+    assert (samples[2] == samples[0]).float().mean() > 0.7
 
 
 def test_weights_that_are_trained_on_pairs_fit():

@@ -86,8 +86,8 @@ def test_neither_layout_nor_precision_of_descriptors_nor_kind_of_labels_matters(
 
 def test_small_temperatures_do_not_overflow():
     target, context = random_frames(2, 16, 9, 10)
-    found = propagate_labels(target, context, torch.rand(2, 3, 9, 10), 5, 3, 1e-3)
-    assert found.isfinite().all()
+    labels = propagate_labels(target, context, torch.rand(2, 3, 9, 10), 5, 3, 1e-3)
+    assert labels.isfinite().all()
 
 
 def peak_bytes(n: int, h: int, w: int, chunk: int) -> int:
