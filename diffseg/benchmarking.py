@@ -161,15 +161,31 @@ def in_subprocess(tool: str | Path, case: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_rows(rows: Iterable[tuple[dict[str, Any], str]], path: Path | None) -> None:
-    """Print the text of each row as soon as it is available; write the results to a JSON file if a path is given."""
+def print_table(title: str, head: str, rows: Iterable[tuple[dict[str, Any], str]], path: Path | None) -> int:
+    """Print a Markdown table, each row as soon as it is measured.
+
+    Args:
+        title: what is printed above the table.
+        head: the table's first two lines, see `table_head`.
+        rows: the results and the line of each row.
+        path: JSON file to which the results are written, if given.
+
+    Returns:
+        The exit status of a tool: 0, or 2 after an error, which is printed to stderr.
+    """
+    sys.stdout.write(f'{title}\n\n{head}\n')
     results = []
-    for result, text in rows:
-        results.append(result)
-        sys.stdout.write(f'{text}\n')
-        sys.stdout.flush()
-        if path is not None:
-            path.write_text(json.dumps(results, indent=2) + '\n')
+    try:
+        for result, text in rows:
+            results.append(result)
+            sys.stdout.write(f'{text}\n')
+            sys.stdout.flush()
+            if path is not None:
+                path.write_text(json.dumps(results, indent=2) + '\n')
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f'error: {error}\n')
+        return 2
+    return 0
 
 
 def machine(device: str) -> str:

@@ -33,7 +33,6 @@ import gc
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +49,7 @@ from diffseg.benchmarking import (
     machine,
     peak,
     placeholder_conditioning,
-    print_rows,
+    print_table,
     reset_peak,
     table_head,
     timed,
@@ -242,13 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return 0
     how = f'counted; torch {torch.__version__}' if args.count_only else machine(args.device)
-    print(f'{args.model}{", random weights" * args.random}; {how}\n\n{titles(not args.count_only)}')
-    try:
-        print_rows(rows(args), args.json)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    title = f'{args.model}{", random weights" * args.random}; {how}'
+    return print_table(title, titles(not args.count_only), rows(args), args.json)
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -19,7 +19,6 @@ counts, and its soft labels differ by some hundredths.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffseg.benchmarking import in_subprocess, in_turn, machine, print_rows, table_head
+from diffseg.benchmarking import in_subprocess, in_turn, machine, print_table, table_head
 from diffseg.command_line import default_device
 from diffseg.models.propagation import propagate_labels
 
@@ -172,13 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.case:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return 0
-    print(f'label propagation; {machine(args.device)}\n\n{table_head(TITLES)}')
-    try:
-        print_rows(rows(args), args.json)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return print_table(f'label propagation; {machine(args.device)}', table_head(TITLES), rows(args), args.json)
 
 
 if __name__ == '__main__':
