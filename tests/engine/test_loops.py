@@ -213,8 +213,7 @@ class Stop(Hook):
 
 
 def test_killed_and_resumed(configure, undisturbed, tmp_path):
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['diffseg', 'mmengine.runner'])
+    context = multiprocessing.get_context('fork')  # of this process, with all imports done
     configure(tmp_path / 'run').dump(tmp_path / 'config.py')
     with pytest.MonkeyPatch.context() as patch:
         script = str(ROOT / 'tools/train.py')

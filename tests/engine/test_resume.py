@@ -27,9 +27,8 @@ CHECKPOINTS = (2, 4, 6, 8)  # after so many iterations
 
 @pytest.fixture(scope='module')
 def start() -> Iterator[Callable[..., BaseProcess]]:
-    """`start(*arguments)` starts tools/train.py in a process of its own, forked from one that has done the imports."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['diffseg', 'mmengine.runner', 'matplotlib.pyplot'])
+    """`start(*arguments)` starts tools/train.py in a process of its own, forked from one that has imported all of it."""
+    context = multiprocessing.get_context('fork')
     with pytest.MonkeyPatch.context() as patch:
 
         def run(*arguments: str | Path) -> BaseProcess:

@@ -1,17 +1,16 @@
 """DiffusionBackbone and the necks inside mmseg's EncoderDecoder, under mmengine's runner."""
 
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from tiny_mmseg import CLASSES, batch, build_segmentor, sample, segmentor_config
-from torch import nn
+from torch import distributed, nn
 
 from diffseg.diffusion.loading import meta_unet
 from diffseg.models import AggregationNeck
@@ -158,14 +157,27 @@ def test_sdxl_checkpoint_is_under_one_percent_of_one_with_the_unet_inside():
     assert trained < 0.01 * (trained + frozen)
 
 
+def train_as_one_of_two(rank: int, pipeline: Path, folder: Path) -> None:
+    """Train a tiny segmentor together with a second process."""
+    distributed.init_process_group('gloo', f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    model = MMDistributedDataParallel(build_segmentor(pipeline).train(), broadcast_buffers=False)
+    network = {name: buffer.clone() for name, buffer in model.module.backbone.named_buffers()}
+    optim_wrapper = build_optim_wrapper(model, {'optimizer': SGD})
+    for step in range(2):  # the second fails if the first left a gradient out
+        model.train_step(batch(4 * step + 2 * rank, 4 * step + 2 * rank + 1), optim_wrapper)
+    assert all(torch.equal(buffer, network[name]) for name, buffer in model.module.backbone.named_buffers())
+    torch.save(model.module.state_dict(), folder / f'rank{rank}.pt')
+    distributed.destroy_process_group()
+
+
 def test_two_processes_train_the_same_model(tiny_pipeline: Path, tmp_path: Path):
-    worker = Path(__file__).with_name('ddp_worker.py')
-    tests = worker.parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get('PYTHONPATH', '')])
-    environment = {**os.environ, 'PYTHONPATH': path, 'WORLD_SIZE': '2'}
-    command = [sys.executable, str(worker), str(tiny_pipeline), str(tmp_path)]
-    processes = [subprocess.Popen(command, env={**environment, 'RANK': str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=900) for process in processes] == [0, 0]
+    context = multiprocessing.get_context('fork')  # of this process, with all imports done
+    processes = [context.Process(target=train_as_one_of_two, args=(i, tiny_pipeline, tmp_path)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=900)
+    assert [process.exitcode for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f'rank{rank}.pt') for rank in range(2))
     start = build_segmentor(tiny_pipeline).state_dict()
     moved = [key for key, value in first.items() if value.is_floating_point() and not torch.equal(value, start[key])]

@@ -73,13 +73,23 @@ def run_own(tool: str, *arguments: str | Path) -> dict[str, float] | None:
     return main([str(argument) for argument in arguments])
 
 
-def run_mmseg(tool: str, *arguments: str | Path) -> None:
-    """Start the script that the installed mmsegmentation carries."""
+RUN_SCRIPTS = """
+import runpy, sys
+
+for script, *arguments in eval(sys.argv[1]):
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name='__main__')
+"""
+
+
+def run_mmseg(*commands: tuple[str | Path, ...]) -> None:
+    """Run scripts that the installed mmsegmentation carries, one after the other in a process of their own."""
     import mmseg
 
-    script = Path(mmseg.__file__).parent / '.mim' / 'tools' / f'{tool}.py'
-    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    scripts = Path(mmseg.__file__).parent / '.mim' / 'tools'
+    arguments = [[str(scripts / f'{tool}.py'), *map(str, options)] for tool, *options in commands]
+    done = subprocess.run([sys.executable, '-c', RUN_SCRIPTS, repr(arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def log_of(checkpoint: Path) -> tuple[int, list[float]]:
@@ -140,10 +150,12 @@ def test_frozen_buffers_are_not_sent_around_unless_a_config_says_so(config, tmp_
 )
 def test_mmseg_scripts_resume_and_test(config, tmp_path):
     run_own('train', config, '--work-dir', tmp_path)
-    run_mmseg('train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4')
+    run_mmseg(
+        ('train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4'),
+        ('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test'),
+    )
     check_resumed(tmp_path)
 
-    run_mmseg('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test')
     found = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
     metrics = run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'own')
     assert {name: found[name] for name in metrics} == metrics
