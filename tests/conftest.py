@@ -1,18 +1,25 @@
 """Fixtures that every test module may use: tiny random models and the published reference values."""
 
+import ast
+import copy
+import gc
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import isolation
 import mmengine.config.utils
 import mmengine.model.utils
+import mmseg
 import pytest
 import tiny
 from diffusers import UNet2DConditionModel
 
-REFERENCE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'reference'
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT.parent / 'shared' / 'data' / 'reference'
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +30,9 @@ def _isolated() -> Iterator[None]:
 
 @pytest.fixture(scope='session', autouse=True)
 def _registered() -> None:
+    """All imports are done, and garbage is not looked for among the million objects that they made."""
     isolation.import_registered()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -40,7 +49,8 @@ def _what_takes_mmengine_longer_than_tiny_models() -> Iterator[None]:
     """In each run, it lists the environment, and searches mmcv for compiled operators once for every module.
 
     For every data set, it collects garbage; for every `mmseg::` in a config, it imports `pkg_resources` anew and parses
-    the descriptions of all of mmseg's models.
+    the descriptions of all of mmseg's models; for every config, it reads all base files, each through temporary files;
+    whatever it writes of a config, it lays out, which takes up to seconds.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=int))
@@ -48,7 +58,32 @@ def _what_takes_mmengine_longer_than_tiny_models() -> Iterator[None]:
         patch.setattr(mmengine.model.utils, 'mmcv_full_available', cache(mmengine.model.utils.mmcv_full_available))
         patch.setattr(mmengine.config.config, 'is_installed', cache(mmengine.config.config.is_installed))
         patch.setattr(mmengine.config.utils, 'load', cache(mmengine.config.utils.load))
+        patch.setattr(mmengine.config.config, 'FormatCode', check_syntax)
+        patch.setattr(mmengine.config.Config, '_file2dict', staticmethod(read_once(mmengine.config.Config._file2dict)))
         yield
+
+
+def check_syntax(code: str, style_config: dict[str, Any]) -> tuple[str, bool]:
+    """Unlike `yapf`, do not lay out code, but fail alike for what is none."""
+    ast.parse(code)
+    return code, False
+
+
+def read_once(read: Callable[..., tuple[dict, str, dict]]) -> Callable[..., tuple[dict, str, dict]]:
+    """Keep what `mmengine.Config` reads of the configs of this project and of mmseg, which no test changes."""
+    contents: dict[tuple, tuple[dict, str, dict]] = {}
+    folders = (str(ROOT / 'configs'), str(Path(mmseg.__file__).parent))
+
+    def read_or_copy(filename: str, *options: Any, **named: Any) -> tuple[dict, str, dict]:
+        path = os.path.abspath(filename)
+        if not path.startswith(folders):
+            return read(filename, *options, **named)
+        key = (path, *options, *named.values())
+        if key not in contents:
+            contents[key] = read(filename, *options, **named)
+        return copy.deepcopy(contents[key])
+
+    return read_or_copy
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Operations that are counted."""
 
+from dataclasses import dataclass
+
+import pytest
 import torch
 import torch.nn.functional as F
 
-from diffseg.benchmarking import Operations, executed
+from diffseg.benchmarking import Operations, executed, in_subprocess
 
 
 def test_counts_are_exact_on_known_operations():
@@ -32,3 +35,17 @@ def test_needed_operations_are_those_with_a_path_to_the_wanted():
     assert operations.needed([b]) == 2 * cost
     assert operations.needed([c]) == 4 * cost
     assert operations.needed([a, b]) == 2 * cost
+
+
+@dataclass
+class Case:
+    number: int
+
+
+def test_a_case_is_measured_in_a_process_of_its_own(tmp_path):
+    tool = tmp_path / 'tool.py'
+    code = 'print("a log"); option, case = sys.argv[1:]; print(json.dumps([option, 12 // json.loads(case)["number"]]))'
+    tool.write_text(f'import json, sys; {code}')
+    assert in_subprocess(tool, Case(3)) == ['--case', 4]
+    with pytest.raises(RuntimeError, match=r'Case\(number=0\) ended with status 1'):
+        in_subprocess(tool, Case(0))

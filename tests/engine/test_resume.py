@@ -27,7 +27,7 @@ CHECKPOINTS = (2, 4, 6, 8)  # after so many iterations
 
 @pytest.fixture(scope='module')
 def start() -> Iterator[Callable[..., BaseProcess]]:
-    """`start(*arguments)` starts tools/train.py in a process of its own, forked from one that has imported all of it."""
+    """`start(*arguments)` starts tools/train.py in a process of its own, forked from this one and its imports."""
     context = multiprocessing.get_context('fork')
     with pytest.MonkeyPatch.context() as patch:
 

@@ -1,8 +1,11 @@
 """The benchmark: what it counts is what runs, and the bounds hold in their order."""
 
+import contextlib
+import io
 import json
 import shutil
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -104,7 +107,14 @@ def test_published_procedure_gives_the_same_maps(tool, tiny_pipeline, monkeypatc
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-2, rtol=1e-2)  # scaled by sqrt(alpha) of nearly 1
 
 
-def test_main(tool, tiny_pipeline, tmp_path, capfd):
+def test_main(tool, tiny_pipeline, tmp_path, capfd, monkeypatch):
+    def in_this_process(script, case):
+        assert script == tool.__file__
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert tool.main(['--case', json.dumps(asdict(case))]) == 0
+        return json.loads(output.getvalue())
+
+    monkeypatch.setattr(tool, 'in_subprocess', in_this_process)
     options = f'--model {tiny_pipeline} --sizes 64 --random --repeat 1 --device cpu --json {tmp_path / "b.json"}'
     assert tool.main(options.split()) == 0
     lines = capfd.readouterr().out.splitlines()
