@@ -112,13 +112,13 @@ def sample_points(
     """
     sizes = maps.shape[2], maps.shape[1]
     coordinates = pixels_to_cells(points.to(maps.device), size, maps.shape[1:], convention).unbind(-1)
-    given, dtype = dtype or maps.dtype, dtype or torch.promote_types(maps.dtype, torch.float32)
+    out_dtype, dtype = dtype or maps.dtype, dtype or torch.promote_types(maps.dtype, torch.float32)
     if convention == 'published':
-        return _sample_zero_padded(maps, coordinates, dtype).to(given)
+        return _sample_zero_padded(maps, coordinates, dtype).to(out_dtype)
     (left, right, across), (top, bottom, down) = map(_neighbours, coordinates, sizes)
     corners = [maps[:, y, x].to(dtype) for y in (top, bottom) for x in (left, right)]  # (C, N) each
     upper, lower = (torch.lerp(*pair, across.to(dtype)) for pair in (corners[:2], corners[2:]))
-    return torch.lerp(upper, lower, down.to(dtype)).T.to(given)
+    return torch.lerp(upper, lower, down.to(dtype)).T.to(out_dtype)
 
 
 def resize(maps: Tensor, size: Size) -> Tensor:
@@ -150,7 +150,7 @@ def fit_to_image(maps: Tensor, stride: int, size: Size) -> Tensor:
         ValueError: the map does not cover the image.
     """
     cells = map_size(size, stride)
-    if any(there < wanted for there, wanted in zip(maps.shape[-2:], cells, strict=True)):
+    if any(available < needed for available, needed in zip(maps.shape[-2:], cells, strict=True)):
         raise ValueError(
             f'a map of {maps.shape[-2]} x {maps.shape[-1]} cells of {stride} pixels does not cover an image of '
             f'{size[0]} x {size[1]} pixels; it takes {cells[0]} x {cells[1]} cells'
@@ -197,7 +197,7 @@ def _fit_axis(maps: Tensor, dim: int, stride: int, pixels: int, cells: int) -> T
         return maps.narrow(dim, 0, cells)
     if cells == 1:
         return maps.narrow(dim, 0, 1)
-    centres = (torch.arange(cells, dtype=torch.float64) + 0.5) * (pixels / (cells * stride)) - 0.5  # in given cells
+    centres = (torch.arange(cells, dtype=torch.float64) + 0.5) * (pixels / (cells * stride)) - 0.5  # in cells of `maps`
     before = centres.long()  # of the first centre, which may be negative, 0
     fraction = upload(centres - before, maps.device, maps.dtype)
     shape = [-1 if axis == dim % maps.ndim else 1 for axis in range(maps.ndim)]

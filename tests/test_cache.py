@@ -466,10 +466,10 @@ def test_what_no_weight_tells_has_entries_of_its_own(make: Callable):
 def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Callable):
     options = set(inspect.signature(DiffusionExtractor.__init__).parameters) - {'self', *GROUPS}
     options |= {field.name for group in GROUPS.values() for field in fields(group)}
-    weights = {'model', 'revision', 'variant', 'config', 'unet_weights', 'random'}  # told by their values
+    weights = {'model', 'revision', 'variant', 'config', 'unet_weights', 'random'}  # whose values are fingerprinted
     speed = {'attention', 'vae_slicing', 'micro_batch', 'channels_last', 'compile', 'gradient_checkpointing'}
-    told = {*make()._cache_context(), 'transform'}  # a transform is told where there is one
-    assert options - weights - speed - {'check_finite', 'cache_dir'} - told == set()
+    recorded = {*make()._cache_context(), 'transform'}  # which is recorded if there is one
+    assert options - weights - speed - {'check_finite', 'cache_dir'} - recorded == set()
 
 
 def test_checkpoints_know_nothing_of_it(make: Callable):

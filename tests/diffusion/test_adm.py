@@ -85,8 +85,8 @@ def test_a_checkpoint_tells_its_configuration_and_is_converted(layout):
 @pytest.mark.parametrize('name', ['adm-imagenet-256', 'ddpm-ffhq'])
 def test_presets_are_what_their_checkpoints_tell(name):
     unet = meta_unet(name)
-    told = adm_config(adm.unet_state(unet), {'dropout': unet.config.dropout})
-    assert plain(told) == {'dropout': 0.0, **plain(PRESETS[name].unet_config)}
+    config = adm_config(adm.unet_state(unet), {'dropout': unet.config.dropout})
+    assert plain(config) == {'dropout': 0.0, **plain(PRESETS[name].unet_config)}
     blocks = ActivationRecorder(unet, [f'adm-{i}' for i in range(18)]).sites
     assert [(site.channels, site.stride) for site in blocks] == BLOCKS
 

@@ -267,10 +267,10 @@ def test_hub_ids_that_cannot_be_had_name_the_mirrors_and_the_folder_form(offline
 
 
 def test_revision_and_variant_reach_the_hub(monkeypatch):
-    asked = []
+    calls = []
 
     def from_pretrained(location, **kwargs):
-        asked.append((location, kwargs['revision'], kwargs['variant']))
+        calls.append((location, kwargs['revision'], kwargs['variant']))
         raise OSError('stop')
 
     monkeypatch.setattr(UNet2DConditionModel, 'from_pretrained', from_pretrained)
@@ -280,7 +280,7 @@ def test_revision_and_variant_reach_the_hub(monkeypatch):
             load_parts('sdxl', **kwargs)
     with pytest.raises(OSError, match=r'stop'):
         load_parts(sdxl.repo_id)
-    assert asked == [(sdxl.repo_id, sdxl.revision, 'fp16'), (sdxl.repo_id, 'main', 'ema'), (sdxl.repo_id, None, None)]
+    assert calls == [(sdxl.repo_id, sdxl.revision, 'fp16'), (sdxl.repo_id, 'main', 'ema'), (sdxl.repo_id, None, None)]
 
 
 @pytest.mark.parametrize('suffix', ['.safetensors', '.ckpt'])
@@ -390,12 +390,12 @@ def test_cleandift_is_its_unet_in_the_base_model(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, 'cleandift-sd15', preset)
     unet = tiny.unet(seed=3)
     save_file({key: value.half() for key, value in unet.state_dict().items()}, tmp_path / 'unet.safetensors')
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        loading, 'hf_hub_download', lambda *args: asked.append(args) or str(tmp_path / 'unet.safetensors')
+        loading, 'hf_hub_download', lambda *args: requests.append(args) or str(tmp_path / 'unet.safetensors')
     )
     parts = load_parts('cleandift-sd15')
-    assert asked == [('CompVis/cleandift', 'cleandift_sd15_unet.safetensors')]
+    assert requests == [('CompVis/cleandift', 'cleandift_sd15_unet.safetensors')]
     assert same(parts.unet, unet.half().float())
     assert parts.fingerprint.split('+')[1] == load_parts(folder).fingerprint.split('+')[1]
 

@@ -172,8 +172,8 @@ def test_an_extractor_reads_the_fused_unet(folder: Path, tiny_pipeline: Path):
     assert torch.equal(found[1], found[3])
     assert min((found[i] - found[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
     digest = read_lora(folder, reference.unet.config).digest
-    told = [x.fingerprint['lora_weights'] for x in (plain, fused, half)]
-    assert told == [[], [[digest, 1.0]], [[digest, 0.5]]]
+    fingerprints = [x.fingerprint['lora_weights'] for x in (plain, fused, half)]
+    assert fingerprints == [[], [[digest, 1.0]], [[digest, 0.5]]]
 
 
 def test_fused_tensors_take_no_memory(folder: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch):
@@ -247,14 +247,14 @@ def test_sources_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match='no safetensors file'):
         read_lora(Path(__file__), config)
 
-    asked = []
+    requests = []
 
     def download(*where: str) -> str:
-        asked.append(where)
+        requests.append(where)
         raise errors.LocalEntryNotFoundError('no network')
 
     monkeypatch.setattr(diffseg.diffusion.lora, 'hf_hub_download', download)
     for source in ('owner/name', 'owner/name/x.safetensors'):
         with pytest.raises(OSError, match='the hub cannot be reached'):
             read_lora(source, config)
-    assert asked == [('owner/name', FILE_NAME), ('owner/name', 'x.safetensors')]
+    assert requests == [('owner/name', FILE_NAME), ('owner/name', 'x.safetensors')]

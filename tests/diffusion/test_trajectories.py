@@ -97,7 +97,7 @@ def test_guidance_calls_the_unet_twice_but_for_the_last(tiny_unet, schedule, con
     assert calls == [[980, True], [980, True], [960, False]]
 
 
-def test_timesteps_come_in_the_order_asked(tiny_unet, schedule, condition):
+def test_timesteps_come_in_the_requested_order(tiny_unet, schedule, condition):
     denoiser, latent = Denoiser(tiny_unet(), LAYERS), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         for name, forward, backward in [('inversion', [-1, 40], [40, -1]), ('clean', [3, 700], [700, 3])]:

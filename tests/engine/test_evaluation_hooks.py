@@ -37,7 +37,7 @@ def test_selection_on_test_is_refused(hook):
         (CheckpointHook(), 'test', PCKMetric()),
         (SAVE_BEST, 'test', ScarceIoUMetric()),
     ],
-    ids=['val', 'asked for', 'no selection', 'another metric'],
+    ids=['val', 'allowed', 'no selection', 'another metric'],
 )
 def test_all_else_is_allowed(hook, split, metric):
     SelectionGuardHook().before_train(make_runner(hook, split, metric))

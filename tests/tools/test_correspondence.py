@@ -126,7 +126,7 @@ def test_train_resume_test_and_rescore(run, load_tool, tmp_path, capsys):
     assert 'all PCK@0.15-img/point is' in capsys.readouterr().out
     (tmp_path / 'other.json').write_text('{"figures": {}}')
     assert rescore.main([str(tmp_path / 'other.json')]) == rescore.main([str(tmp_path / 'none.json')]) == 2
-    assert "no ['predictions', 'protocol']" in (told := capsys.readouterr().err) and 'none.json cannot be read' in told
+    assert "no ['predictions', 'protocol']" in (text := capsys.readouterr().err) and 'none.json cannot be read' in text
 
 
 def zero_shot(config: Path, tmp_path: Path, **changes) -> Runner:
@@ -196,7 +196,7 @@ def test_files_of_others_stay_where_predictions_are_kept(config, tmp_path):
         zero_shot(config, tmp_path, custom_hooks=hooks, experiment_name='c').test()
 
 
-def test_selection_on_the_test_split_is_refused_unless_asked_for(run):
+def test_selection_on_the_test_split_is_refused_unless_allowed(run):
     split = 'val_dataloader.dataset.split=test'
     with pytest.raises(ValueError, match='CheckpointHook would select by figures on the test split'):
         run('train', '--cfg-options', split)

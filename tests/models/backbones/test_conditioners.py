@@ -76,10 +76,10 @@ def test_gradients_do_not_depend_on_how_they_are_computed(make, images, options)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_prompts_are_what_the_unet_is_told(make, tiny_pipeline, images):
+def test_prompts_condition_the_unet(make, tiny_pipeline, images):
     backbone = make()
-    told = backbone.conditioner.embeds.detach()
-    expected = DiffusionExtractor(str(tiny_pipeline), LAYERS, [50, 261, 500], prompt=told)(images)
+    embedding = backbone.conditioner.embeds.detach()
+    expected = DiffusionExtractor(str(tiny_pipeline), LAYERS, [50, 261, 500], prompt=embedding)(images)
     for ours, x in zip(backbone(images), expected.values(), strict=True):
         torch.testing.assert_close(ours, x.flatten(1, 2))
 

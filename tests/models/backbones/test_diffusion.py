@@ -251,7 +251,7 @@ def test_another_fingerprint_is_refused(make: Callable, options: dict):
         make(**options).load_state_dict(make().state_dict())
 
 
-def test_another_fingerprint_is_a_warning_where_it_is_told_not_to_matter(make: Callable, monkeypatch):
+def test_another_fingerprint_is_a_warning_if_the_config_says_so(make: Callable, monkeypatch):
     messages = []
     monkeypatch.setattr('diffseg.models.backbones.frozen.print_log', lambda message, *_: messages.append(message))
     state = make(dtype='bfloat16').state_dict()

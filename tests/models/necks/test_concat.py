@@ -59,7 +59,7 @@ def test_levels_out_of_order():
         ConcatNeck([[4], [3, 5]], 2)([coarse, fine_a, fine_b])
 
 
-def test_levels_may_go_from_coarse_to_fine_where_that_is_asked_for():
+def test_levels_may_go_from_coarse_to_fine_if_the_config_says_so():
     fine_a, fine_b, coarse = make_maps()
     first, second = ConcatNeck([[4], [3, 5]], 2, order='coarse-to-fine')([coarse, fine_a, fine_b])
     assert first.shape == (2, 8, 3, 5) and second.shape == (2, 16, 6, 10)

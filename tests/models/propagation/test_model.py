@@ -154,7 +154,7 @@ def test_weights_that_are_trained_on_pairs_fit():
     torch.testing.assert_close(model.encode(images), trained.encode(images, [None]))
 
 
-def test_bad_input_is_told(drawn_mask):
+def test_bad_input_is_refused(drawn_mask):
     frames = frames_of(0, 4)
     with pytest.raises(ValueError, match="labels is 'boxes'"):
         build(labels='boxes')

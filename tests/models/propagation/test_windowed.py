@@ -125,7 +125,7 @@ def test_memory_is_bounded_for_any_number_of_frames_and_any_resolution(n, h, w):
         ({'temperature': 0.0}, 'temperature is 0'),
     ],
 )
-def test_bad_input_is_told(change, message):
+def test_bad_input_is_refused(change, message):
     good = {'context': torch.ones(2, 8, 4, 5), 'labels': torch.ones(2, 3, 4, 5)}
     with pytest.raises(ValueError, match=message):
         propagate_labels(torch.ones(8, 4, 5), **{**good, 'topk': 1, 'radius': 1, 'temperature': 0.1, **change})

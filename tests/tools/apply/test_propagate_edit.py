@@ -127,7 +127,7 @@ def test_errors(run, tool, folder, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_model_is_that_of_dift_unless_told_otherwise(tool):
+def test_the_model_is_that_of_dift_by_default(tool):
     args = tool.parse_args(['s.png', 'e.png', 't.png', '--out', 'out'])
     assert (args.model, args.layers, args.timesteps, args.size) == ('sd21', ['dift'], [261], (768, 768))
     assert args.prompt == 'a photo of a cat' and args.ensemble == 1 and args.samples == 1000
