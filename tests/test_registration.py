@@ -41,12 +41,17 @@ def test_every_registry_finds_what_it_has_to():
         assert getattr(mmseg.registry, registry).get(name).__module__.startswith(registration.LOCATIONS[registry])
 
 
-def test_a_registry_that_was_used_before_finds_it_as_well():
-    run('from mmseg.registry import METRICS as m; assert m.get("IoUMetric"); import diffseg; assert m.get("PCKMetric")')
+USED_AND_NOT_USED_BEFORE = """
+from mmseg.registry import LOOPS, METRICS
+
+assert METRICS.get('IoUMetric')
+import diffseg
+assert METRICS.get('PCKMetric') and LOOPS.get('PixelClassifierLoop')
+"""
 
 
-def test_a_registry_that_was_not_used_before_finds_it():
-    run('import diffseg; from mmseg.registry import METRICS as m; assert m.get("PCKMetric")')
+def test_a_registry_finds_it_whether_or_not_it_was_used_before():
+    run(USED_AND_NOT_USED_BEFORE)
 
 
 @pytest.mark.parametrize('name', ['RUNNERS', 'OPTIMIZERS'])
