@@ -15,6 +15,12 @@ from diffseg.diffusion.extractor import DiffusionExtractor, Prompts
 from diffseg.diffusion.options import group_options
 
 LAYERS = ['up-level1-repeat0-vit-block0-cross-q', 'dift-1']
+SHALLOW = {
+    'block_out_channels': (32, 64),
+    'down_block_types': ('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
+    'layers_per_block': 1,
+}
 GENERATION = {'type': 'generation', 'steps': 4}
 OPTIONS = {
     'noise, of members in micro-batches': {'ensemble': 3, 'micro_batch': 2, 'dtype': 'bfloat16'},
@@ -36,9 +42,26 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope='module')
+def shallow_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with a UNet of two levels: every operation of a fake tensor takes half a millisecond."""
+    folder = tiny.save_sd15(tmp_path_factory.mktemp('models') / 'shallow-sd15')
+    tiny.unet(**SHALLOW).save_pretrained(folder / 'unet')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def shallow_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of SDXL's kind with a UNet of two levels."""
+    folder = tiny.save_sdxl(tmp_path_factory.mktemp('models') / 'shallow-sdxl')
+    options = {**SHALLOW, 'transformer_layers_per_block': (2, 1), 'attention_head_dim': (4, 8)}
+    tiny.sdxl_unet(**options).save_pretrained(folder / 'unet')
+    return folder
+
+
 @pytest.fixture
-def make(tiny_pipeline: Path) -> Callable[..., DiffusionExtractor]:
-    def make(model: Path = tiny_pipeline, layers: list[str] = LAYERS, **options) -> DiffusionExtractor:
+def make(shallow_sd15: Path) -> Callable[..., DiffusionExtractor]:
+    def make(model: Path = shallow_sd15, layers: list[str] = LAYERS, **options) -> DiffusionExtractor:
         options = group_options({'timesteps': [50, 400], 'check_finite': False, **options})
         return DiffusionExtractor(model, layers, **options)
 
@@ -60,9 +83,9 @@ def test_every_way_of_extraction(make, options):
     assert_on_device(extractor, None if extractor.conditioning else extractor.prompt_encoder(['a dog', 'a horse']))
 
 
-def test_sdxl(make, tiny_sdxl_pipeline):
+def test_sdxl(make, shallow_sdxl):
     options = {'trajectory': GENERATION, 'timesteps': [751], 'prompt': ['a horse', 'a dog']}
-    assert_on_device(make(tiny_sdxl_pipeline, **options), ['a dog', 'a horse'])
+    assert_on_device(make(shallow_sdxl, **options), ['a dog', 'a horse'])
 
 
 @pytest.mark.parametrize(
@@ -73,14 +96,16 @@ def test_pixel_space(make, tiny_pixel_pipeline, options):
 
 
 def test_a_controlnet_that_sees_the_image(make, tmp_path):
-    ControlNetModel.from_unet(tiny.unet(), conditioning_embedding_out_channels=(4, 8, 8, 8)).save_pretrained(tmp_path)
+    ControlNetModel.from_unet(tiny.unet(**SHALLOW), conditioning_embedding_out_channels=(4, 8, 8, 8)).save_pretrained(
+        tmp_path
+    )
     net = {'model': str(tmp_path), 'image': 'image'}
     assert_on_device(make(controlnet=[net, net], trajectory=GENERATION, timesteps=[751], prompt='a horse'))
 
 
 @pytest.mark.parametrize('pooled', [False, True])
-def test_embeddings_of_the_device(make, tiny_pipeline, tiny_sdxl_pipeline, pooled):
-    extractor = make(tiny_sdxl_pipeline if pooled else tiny_pipeline, prompt=None)
+def test_embeddings_of_the_device(make, shallow_sd15, shallow_sdxl, pooled):
+    extractor = make(shallow_sdxl if pooled else shallow_sd15, prompt=None)
     with fake_device(extractor) as to_device:
         width = extractor.unet.config.cross_attention_dim
         embeds, given = torch.zeros(2, 5, width), torch.zeros(2, 32) if pooled else None
