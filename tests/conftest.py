@@ -117,6 +117,14 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
+def shallow_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_pipeline`, with a UNet of two levels, for fake tensors, whose operations take half a millisecond."""
+    folder = tiny.save_sd15(tmp_path_factory.mktemp('models') / 'shallow-sd15')
+    tiny.unet(**tiny.SHALLOW).save_pretrained(folder / 'unet')
+    return folder
+
+
+@pytest.fixture(scope='session')
 def tiny_sdxl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete diffusers folder of SDXL's kind. Read only."""
     return tiny.save_sdxl(tmp_path_factory.mktemp('models') / 'tiny-sdxl')

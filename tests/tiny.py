@@ -20,6 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 BETAS = {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012, 'steps_offset': 1}
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'
 MERGES = [('p', 'h'), ('o', 'f</w>'), ('h', 'o'), ('ph', 'o')]
+SHALLOW = {  # of a UNet of two levels
+    'block_out_channels': (32, 64),
+    'down_block_types': ('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
+    'layers_per_block': 1,
+}
 PIXEL_TOPOLOGIES = {
     'adm': {},
     'strided-convolutions': {

@@ -15,12 +15,6 @@ from diffseg.diffusion.extractor import DiffusionExtractor, Prompts
 from diffseg.diffusion.options import group_options
 
 LAYERS = ['up-level1-repeat0-vit-block0-cross-q', 'dift-1']
-SHALLOW = {
-    'block_out_channels': (32, 64),
-    'down_block_types': ('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-    'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
-    'layers_per_block': 1,
-}
 GENERATION = {'type': 'generation', 'steps': 4}
 OPTIONS = {
     'noise, of members in micro-batches': {'ensemble': 3, 'micro_batch': 2, 'dtype': 'bfloat16'},
@@ -43,18 +37,10 @@ OPTIONS = {
 
 
 @pytest.fixture(scope='module')
-def shallow_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline with a UNet of two levels: every operation of a fake tensor takes half a millisecond."""
-    folder = tiny.save_sd15(tmp_path_factory.mktemp('models') / 'shallow-sd15')
-    tiny.unet(**SHALLOW).save_pretrained(folder / 'unet')
-    return folder
-
-
-@pytest.fixture(scope='module')
 def shallow_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of SDXL's kind with a UNet of two levels."""
+    """Like `shallow_sd15`, of SDXL's kind."""
     folder = tiny.save_sdxl(tmp_path_factory.mktemp('models') / 'shallow-sdxl')
-    options = {**SHALLOW, 'transformer_layers_per_block': (2, 1), 'attention_head_dim': (4, 8)}
+    options = {**tiny.SHALLOW, 'transformer_layers_per_block': (2, 1), 'attention_head_dim': (4, 8)}
     tiny.sdxl_unet(**options).save_pretrained(folder / 'unet')
     return folder
 
@@ -96,9 +82,9 @@ def test_pixel_space(make, tiny_pixel_pipeline, options):
 
 
 def test_a_controlnet_that_sees_the_image(make, tmp_path):
-    ControlNetModel.from_unet(tiny.unet(**SHALLOW), conditioning_embedding_out_channels=(4, 8, 8, 8)).save_pretrained(
-        tmp_path
-    )
+    ControlNetModel.from_unet(
+        tiny.unet(**tiny.SHALLOW), conditioning_embedding_out_channels=(4, 8, 8, 8)
+    ).save_pretrained(tmp_path)
     net = {'model': str(tmp_path), 'image': 'image'}
     assert_on_device(make(controlnet=[net, net], trajectory=GENERATION, timesteps=[751], prompt='a horse'))
 

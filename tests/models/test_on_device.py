@@ -9,12 +9,13 @@ import torch
 from fake_device import fake_device, on_device
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
-from tiny_mmseg import CHANNELS, LAYERS, backbone_config
+from tiny_mmseg import CHANNELS, backbone_config
 from torch import nn
 
 import diffseg.models.correspondence  # noqa: F401
 from diffseg.models.propagation.windowed import propagate_labels
 
+LAYERS = [f'up-level{n}-repeat0-vit-block0-{name}' for n in (1, 0) for name in ('self-k', 'cross-q')]  # of two levels
 UNCHECKED = {'check_finite': False}
 
 
@@ -24,12 +25,12 @@ def _registry_of_mmseg() -> None:
 
 
 @pytest.fixture
-def make(tiny_pipeline: Path) -> Callable[..., nn.Module]:
+def make(shallow_sd15: Path) -> Callable[..., nn.Module]:
     """Build a `DiffusionBackbone`, or what its `type` says, in evaluation mode."""
 
     def make(**options) -> nn.Module:
         config = {'timesteps': [50, 261], **UNCHECKED, **options}
-        return MODELS.build(backbone_config(tiny_pipeline, **config)).eval()
+        return MODELS.build(backbone_config(shallow_sd15, **config)).eval()
 
     return make
 
@@ -55,19 +56,19 @@ def test_diffusion_backbone(make, options):
     assert len(maps) == len(options['layers'])
 
 
-def test_learned_classes(make, tiny_pipeline):
-    adapter = {'type': 'TextAdapter', 'model': str(tiny_pipeline), 'classes': ['a', 'b'], 'templates': ['a {}']}
+def test_learned_classes(make, shallow_sd15):
+    adapter = {'type': 'TextAdapter', 'model': str(shallow_sd15), 'classes': ['a', 'b'], 'templates': ['a {}']}
     run(make(conditioner=adapter, layers=LAYERS[2:]), 64, 64)
 
 
-def test_meta_prompts(tiny_pipeline):
-    config = {'type': 'MetaPromptsBackbone', 'model': str(tiny_pipeline), 'num_prompts': 6, 'refine_steps': 2}
-    layers = ['up-level1-repeat2-res-out', 'up-level2-repeat2-res-out']
+def test_meta_prompts(shallow_sd15):
+    config = {'type': 'MetaPromptsBackbone', 'model': str(shallow_sd15), 'num_prompts': 6, 'refine_steps': 2}
+    layers = ['up-level0-repeat1-res-out', 'up-level1-repeat1-res-out']
     run(MODELS.build({**config, 'layers': layers, **UNCHECKED}).eval(), 64, 64)
 
 
-def test_an_ensemble(tiny_pipeline):
-    member = backbone_config(tiny_pipeline, layers=LAYERS[:1], timesteps=[50], **UNCHECKED)
+def test_an_ensemble(shallow_sd15):
+    member = backbone_config(shallow_sd15, layers=LAYERS[:1], timesteps=[50], **UNCHECKED)
     backbones = [{**member, 'input_size': 64}, {**member, 'prompt': 'a horse', 'layers': LAYERS[1:2]}]
     assert len(run(MODELS.build({'type': 'EnsembleBackbone', 'backbones': backbones}).eval(), 64, 96)) == 2
 
@@ -111,8 +112,8 @@ def test_vision_backbone(tmp_path):
     run(MODELS.build(config).eval(), 32, 40)
 
 
-def test_correspondence(tiny_pipeline):
-    backbone = backbone_config(tiny_pipeline, layers=LAYERS[1:2], timesteps=[50], **UNCHECKED)
+def test_correspondence(shallow_sd15):
+    backbone = backbone_config(shallow_sd15, layers=LAYERS[1:2], timesteps=[50], **UNCHECKED)
     model = MODELS.build({'type': 'CorrespondenceModel', 'backbone': backbone}).eval()
     with fake_device(model) as to_device:
         maps = model.encode(to_device(torch.zeros(2, 3, 64, 64)), [None, None])
