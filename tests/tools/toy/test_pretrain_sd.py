@@ -5,6 +5,7 @@ from PIL import Image
 
 from diffseg.diffusion.extractor import DiffusionExtractor
 
+BATCHES = ('--vae-batch', '4', '--unet-batch', '4')
 SMALL = {'block_out_channels': (8, 8, 8, 8), 'cross_attention_dim': 16, 'attention_head_dim': 2, 'norm_num_groups': 4}
 
 
@@ -27,7 +28,7 @@ def run(module, work_dir):
     """Run the tool on a few small steps; the folder of the model."""
     out = work_dir / 'tiny-sd'
     paths = ['--out', str(out), '--work-dir', str(work_dir)]
-    module.main([*paths, '--images', '16', '--vae-steps', '4', '--unet-steps', '4', '--save-every', '2'])
+    module.main([*paths, '--images', '16', '--vae-steps', '4', '--unet-steps', '4', '--save-every', '2', *BATCHES])
     return out
 
 
