@@ -297,10 +297,8 @@ def test_configs(tmp_path: Path):
 
 @pytest.fixture(scope='module')
 def processes() -> multiprocessing.context.BaseContext:
-    """Starts processes as forks of one that has imported the package and has a single thread."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['diffseg.cache'])
-    return context
+    """Starts processes as forks of this one, which has imported the package."""
+    return multiprocessing.get_context('fork')
 
 
 def test_processes_share_a_folder(processes, tmp_path: Path):
