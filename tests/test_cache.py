@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
+from processes import forkserver
 from tiny_mmseg import LAYERS, backbone_config, sample, segmentor_config
 from torch import Tensor, nn
 
@@ -297,8 +298,8 @@ def test_configs(tmp_path: Path):
 
 @pytest.fixture(scope='module')
 def processes() -> multiprocessing.context.BaseContext:
-    """Starts processes as forks of this one, which has imported the package."""
-    return multiprocessing.get_context('fork')
+    """Starts processes."""
+    return forkserver()
 
 
 def test_processes_share_a_folder(processes, tmp_path: Path):

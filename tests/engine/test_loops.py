@@ -1,7 +1,6 @@
 """PixelClassifierLoop against the published procedure written out, and killed and resumed."""
 
 import copy
-import multiprocessing
 import runpy
 import signal
 import sys
@@ -15,6 +14,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import CheckpointLoader, Runner
 from PIL import Image
+from processes import forkserver
 from torch import nn
 from torch.nn import functional as F
 
@@ -213,7 +213,7 @@ class Stop(Hook):
 
 
 def test_killed_and_resumed(configure, undisturbed, tmp_path):
-    context = multiprocessing.get_context('fork')  # of this process, with all imports done
+    context = forkserver()
     configure(tmp_path / 'run').dump(tmp_path / 'config.py')
     with pytest.MonkeyPatch.context() as patch:
         script = str(ROOT / 'tools/train.py')

@@ -1,6 +1,5 @@
 """Training that is killed at random moments and resumed by tools/train.py ends in the bits of an undisturbed run."""
 
-import multiprocessing
 import os
 import random
 import runpy
@@ -19,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from PIL import Image
+from processes import forkserver
 from tiny_mmseg import CLASSES, segmentor_config
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +27,8 @@ CHECKPOINTS = (2, 4, 6, 8)  # after so many iterations
 
 @pytest.fixture(scope='module')
 def start() -> Iterator[Callable[..., BaseProcess]]:
-    """`start(*arguments)` starts tools/train.py in a process of its own, forked from this one and its imports."""
-    context = multiprocessing.get_context('fork')
+    """`start(*arguments)` starts tools/train.py in a process of its own, forked from one that has done the imports."""
+    context = forkserver()
     with pytest.MonkeyPatch.context() as patch:
 
         def run(*arguments: str | Path) -> BaseProcess:

@@ -1,16 +1,16 @@
 """DiffusionBackbone and the necks inside mmseg's EncoderDecoder, under mmengine's runner."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.model import MMDistributedDataParallel
+from ddp_worker import train_as_one_of_two
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
+from processes import forkserver
 from tiny_mmseg import CLASSES, batch, build_segmentor, sample, segmentor_config
-from torch import distributed, nn
+from torch import nn
 
 from diffseg.diffusion.loading import meta_unet
 from diffseg.models import AggregationNeck
@@ -157,21 +157,8 @@ def test_sdxl_checkpoint_is_under_one_percent_of_one_with_the_unet_inside():
     assert trained < 0.01 * (trained + frozen)
 
 
-def train_as_one_of_two(rank: int, pipeline: Path, folder: Path) -> None:
-    """Train a tiny segmentor together with a second process."""
-    distributed.init_process_group('gloo', f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    model = MMDistributedDataParallel(build_segmentor(pipeline).train(), broadcast_buffers=False)
-    network = {name: buffer.clone() for name, buffer in model.module.backbone.named_buffers()}
-    optim_wrapper = build_optim_wrapper(model, {'optimizer': SGD})
-    for step in range(2):  # the second fails if the first left a gradient out
-        model.train_step(batch(4 * step + 2 * rank, 4 * step + 2 * rank + 1), optim_wrapper)
-    assert all(torch.equal(buffer, network[name]) for name, buffer in model.module.backbone.named_buffers())
-    torch.save(model.module.state_dict(), folder / f'rank{rank}.pt')
-    distributed.destroy_process_group()
-
-
 def test_two_processes_train_the_same_model(tiny_pipeline: Path, tmp_path: Path):
-    context = multiprocessing.get_context('fork')  # of this process, with all imports done
+    context = forkserver()
     processes = [context.Process(target=train_as_one_of_two, args=(i, tiny_pipeline, tmp_path)) for i in range(2)]
     for process in processes:
         process.start()
