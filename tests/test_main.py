@@ -17,7 +17,7 @@ def test_a_script_of_mmseg_that_imports_it_first_runs(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)  # it leaves a file
     (tmp_path / 'config.py').write_text('a = 1')
     entry.main(['mmseg', 'print_config', str(tmp_path / 'config.py'), '--cfg-options', 'b=2'])
-    assert 'a = 1\nb = 2' in capsys.readouterr().out
+    assert 'a=1\nb=2' in capsys.readouterr().out.replace(' ', '')
 
 
 def test_a_script_outside_of_the_package_runs(tmp_path, capsys):
