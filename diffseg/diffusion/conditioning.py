@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,27 +56,73 @@ _TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts.
+    """Encoded prompts, and class labels.
 
     Attributes:
         embeds: One row for each prompt, with shape (P, N, D); without tokens, N = 0, for networks that read none.
-        pooled: SDXL's pooled embeddings, with shape (P, D2); None for models without.
+        pooled: Pooled embeddings of SDXL, SD3 and Flux, with shape (P, D2); None for models without.
         times: Replacements of the UNet's embeddings of timesteps 0 to K - 1 (after its MLP), with shape (K, E); None
             without replacement.
+        mask: Which tokens of `embeds` exist, with shape (P, N), bool or int; None if all do.
+        embeds_2: Token embeddings of a second text encoder that the network reads apart from the first's (mT5 of
+            HunyuanDiT), with shape (P, N2, D3); None for models without.
+        mask_2: Which tokens of `embeds_2` exist, with shape (P, N2), bool or int; None if all do.
+        labels: Class labels, int64, with shape (P,); None for models without.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     times: Tensor | None = None
+    mask: Tensor | None = None
+    embeds_2: Tensor | None = None
+    mask_2: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """All tensors that are not None, by the names of their fields."""
+        return {field.name: x for field in fields(self) if (x := getattr(self, field.name)) is not None}
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are not None."""
-        return [x for x in (self.embeds, self.pooled, self.times) if x is not None]
+        return list(self.by_name.values())
 
     def first(self) -> 'Conditioning':
         """The first prompt."""
-        return replace(self, embeds=self.embeds[:1], pooled=None if self.pooled is None else self.pooled[:1])
+        return replace(self, **{name: x[:1] for name, x in self.by_name.items() if name != 'times'})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> 'Conditioning':
+        """A copy on a device; embeddings are converted to `dtype`, masks and labels are not."""
+        return Conditioning(
+            **{name: upload(x, device, dtype if x.is_floating_point() else None) for name, x in self.by_name.items()}
+        )
+
+    def rows(
+        self,
+        index: Tensor | Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """All tensors that are not None for a batch, one prompt for each of its B images, by the names of the fields.
+
+        Args:
+            index: Rows of the prompts, with shape (B,).
+            device: Of the tensors; None is that of the embeddings.
+            dtype: Of embeddings; None is that of `embeds`. Masks and labels are not converted.
+
+        Returns:
+            `embeds` (B, N, D), also without tokens, and of the other fields those that are not None, with B rows;
+            `times` has shape (B, K, E).
+        """
+        index = torch.as_tensor(index)
+        device = self.embeds.device if device is None else device
+        dtype = self.embeds.dtype if dtype is None else dtype
+        batch = {}
+        for name, x in self.by_name.items():
+            chosen = x.expand(len(index), -1, -1) if name == 'times' else x[upload(index, x.device)]
+            batch[name] = upload(chosen, device, dtype if x.is_floating_point() else None)
+        return batch
 
     def unet_kwargs(
         self,
@@ -101,18 +147,13 @@ class Conditioning:
         """
         if not self.embeds.shape[1]:
             return {}
-        index = upload(torch.as_tensor(index), self.embeds.device)
-        embeds = upload(self.embeds[index], device, dtype)
-        added = None
-        if self.pooled is not None:
+        batch = self.rows(index, device, dtype)
+        embeds, added = batch['embeds'], None
+        if 'pooled' in batch:
             time_ids = upload(torch.tensor([*size, 0, 0, *size], device='cpu', dtype=torch.float32), embeds.device)
-            pooled = upload(self.pooled[index.to(self.pooled.device)], embeds.device, embeds.dtype)
-            added = {'text_embeds': pooled, 'time_ids': time_ids.expand(len(index), -1)}
+            added = {'text_embeds': batch['pooled'], 'time_ids': time_ids.expand(len(index), -1)}
         kwargs = {'encoder_hidden_states': embeds, 'added_cond_kwargs': added}
-        if self.times is not None:
-            times = upload(self.times, embeds.device, embeds.dtype)
-            kwargs['time_embeddings'] = times.expand(len(index), -1, -1)
-        return kwargs
+        return kwargs | ({'time_embeddings': batch['times']} if 'times' in batch else {})
 
 
 def pooled_size(unet_config: Mapping[str, Any]) -> int | None:
@@ -388,8 +429,7 @@ def encode_prompts(
         OSError: Text encoders or tokenizers are missing, damaged or unreachable.
         ValueError: Prompts of different lengths, or no prompts.
     """
-    encoded = PromptEncoder(model, device=device, **options)(prompts)
-    return Conditioning(*(x.to(device, dtype) for x in encoded.tensors))
+    return PromptEncoder(model, device=device, **options)(prompts).to(device, dtype)
 
 
 def default_cache_dir() -> Path:
