@@ -1,5 +1,6 @@
 """Images in, activations of a diffusion model's UNet out."""
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -223,6 +224,27 @@ class DiffusionExtractor(nn.Module):
         self.sites = self.describe(None if self.conditioning is None else self.conditioning.embeds.shape[1])
         self._negative_prompt = negative_prompt if self.trajectory.needs_negative else None
         self._negative = self._encode(negative_prompt) if self.trajectory.needs_negative else None
+
+    def reading(self, layers: Sequence[str], timesteps: Sequence[int]) -> 'DiffusionExtractor':
+        """An extractor of other layers at other timesteps, which shares the networks and all other options.
+
+        Raises:
+            ValueError: Unknown layer, or a timestep that is not on the trajectory.
+        """
+        other = copy.copy(self)
+        other.attention_maps = ()
+        other._order = list(dict.fromkeys(resolve(layers, sites(self.unet, self.parts.vae_scale_factor))))
+        other.trajectory = build_trajectory(self.trajectory.options, timesteps, self.trajectory.schedule)
+        other._denoiser = Denoiser(
+            self.unet,
+            other._order,
+            micro_batch=self.micro_batch,
+            vae_scale_factor=self.parts.vae_scale_factor,
+            controls=self.controls,
+            transform=self._denoiser.transform,
+        )
+        other.sites = other.describe(None if self.conditioning is None else self.conditioning.embeds.shape[1])
+        return other
 
     def describe(self, tokens: int | None) -> dict[str, Site]:
         """What is returned, name by name, for prompts with this number of tokens; None if that is not known."""

@@ -1,5 +1,6 @@
 """A pretrained diffusion model as an mmseg backbone."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -144,6 +145,27 @@ class DiffusionBackbone(FrozenBackbone):
         self.cache = build_cache(cache)
         if self.cache is not None:
             self._check_cacheable()
+
+    def reading(self, layers: Sequence[str], timesteps: Sequence[int] | None = None) -> 'DiffusionBackbone':
+        """A backbone that reads other layers at other timesteps, and shares the frozen network and the cache.
+
+        Args:
+            layers: as those of the constructor.
+            timesteps: likewise.
+
+        Raises:
+            ValueError: unknown layers or timesteps, or a network with trainable parts.
+        """
+        if self.trained or self.conditioner is not None:
+            raise ValueError('only a frozen network is shared; build another backbone for other layers')
+        readings, timesteps = split_timesteps(layers, timesteps)
+        names = list(dict.fromkeys(reading.layer for reading in readings))
+        extractor = self.extractor.reading(names, timesteps)
+        other = copy.deepcopy(self, {id(self.extractor): extractor})
+        other._add_readings(readings)
+        described = other.extractor.sites
+        other.channels = [described[layer].channels for layer, _ in other._readings]
+        return other
 
     def _add_readings(self, readings: Sequence[Reading]) -> None:
         """Set the resolved layers and timesteps of each map, and its name."""

@@ -53,6 +53,24 @@ def assert_untouched(backbone: DiffusionBackbone, before: dict[str, torch.Tensor
 # ---- maps
 
 
+def test_other_layers_are_read_with_the_same_network(make: Callable, tmp_path: Path):
+    images, layers = make_images(1), [LAYER, 'unet-out']
+    backbone = make(cache=str(tmp_path))
+    before = backbone(images)
+    other = backbone.reading(layers, [261])
+    expected = make(layers=layers, timesteps=[261], channels=None)
+    assert other.layers == layers and other.channels == expected.channels
+    assert other.fingerprint == expected.fingerprint
+    for maps in zip(other(images), expected(images), strict=True):
+        torch.testing.assert_close(*maps, rtol=2**-11, atol=1e-4)  # one is in the cache, in float16
+    assert other.extractor.unet is backbone.extractor.unet
+    assert all(torch.equal(*maps) for maps in zip(backbone(images), before, strict=True))
+    with pytest.raises(ValueError, match='no-such-layer'):
+        backbone.reading(['no-such-layer'], [50])
+    with pytest.raises(ValueError, match='only a frozen network is shared'):
+        make(lora={'r': 2}).reading([LAYER], [50])
+
+
 def test_maps_are_timestep_major_in_the_order_of_layers(make: Callable, tiny_pipeline: Path):
     images = make_images()
     with torch.no_grad():
