@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP = $(VENV)/.installed
+DOCS_STAMP = $(VENV)/.installed-docs
+SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
-.PHONY: install test demo lint benchmark
+.PHONY: install test demo lint benchmark docs linkcheck
 
 install: $(STAMP)
 
@@ -17,6 +19,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 	@echo 'installed in $(VENV)'
 
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	touch $@
+
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
@@ -25,6 +31,13 @@ demo: install
 
 lint: install
 	$(BIN)/ruff check .
+
+docs: $(DOCS_STAMP)
+	$(SPHINX) --builder html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
+linkcheck: $(DOCS_STAMP)
+	$(SPHINX) --builder linkcheck docs docs/_build/linkcheck
 
 benchmark: install
 	$(BIN)/python tools/benchmark.py

@@ -94,6 +94,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'demo': [*MM, 'matplotlib', 'psutil'],
             'lora': ['peft'],
             'dev': [*MM, 'hypothesis', 'matplotlib', 'peft', 'pytest', 'pytest-xdist', 'ruff', 'setuptools>=70.1'],
+            'docs': ['furo', 'myst-nb', 'sphinx', 'sphinx-copybutton'],
         },
         options={'build': {'build_base': build_base}},
     )

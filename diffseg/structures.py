@@ -51,8 +51,8 @@ class HomographySample(BaseDataElement):
         homography: maps homogeneous (x, y, 1) of image 0 to image 1, float64 with shape (3, 3).
         pred_matches: predicted pairs of rows of keypoints0 and keypoints1, int64 with shape (P, 2).
 
-    Meta information, in addition to `img_path0`, `ori_shape0`, `img_shape0`, the same with 1, and `pair_id` as in
-    `PairSample`:
+    Meta information:
+        img_path0, ori_shape0, img_shape0, pair_id: as in `PairSample`, the first three also with 1.
         sequence: name of the pair's sequence, e.g. "v_wall"; pairs of a sequence have image 0 in common.
         keypoint_source: folder of the keypoint files, or the detector.
     """

@@ -130,7 +130,7 @@ def describe(path: Path) -> list[str]:
     with without_weights():  # which a checkpoint identifies, those of text encoders included
         size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     return [
-        f'[{path.stem}]({path.name})',
+        f'[{path.stem}](./{path.name})',
         published(path.stem),
         *('<br>'.join(column) for column in zip(*layers, strict=True)),
         f'{trained / 1e6:.1f} M',
