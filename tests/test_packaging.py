@@ -17,7 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 ROOT_FILES = 'CHANGELOG.md LICENSE MANIFEST.in Makefile README.md constraints.txt pyproject.toml setup.py'.split()
-IGNORED = shutil.ignore_patterns('__pycache__', 'output')
+IGNORED = shutil.ignore_patterns('__pycache__', 'output', '_build', 'api')
 
 
 def run(*command, cwd: Path) -> None:
@@ -33,7 +33,7 @@ def copy_source(folder: Path) -> Path:
     """A copy of what the repository holds."""
     for name in ROOT_FILES:
         shutil.copy(ROOT / name, folder)
-    for name in ('configs', 'demo', 'diffseg', 'tests', 'tools'):
+    for name in ('configs', 'demo', 'diffseg', 'docs', 'tests', 'tools'):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORED)
     return folder
 
@@ -105,7 +105,7 @@ def test_constraints_pin_every_requirement(wheel):
     installed = [
         requirement
         for requirement in map(Requirement, metadata.get_all('Requires-Dist'))
-        if requirement.marker is None or any(requirement.marker.evaluate({'extra': e}) for e in ('mm', 'demo', 'dev'))
+        if requirement.marker is None or any(requirement.marker.evaluate({'extra': e}) for e in ('mm', 'demo', 'dev', 'docs'))
     ]
     assert len(installed) > 10
     assert [str(r) for r in installed if r.name not in pins or pins[r.name] not in r.specifier] == []
