@@ -17,6 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 ROOT_FILES = 'CHANGELOG.md LICENSE MANIFEST.in Makefile README.md constraints.txt pyproject.toml setup.py'.split()
+EXTRAS = ('mm', 'demo', 'dev', 'docs')  # which the Makefile installs
 IGNORED = shutil.ignore_patterns('__pycache__', 'output', '_build', 'api')
 
 
@@ -105,7 +106,7 @@ def test_constraints_pin_every_requirement(wheel):
     installed = [
         requirement
         for requirement in map(Requirement, metadata.get_all('Requires-Dist'))
-        if requirement.marker is None or any(requirement.marker.evaluate({'extra': e}) for e in ('mm', 'demo', 'dev', 'docs'))
+        if requirement.marker is None or any(requirement.marker.evaluate({'extra': e}) for e in EXTRAS)
     ]
     assert len(installed) > 10
     assert [str(r) for r in installed if r.name not in pins or pins[r.name] not in r.specifier] == []
