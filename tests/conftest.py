@@ -134,3 +134,11 @@ def tiny_sdxl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_pixel_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a model of pixel space: UNet and scheduler. Read only."""
     return tiny.save_pixel(tmp_path_factory.mktemp('models') / 'tiny-adm')
+
+
+@pytest.fixture(scope='session')
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`pipeline_folder(kind)` is a complete diffusers folder of one of `tiny_pipelines.KINDS`. Read only."""
+    import tiny_pipelines  # many text encoders, which other tests need not import
+
+    return cache(lambda kind: tiny_pipelines.save(kind, tmp_path_factory.mktemp('models') / f'tiny-{kind}'))

@@ -152,11 +152,15 @@ def transformer(kind: str, seed: int = 0) -> nn.Module:
     """A tiny transformer; norms and biases, too, are random."""
     network, config = KINDS[kind]
     torch.manual_seed(seed)
-    module = network(**config).eval()
-    for name, parameter in module.named_parameters():
-        if parameter.ndim < 2 or name.endswith('pad_token'):  # zeros and ones as they are made
+    return randomise(network(**config).eval())
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """Change norms and biases, which are made as zeros and ones, in place."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim < 2 or name.endswith('pad_token'):
             parameter.data += 0.2 * torch.randn_like(parameter)
-    return module
+    return network
 
 
 def inputs(kind: str, batch: int = 2, height: int = 8, width: int = 12) -> dict:
