@@ -13,8 +13,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from diffseg.diffusion import conditioning
-from diffseg.diffusion.conditioning import Conditioning, PromptEncoder, default_cache_dir, encode_prompts
+from diffseg.diffusion import conditioning, prompt_store
+from diffseg.diffusion.conditioning import PromptEncoder, encode_prompts
+from diffseg.diffusion.embeddings import Conditioning
+from diffseg.diffusion.prompt_store import default_cache_dir
 
 PROMPTS = ['a photo of a horse', '', 'two dogs, and: an elephant!']
 LONG = 'a highly realistic photo that may contain an aeroplane, a bicycle, a bird, a boat, a bottle, a bus or a car'
@@ -84,42 +86,6 @@ def test_rows_are_chosen_by_index_and_keep_gradients():
     assert embeds.grad[:, 0, 0].tolist() == [1, 0, 2]
 
 
-def every_field(prompts: int = 3) -> Conditioning:
-    return Conditioning(
-        embeds=torch.randn(prompts, 7, 4),
-        pooled=torch.randn(prompts, 5),
-        times=torch.randn(2, 6),
-        mask=torch.arange(7).expand(prompts, -1) < 4,
-        embeds_2=torch.randn(prompts, 3, 8),
-        mask_2=torch.ones(prompts, 3, dtype=torch.long),
-        labels=torch.arange(prompts),
-    )
-
-
-def test_every_field_has_rows():
-    encoded = every_field()
-    batch = encoded.rows([2, 0], dtype=torch.bfloat16)
-    assert list(batch) == ['embeds', 'pooled', 'times', 'mask', 'embeds_2', 'mask_2', 'labels']
-    for name, x in encoded.by_name.items():
-        chosen = batch[name]
-        assert chosen.dtype == (torch.bfloat16 if x.is_floating_point() else x.dtype)
-        expected = x.expand(2, -1, -1) if name == 'times' else x[[2, 0]]
-        assert torch.equal(chosen, expected.to(chosen.dtype))
-    assert len(encoded.tensors) == 7
-    first = encoded.first()
-    assert torch.equal(first.times, encoded.times)
-    assert all(len(x) == 1 for name, x in first.by_name.items() if name != 'times') and len(first.tensors) == 7
-    half = encoded.to(dtype=torch.float16)
-    assert half.embeds_2.dtype == torch.float16 and half.mask.dtype == torch.bool and half.labels.dtype == torch.int64
-
-
-def test_labels_without_tokens():
-    encoded = Conditioning(torch.empty(2, 0, 0), labels=torch.tensor([3, 1000]))
-    batch = encoded.rows(torch.tensor([1, 1, 0]))
-    assert batch['labels'].tolist() == [1000, 1000, 3] and batch['embeds'].shape == (3, 0, 0)
-    assert set(batch) == {'embeds', 'labels'} and encoded.unet_kwargs([1], (8, 8)) == {}
-
-
 def test_encoders_are_loaded_only_for_what_is_not_on_disk(model, tmp_path, monkeypatch):
     first = encode_prompts(model, PROMPTS[:2], cache_dir=tmp_path)
     loaded = []
@@ -172,7 +138,7 @@ def test_an_interrupted_write_leaves_nothing(tiny_pipeline, tmp_path, monkeypatc
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conditioning.os, 'replace', fail)
+    monkeypatch.setattr(prompt_store.os, 'replace', fail)
     with pytest.raises(KeyboardInterrupt):
         encode_prompts(tiny_pipeline, PROMPTS, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -369,8 +335,8 @@ def test_many_prompts_are_prepared_a_few_at_a_time(model, tmp_path, monkeypatch,
         return tokenizer, encoder
 
     monkeypatch.setattr(conditioning, '_load', watched)
-    monkeypatch.setattr(conditioning, 'CHUNK', 4)
-    monkeypatch.setattr(conditioning, 'RECENT', 2)
+    monkeypatch.setattr(prompt_store, 'CHUNK', 4)
+    monkeypatch.setattr(prompt_store, 'RECENT', 2)
     prompts = [f'horse {i}' for i in range(10)]
     encoder = PromptEncoder(model, cache_dir=tmp_path)
     encoder.prepare(prompts)
