@@ -6,18 +6,25 @@ with twelve output blocks. The folder holds safetensors in half precision, a car
 
 import argparse
 import shutil
-from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.training_utils import compute_snr
 from PIL import Image
-from pretrain_sd import IMAGE_SIZE, MIN_SNR_GAMMA, TRAIN_SEED, Trainer, draw_corpus, grid, to_tensor
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from training import (
+    IMAGE_SIZE,
+    TRAIN_SEED,
+    Trainer,
+    add_arguments,
+    draw_corpus,
+    grid,
+    megabytes,
+    millions,
+    min_snr_loss,
+    plot_loss,
+    to_tensor,
+)
 
 UNET = {
     'sample_size': IMAGE_SIZE, 'block_out_channels': (16, 32, 48, 64), 'layers_per_block': 2, 'norm_num_groups': 8,
@@ -32,14 +39,10 @@ SCHEDULER = {'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear'}
 def main(argv: list[str] | None = None) -> None:
     """Draw the corpus and train; both resume where they stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, default=Path('demo/tiny-adm'), help='folder to write')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/tiny-adm'), help='corpus, checkpoint')
-    parser.add_argument('--images', type=int, default=16384, help='number of pictures to draw')
+    add_arguments(parser, 'tiny-adm', save_every=250)
     parser.add_argument('--steps', type=int, default=2500)
     parser.add_argument('--batch', type=int, default=16)
     parser.add_argument('--lr', type=float, default=6e-4)
-    parser.add_argument('--save-every', type=int, default=250, help='steps between two checkpoints')
-    parser.add_argument('--device', default='cpu', help="where to train, e.g. cpu or a GPU's name")
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
@@ -63,9 +66,7 @@ def train(args: argparse.Namespace, images: np.ndarray) -> tuple[UNet2DModel, li
         timesteps = torch.randint(1000, (count,), generator=generator)
         x_t = scheduler.add_noise(x, noise, timesteps.to(args.device))
         predicted = unet(x_t, timesteps.to(args.device)).sample
-        snr = compute_snr(scheduler, timesteps).to(x)
-        weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
-        return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+        return min_snr_loss(scheduler, predicted, noise, timesteps)
 
     trainer = Trainer('unet', unet, args.steps, args.lr, args)
     trainer.run(
@@ -91,11 +92,7 @@ def save(args: argparse.Namespace, unet: UNet2DModel, curve: list[list[float]]) 
     DDPMPipeline(unet.half(), DDPMScheduler(**SCHEDULER)).save_pretrained(args.out)
     sample_sheet(unet.float()).save(args.out / 'samples.png')
     figure, axes = plt.subplots(figsize=(4.5, 3))
-    steps, losses, values = zip(*curve, strict=True)
-    axes.plot(steps, losses, label='training, running mean')
-    axes.plot(steps, values, label='EMA weights, 128 fixed draws')
-    axes.set(xlabel='step', ylabel='min-SNR weighted loss', yscale='log')
-    axes.legend()
+    plot_loss(axes, curve, '128 fixed draws', ylabel='min-SNR weighted loss')
     figure.tight_layout()
     figure.savefig(args.out / 'curve.png', dpi=100)
     (args.out / 'README.md').write_text(model_card(args, unet, curve[-1]))
@@ -103,8 +100,7 @@ def save(args: argparse.Namespace, unet: UNet2DModel, curve: list[list[float]]) 
 
 def model_card(args: argparse.Namespace, unet: UNet2DModel, last: list[float]) -> str:
     """The README.md of the folder."""
-    size = sum(path.stat().st_size for path in args.out.rglob('*.safetensors')) / 2**20
-    parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
+    size, parameters = megabytes(args.out), millions(unet)
     return f"""---
 license: apache-2.0
 library_name: diffusers

@@ -9,34 +9,41 @@ import argparse
 import json
 import math
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.training_utils import EMAModel, compute_snr
-from PIL import Image
-from quadrupeds import draw_sample
-from tqdm import tqdm
+from training import (
+    CAPTION_DROPOUT,
+    CAPTIONS,
+    IMAGE_SIZE,
+    TEST_SEED,
+    TRAIN_SEED,
+    Trainer,
+    add_arguments,
+    draw_corpus,
+    draw_latents,
+    drop_captions,
+    encode_corpus,
+    grid,
+    megabytes,
+    millions,
+    min_snr_loss,
+    plot_loss,
+    sample_sheet,
+    to_tensor,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffseg.datasets.toy import SPECIES
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-IMAGE_SIZE = 64
-TRAIN_SEED, TEST_SEED = 1, 2  # series of drawn pictures; the demo and the tests draw from others
 TEST_IMAGES = 256
 REQUIRED_PSNR = 26.0
-CAPTION_DROPOUT = 0.1
-MIN_SNR_GAMMA = 5.0
 MAX_TOKENS = 16
 
 VAE = {
@@ -60,17 +67,13 @@ SCHEDULER = {
 def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, default=Path('demo/tiny-sd'), help='pipeline folder to write')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/tiny-sd'), help='corpus, checkpoints, logs')
-    parser.add_argument('--images', type=int, default=16384, help='number of pictures to draw')
+    add_arguments(parser, 'tiny-sd', save_every=500)
     parser.add_argument('--vae-steps', type=int, default=4000)
     parser.add_argument('--vae-batch', type=int, default=8)
     parser.add_argument('--vae-lr', type=float, default=5e-4)
     parser.add_argument('--unet-steps', type=int, default=20000)
     parser.add_argument('--unet-batch', type=int, default=32)
     parser.add_argument('--unet-lr', type=float, default=1e-3)
-    parser.add_argument('--save-every', type=int, default=500, help='steps between two checkpoints')
-    parser.add_argument('--device', default='cpu', help="where to train, e.g. cpu or a GPU's name")
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
@@ -85,92 +88,6 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_tokenizer(args.work_dir / 'tokenizer')
     unet, text_encoder = train_unet(args, vae, tokenizer, images, labels)
     save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen, psnr)
-
-
-def draw_corpus(count: int, seed: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, H, W, 3) uint8 and the index of each one's species (count,), drawn once and kept at `path`."""
-    if path.exists():
-        with np.load(path) as stored:
-            if len(stored['images']) == count:
-                return stored['images'], stored['labels']
-    with ProcessPoolExecutor() as pool:
-        draw = pool.map(partial(draw_sample, seed, size=IMAGE_SIZE), range(count), chunksize=64)
-        samples = list(tqdm(draw, total=count, desc=f'drawing {path.stem}'))
-    images = np.stack([sample.image for sample in samples])
-    labels = np.array([SPECIES.index(sample.species) for sample in samples])
-    np.savez(path, images=images, labels=labels)
-    return images, labels
-
-
-def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
-    """Pictures (B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def learning_rate(step: int, steps: int, warm_up: int = 200, decay: float = 0.3) -> float:
-    """Factor on the peak learning rate: linear warm-up, constant, linear to zero over the last `decay` of the steps.
-
-    A run can thus be resumed with more steps, or ended with fewer, and its rates up to then are the same.
-    """
-    return min(1.0, (step + 1) / warm_up, (steps - step) / (decay * steps))
-
-
-class Trainer:
-    """A loop over steps with a learning rate schedule, EMA, checkpoints and resumption.
-
-    The batch of a step is drawn with the step's seed, so that a resumed run sees the same batches as an uninterrupted
-    one.
-    """
-
-    def __init__(self, name: str, module: torch.nn.Module, steps: int, lr: float, args: argparse.Namespace):
-        self.name, self.module, self.steps, self.args = name, module, steps, args
-        self.path = args.work_dir / f'{name}.pt'
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=1e-2, betas=(0.9, 0.99))
-        factor = partial(learning_rate, steps=steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-        self.step, self.curve = 0, []
-        if self.path.exists():
-            stored = torch.load(self.path, map_location=args.device, weights_only=True)
-            self.step, self.curve = stored['step'], stored['curve']
-            for part in ('module', 'optimizer', 'scheduler', 'ema'):
-                getattr(self, part).load_state_dict(stored[part])
-
-    def save(self) -> None:
-        state = {part: getattr(self, part).state_dict() for part in ('module', 'optimizer', 'scheduler', 'ema')}
-        partial_path = self.path.with_suffix('.partial')
-        torch.save({'step': self.step, 'curve': self.curve, **state}, partial_path)
-        partial_path.replace(self.path)
-
-    def run(self, loss_of, evaluate) -> None:
-        """Train until `steps`; `loss_of(generator)` returns a step's loss, `evaluate()` a value for the log."""
-        progress = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
-        average = None
-        while self.step < self.steps:
-            loss = loss_of(torch.Generator().manual_seed(self.step))
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.ema.step(self.module.parameters())
-            self.step += 1
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            progress.update()
-            progress.set_postfix(loss=f'{average:.4f}', refresh=False)
-            if self.step % self.args.save_every == 0 or self.step == self.steps:
-                self.ema.store(self.module.parameters())
-                self.ema.copy_to(self.module.parameters())
-                self.module.eval()
-                with torch.no_grad():
-                    self.curve.append([self.step, average, evaluate(self.step)])
-                self.module.train()
-                self.ema.restore(self.module.parameters())
-                self.save()
-                tqdm.write(f'{self.name}: step {self.step}, loss {average:.4f}, value {self.curve[-1][2]:.4f}')
-        progress.close()
-        self.ema.copy_to(self.module.parameters())
-        self.module.requires_grad_(False).eval()
 
 
 def reconstruct(vae: AutoencoderKL, images: np.ndarray, device: str) -> torch.Tensor:
@@ -257,17 +174,6 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     ).input_ids
 
 
-def encode_corpus(vae: AutoencoderKL, images: np.ndarray, device: str) -> torch.Tensor:
-    """Scaled posterior moments, mean and standard deviation, of pictures and mirrored pictures (2 N, 2, 4, h, w)."""
-    moments = []
-    with torch.no_grad():
-        for batch in tqdm(np.array_split(images, math.ceil(len(images) / 64)), desc='encoding'):
-            for view in (batch, batch[:, :, ::-1].copy()):
-                posterior = vae.encode(to_tensor(view, device)).latent_dist
-                moments.append(torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor)
-    return torch.cat([*moments[::2], *moments[1::2]])
-
-
 def train_unet(
     args: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer, images: np.ndarray, labels: np.ndarray
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
@@ -288,23 +194,16 @@ def train_unet(
     if trainer.step < args.unet_steps:
         moments = encode_corpus(vae, images, args.device)
         species = torch.from_numpy(labels).repeat(2)
-        captions = [f'a photo of {"an" if name[0] in "aeiou" else "a"} {name}' for name in SPECIES]
-        tokens = tokenize(tokenizer, [*captions, '']).to(args.device)  # the last one for dropped captions
+        tokens = tokenize(tokenizer, [*CAPTIONS, '']).to(args.device)
         scheduler = DDIMScheduler(**SCHEDULER)
 
     def batch_loss(generator: torch.Generator, count: int) -> torch.Tensor:
-        picked = torch.randint(len(moments), (count,), generator=generator)
-        latents, spread = moments[picked].unbind(dim=1)
-        latents = latents + spread * torch.randn(latents.shape, generator=generator).to(latents)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        picked, latents, noise = draw_latents(moments, count, generator)
         timesteps = torch.randint(1000, (count,), generator=generator)
-        dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
-        conditions = text_encoder(tokens)[0][torch.where(dropped, len(SPECIES), species[picked])]
+        conditions = text_encoder(tokens)[0][drop_captions(species[picked], generator)]
         x_t = scheduler.add_noise(latents, noise, timesteps.to(args.device))
         predicted = unet(x_t, timesteps.to(args.device), conditions).sample
-        snr = compute_snr(scheduler, timesteps).to(latents)
-        weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
-        return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+        return min_snr_loss(scheduler, predicted, noise, timesteps)
 
     def evaluate(step: int) -> float:
         if step % (4 * args.save_every) == 0:
@@ -325,25 +224,6 @@ def pipeline_parts(vae, unet, text_encoder, tokenizer) -> dict:
     }  # fmt: skip
 
 
-def sample_sheet(pipeline: StableDiffusionPipeline, columns: int = 8, steps: int = 50) -> Image.Image:
-    """Generated pictures, one row per species (DDIM, guidance 3)."""
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = [f'a photo of {"an" if name[0] in "aeiou" else "a"} {name}' for name in SPECIES]
-    generator = torch.Generator(pipeline.device).manual_seed(0)
-    pictures = pipeline(
-        prompts, num_images_per_prompt=columns, num_inference_steps=steps, guidance_scale=3.0, generator=generator,
-        height=IMAGE_SIZE, width=IMAGE_SIZE, output_type="np",
-    ).images  # fmt: skip
-    return grid((pictures * 255).round().astype(np.uint8), columns)
-
-
-def grid(pictures: np.ndarray, columns: int) -> Image.Image:
-    """Pictures (N, H, W, 3) uint8 in rows of `columns`, enlarged twice."""
-    rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
-    sheet = Image.fromarray(np.concatenate(rows))
-    return sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
-
-
 def save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen: np.ndarray, psnr: float) -> None:
     """Write the pipeline folder with card, curves and sheets."""
     pipeline = StableDiffusionPipeline(**pipeline_parts(vae, unet, text_encoder, tokenizer)).to(torch.float16)
@@ -362,11 +242,7 @@ def save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen: np.ndarray, 
     steps, _, values = zip(*curves['vae'], strict=True)
     axes[0].plot(steps, values)
     axes[0].set(xlabel='step', ylabel='PSNR on unseen pictures (dB)', title='VAE')
-    steps, losses, values = zip(*curves['unet'], strict=True)
-    axes[1].plot(steps, losses, label='training, running mean')
-    axes[1].plot(steps, values, label='EMA weights, 256 fixed draws')
-    axes[1].set(xlabel='step', ylabel='min-SNR weighted loss', title='UNet', yscale='log')
-    axes[1].legend()
+    plot_loss(axes[1], curves['unet'], '256 fixed draws', ylabel='min-SNR weighted loss', title='UNet')
     figure.tight_layout()
     figure.savefig(args.out / 'curves.png', dpi=100)
     (args.out / 'README.md').write_text(model_card(args, unet, vae, text_encoder, psnr, curves['unet'][-1]))
@@ -374,10 +250,8 @@ def save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen: np.ndarray, 
 
 def model_card(args, unet, vae, text_encoder, psnr: float, last: list[float]) -> str:
     """The README.md of the folder."""
-    size = sum(path.stat().st_size for path in args.out.rglob('*.safetensors')) / 2**20
-    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
-              (("UNet", unet), ("VAE", vae), ("text encoder", text_encoder))}  # fmt: skip
-    parameters = ', '.join(f'{name} {count:.2f} M' for name, count in counts.items())
+    parts = {'UNet': unet, 'VAE': vae, 'text encoder': text_encoder}
+    parameters = ', '.join(f'{name} {millions(part):.2f} M' for name, part in parts.items())
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -388,7 +262,7 @@ A latent diffusion model of toy quadrupeds (horse, giraffe, dog, elephant) at {I
 the block types and the layer names of Stable Diffusion 1.5. It is not meant to generate images: it exists so that
 diffseg can be tried and tested offline through the code paths of the real models.
 
-* Parameters: {parameters}; {size:.1f} MiB of float16 safetensors.
+* Parameters: {parameters}; {megabytes(args.out):.1f} MiB of float16 safetensors.
 * Latents: 4 channels at 1/4 of the image size. Captions: "a photo of a horse" and the like, at most {MAX_TOKENS}
   tokens.
 * Data: {args.images} pictures drawn by `tools/toy/quadrupeds.py` (series {TRAIN_SEED}), each also mirrored for

@@ -82,8 +82,13 @@ class ToySample:
 
     @property
     def caption(self) -> str:
-        """The sentence that goes with the picture, e.g. "a photo of an elephant"."""
-        return f'a photo of {"an" if self.species[0] in "aeiou" else "a"} {self.species}'
+        """The sentence that goes with the picture."""
+        return caption(self.species)
+
+
+def caption(species: str) -> str:
+    """The sentence that goes with a picture of a species, e.g. "a photo of an elephant"."""
+    return f'a photo of {"an" if species[0] in "aeiou" else "a"} {species}'
 
 
 def draw_sample(seed: int, index: int, size: int = 64, species: str | None = None) -> ToySample:
