@@ -83,19 +83,32 @@ def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def stored_model(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """`model` of the config in a checkpoint, which is Python code: only literals and `dict(...)` are evaluated.
+def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The config in a checkpoint, which is Python code: only literals and `dict(...)` are evaluated.
 
     Raises:
-        ValueError: no config in the checkpoint, or other code in it.
+        ValueError: no config with a model in the checkpoint, or other code in it.
     """
     text = checkpoint.get('meta', {}).get('cfg')
     if text is None:
-        raise ValueError('the checkpoint holds no config; give CONFIG as well')
-    for statement in ast.parse(text).body:
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], 'id', None) == 'model':
-            return _literal(statement.value)
-    raise ValueError('the config in the checkpoint has no model; give CONFIG as well')
+        raise ValueError('the checkpoint holds no config')
+    assignments = [statement for statement in ast.parse(text).body if isinstance(statement, ast.Assign)]
+    config = {getattr(statement.targets[0], 'id', None): _literal(statement.value) for statement in assignments}
+    if 'model' not in config:
+        raise ValueError('the config in the checkpoint has no model')
+    return config
+
+
+def stored_model(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """`model` of the config in a checkpoint.
+
+    Raises:
+        ValueError: as `stored_config` does.
+    """
+    try:
+        return stored_config(checkpoint)['model']
+    except ValueError as error:
+        raise ValueError(f'{error}; give CONFIG as well') from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -107,7 +120,8 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict):
         return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(element) for element in node.elts]
+        elements = [_literal(element) for element in node.elts]
+        return elements if isinstance(node, ast.List) else tuple(elements)
     return ast.literal_eval(node)
 
 
