@@ -61,7 +61,7 @@ def trained(tiny_pipeline, tmp_path_factory, load_tool) -> SimpleNamespace:
         for name, size in SIZES.items():
             pixels = generator.integers(values, size=[*size, *depth], dtype=np.uint8)
             Image.fromarray(pixels).save(folder / 'data' / kind / name)
-    backbone = {'cache_dir': str(folder / 'prompts'), 'cache': str(folder / 'features')}
+    backbone = {'cache_dir': str(folder / 'prompts'), 'cache': {'path': str(folder / 'features'), 'dtype': 'float32'}}
     model = segmentor_config(tiny_pipeline, backbone=backbone).to_dict()
     model['train_cfg'] = {}
     training_config(model, folder).dump(folder / 'tiny.py')
