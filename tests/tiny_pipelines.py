@@ -507,7 +507,7 @@ def pipeline(kind: str, seed: int = 0) -> DiffusionPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = randomise(network(**{**config, **row.config}))
-        parts = {'transformer': transformer, 'vae': row.vae(), 'scheduler': row.scheduler(), **row.texts()}
+        parts = {'transformer': transformer, **row.texts(), 'vae': row.vae(), 'scheduler': row.scheduler()}
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.eval()

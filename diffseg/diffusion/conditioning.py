@@ -183,6 +183,10 @@ class NoPromptEncoder:
         self.prepare(prompts)
         return Conditioning(torch.empty(len(prompts), 0, 0, device='cpu'))
 
+    def for_negative_prompts(self) -> 'NoPromptEncoder':
+        """The encoder of negative prompts: itself."""
+        return self
+
     def prepare(self, prompts: Sequence[str]) -> None:
         """Raise a ValueError for prompts that are not empty."""
         if prompt := next(filter(None, prompts), None):

@@ -105,6 +105,10 @@ class PromptStore(ABC):
                 f"the tokenizer's length (truncate)"
             )
 
+    def for_negative_prompts(self) -> 'PromptStore':
+        """The encoder of negative prompts, which some pipelines encode in another way."""
+        return self
+
     @cached_property
     def source(self) -> ModelSource:
         """Source of the text encoders."""
