@@ -19,6 +19,7 @@ MM = [
     'setuptools<82',  # mmengine resolves `mmseg::` config paths with pkg_resources
     'scipy',  # .mat annotations of PF-Pascal and CUB; mmsegmentation requires it as well
 ]
+TEXT = ['protobuf', 'sentencepiece']  # tokenizers that are published as SentencePiece models alone (PixArt, HunyuanDiT)
 ONEDL = ['onedl-mmsegmentation>=1.4.2', 'onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6', 'scipy']
 
 
@@ -93,7 +94,18 @@ with tempfile.TemporaryDirectory() as build_base:
             'xformers': ['xformers'],
             'demo': [*MM, 'matplotlib', 'psutil'],
             'lora': ['peft'],
-            'dev': [*MM, 'hypothesis', 'matplotlib', 'peft', 'pytest', 'pytest-xdist', 'ruff', 'setuptools>=70.1'],
+            'text': TEXT,
+            'dev': [
+                *MM,
+                *TEXT,
+                'hypothesis',
+                'matplotlib',
+                'peft',
+                'pytest',
+                'pytest-xdist',
+                'ruff',
+                'setuptools>=70.1',
+            ],
             'docs': ['furo', 'myst-nb', 'sphinx', 'sphinx-copybutton'],
         },
         options={'build': {'build_base': build_base}},

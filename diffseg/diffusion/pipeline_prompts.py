@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, Transformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from diffseg.diffusion.conditioning import NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.loading import ModelSource, explain, find_source, fingerprint
@@ -190,6 +191,7 @@ class PipelinePromptEncoder(PromptStore):
         device: Of the text encoders. The results are on the CPU.
 
     Raises:
+        ImportError: A tokenizer needs packages that are not installed; raised by the first prompt.
         OSError: Text encoders or tokenizers are missing, damaged or unreachable; raised by the first prompt.
         ValueError: Unknown pipeline, or a sequence length that cannot be used.
     """
@@ -372,7 +374,7 @@ def prompt_encoder(
         pipeline: Name of the pipeline, for transformers alone.
         max_sequence_length: Number of tokens, for transformers alone.
         options: Further options of `PromptEncoder` and `PipelinePromptEncoder`: `revision`, `variant`, `config`,
-            `cache_dir`, `device`.
+            `cache_dir`, `device`, and, for transformers alone, `dtype`.
 
     Raises:
         ValueError: An option that the network's encoder does not have.
@@ -432,6 +434,11 @@ def _load_tokenizer(source: ModelSource, part: str, index: Mapping[str, Any]) ->
     try:
         return cls.from_pretrained(source.location, **_where(source, part))
     except (OSError, ValueError, ImportError) as error:
+        if 'tiktoken' in str(error) and not (is_sentencepiece_available() and is_protobuf_available()):
+            raise ImportError(
+                f'{part} of {source.location} is a SentencePiece model, for which packages are missing: pip install '
+                f"'diffseg[text]'"
+            ) from error
         raise explain(source, part, error) from error
 
 

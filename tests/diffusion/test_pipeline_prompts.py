@@ -12,7 +12,9 @@ import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
+from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from diffseg.diffusion import pipeline_prompts, prompt_store
 from diffseg.diffusion.conditioning import NoPromptEncoder, PromptEncoder
@@ -302,6 +304,29 @@ def test_missing_and_damaged_parts(encoder, pipeline_folder, tmp_path):
     shutil.rmtree(copy / 'tokenizer_2')
     with pytest.raises(OSError, match=r'has no tokenizer_2/.* Precomputed embeddings'):
         encode()
+
+
+def test_tokenizers_of_sentencepiece(encoder, pipeline_folder, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(pipeline_folder('pixart-sigma'), tmp_path / 'copy'))
+    (copy / 'tokenizer' / 'tokenizer.json').unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(PROMPTS * 20),
+        model_prefix=str(copy / 'tokenizer' / 'spiece'),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    ours = encoder('pixart-sigma', model=copy)([PROMPTS[2]])
+    assert_same(ours.by_name, texts_of_network(copy, PROMPTS[2])[0])
+    assert not torch.equal(ours.mask, encoder('pixart-sigma')([PROMPTS[2]]).mask)
+    monkeypatch.setitem(BACKENDS_MAPPING, 'sentencepiece', (lambda: False, 'no {0}'))
+    monkeypatch.setattr(pipeline_prompts, 'is_sentencepiece_available', lambda: False)
+    with pytest.raises(ImportError, match=r"tokenizer of .* SentencePiece model, .*pip install 'diffseg\[text\]'"):
+        encoder('pixart-sigma', model=copy)(PROMPTS)
 
 
 @pytest.mark.parametrize('entry', [['evil', 'T5EncoderModel'], ['transformers', 'pipeline'], [None, None]])
