@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiny
 import torch
@@ -536,6 +536,25 @@ def generate(loaded: DiffusionPipeline, steps: int = 2, height: int = 64, width:
     if 'class_labels' in accepted:
         return loaded(**{'class_labels': [1], 'output_type': 'pt', **options})[0]
     options = {'prompt': 'a photo of a horse', 'height': height, 'width': width, 'output_type': 'latent', **options}
-    if 'use_resolution_binning' in accepted:
-        options['use_resolution_binning'] = False
-    return loaded(**options)[0]
+    plain = {'use_resolution_binning': False, 'clean_caption': False}
+    return loaded(**{name: value for name, value in plain.items() if name in accepted}, **options)[0]
+
+
+def network_calls(loaded: DiffusionPipeline, **options) -> list[dict[str, Any]]:
+    """Arguments, by name, of each call of the transformer while a pipeline generates.
+
+    Args:
+        loaded: Of one of `KINDS`.
+        options: Arguments of `generate`.
+    """
+    calls = []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+
+    hook = loaded.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        generate(loaded, **options)
+    finally:
+        hook.remove()
+    return calls

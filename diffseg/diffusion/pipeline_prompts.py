@@ -399,8 +399,9 @@ def prompt_encoder(
 
 
 def _refuse(network: str, **options: Any) -> None:
-    if unsupported := [name for name, value in options.items() if value]:
-        raise ValueError(f'prompts of a {network} have no {", ".join(unsupported)}; leave out what they do not have')
+    """Raise a ValueError for options that are given."""
+    if names := ' and '.join(name for name, value in options.items() if value):
+        raise ValueError(f'prompts of a {network} are encoded without {names}; leave out {names}')
 
 
 def _pipelines_with(network: str | None) -> list[str]:

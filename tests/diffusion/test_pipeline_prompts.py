@@ -1,5 +1,4 @@
 import gc
-import inspect
 import json
 import logging
 import shutil
@@ -67,19 +66,11 @@ def forbid_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def texts_of_network(folder: Path, prompt: str, **options) -> list[dict[str, Tensor]]:
     """What a pipeline passes of prompts to its transformer, by field of `Conditioning`, for each call."""
-    calls = []
-
-    def record(module, args, kwargs):
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        values = {ARGUMENTS[name]: x for name, x in bound.items() if name in ARGUMENTS and x is not None}
-        calls.append({name: x[0].unsqueeze(0) if isinstance(x, list) else x for name, x in values.items()})
-
     pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
-    accepted = inspect.signature(pipeline.__call__).parameters
-    options = {'guidance_scale': 0.0, 'clean_caption': False, **options}
-    options = {name: x for name, x in options.items() if name in accepted and x is not None}
-    tiny_pipelines.generate(pipeline, prompt=prompt, steps=2, height=64, width=64, **options)
+    calls = []
+    for call in tiny_pipelines.network_calls(pipeline, prompt=prompt, height=64, width=64, **options):
+        fields = {ARGUMENTS[name]: x for name, x in call.items() if name in ARGUMENTS and x is not None}
+        calls.append({name: x[0].unsqueeze(0) if isinstance(x, list) else x for name, x in fields.items()})
     return calls
 
 
@@ -91,7 +82,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_networks_get_what_they_get_from_the_pipeline(kind, pipeline_folder, encoder):
-    guidance = {'guidance_scale': None} if kind == 'qwen-image' else {}
+    guidance = {} if kind == 'qwen-image' else {'guidance_scale': 0.0}
     theirs = texts_of_network(pipeline_folder(kind), PROMPTS[2], **guidance)[0]
     ours = encoder(kind)([PROMPTS[2]]).by_name
     assert_same(ours, theirs)
@@ -249,6 +240,22 @@ def test_encoders_are_freed(encoder, monkeypatch):
         encode([])
 
 
+def test_a_hub_ids_embeddings_can_be_used_without_its_weights(encoder, tmp_path, monkeypatch):
+    expected = encoder('flux')(PROMPTS)
+    options = {'model': 'nobody/nothing', 'network': 'FluxTransformer2DModel'}
+    with monkeypatch.context() as patch:
+        pipeline = encoder('flux')._load()
+        patch.setattr(PipelinePromptEncoder, '_load', lambda self: pipeline)
+        patch.setattr(PipelinePromptEncoder, '_encoders_digest', lambda self: 'digest')
+        encoder('flux', **options)(PROMPTS)
+    monkeypatch.setattr(pipeline_prompts, '_index', lambda source: pytest.fail('the hub was asked'))
+    other = encoder('flux', **options)
+    assert_same(other(PROMPTS).by_name, expected.by_name)
+    assert other.fingerprint == 'digest'
+    with pytest.raises(pytest.fail.Exception, match='the hub was asked'):
+        encoder('flux', revision='other', **options)(PROMPTS)
+
+
 # ---- pipelines and their parts
 
 
@@ -321,7 +328,7 @@ def test_tokenizers_of_sentencepiece(encoder, pipeline_folder, tmp_path, monkeyp
         bos_id=-1,
     )
     ours = encoder('pixart-sigma', model=copy)([PROMPTS[2]])
-    assert_same(ours.by_name, texts_of_network(copy, PROMPTS[2])[0])
+    assert_same(ours.by_name, texts_of_network(copy, PROMPTS[2], guidance_scale=0.0)[0])
     assert not torch.equal(ours.mask, encoder('pixart-sigma')([PROMPTS[2]]).mask)
     monkeypatch.setitem(BACKENDS_MAPPING, 'sentencepiece', (lambda: False, 'no {0}'))
     monkeypatch.setattr(pipeline_prompts, 'is_sentencepiece_available', lambda: False)
@@ -369,9 +376,9 @@ def test_each_network_has_its_encoder(pipeline_folder, tiny_pipeline, tmp_path):
 
 def test_options_of_other_networks_are_refused(pipeline_folder, tiny_pipeline):
     flux = pipeline_folder('flux')
-    with pytest.raises(ValueError, match='prompts of a UNet2DConditionModel have no max_sequence_length'):
+    with pytest.raises(ValueError, match='UNet2DConditionModel are encoded without max_sequence_length; leave'):
         prompt_encoder(tiny_pipeline, 'UNet2DConditionModel', max_sequence_length=9)
-    with pytest.raises(ValueError, match='prompts of a FluxTransformer2DModel have no textual_inversion'):
+    with pytest.raises(ValueError, match='FluxTransformer2DModel are encoded without textual_inversion; leave out'):
         prompt_encoder(flux, 'FluxTransformer2DModel', textual_inversion=['token.pt'])
     state = {'text_encoder.layer.lora_A.weight': torch.zeros(1)}
     weights = [LoraWeights('style.safetensors', 1.0, '0', x, None, None) for x in (state, {'transformer.x': 0})]
