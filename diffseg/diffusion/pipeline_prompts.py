@@ -184,8 +184,8 @@ class PipelinePromptEncoder(PromptStore):
         variant: Variant of the weight files; None is that of the preset, else none.
         config: Preset, hub id or diffusers folder with the text encoders and tokenizers of a single file.
         cache_dir: Cache folder of embeddings; None is that of `default_cache_dir`.
-        max_sequence_length: Number of tokens; None is the pipeline's (512 for Flux, of which FLUX.1-schnell was trained
-            with 256).
+        max_sequence_length: Number of tokens; None is the pipeline's (512 for Flux; FLUX.1-schnell takes 256 at most,
+            as diffusers documents).
         negative: Encode prompts as the pipeline does with negative prompts, see `for_negative_prompts`.
         dtype: Of the text encoders and the embeddings.
         device: Of the text encoders. The results are on the CPU.
@@ -420,9 +420,11 @@ def _index(source: ModelSource) -> dict[str, Any]:
 
 def _class_in(index: Mapping[str, Any], part: str, base: type) -> type | None:
     """The class that `model_index.json` names for a part, if it is one of transformers and a subclass of `base`."""
-    library, name = index.get(part) or (None, None)
-    cls = getattr(transformers, name, None) if library == 'transformers' else None
-    return cls if isinstance(cls, type) and issubclass(cls, base) else None
+    match index.get(part):
+        case ['transformers', str(name)]:
+            cls = getattr(transformers, name, None)
+            return cls if isinstance(cls, type) and issubclass(cls, base) else None
+    return None
 
 
 def _where(source: ModelSource, part: str) -> dict[str, Any]:
@@ -449,8 +451,8 @@ def _load_encoder(source: ModelSource, part: str, index: Mapping[str, Any], dtyp
         cls = _class_in(index, part, PreTrainedModel)
         if cls is None:
             config, _ = PreTrainedConfig.get_config_dict(source.location, **where)
-            named = {'named': ('transformers', next(iter(config.get('architectures') or ()), None))}
-            cls = _class_in(named, 'named', PreTrainedModel)
+            name = next(iter(config.get('architectures') or ()), None)
+            cls = _class_in({part: ('transformers', name)}, part, PreTrainedModel)
         if cls is None:
             raise ValueError(
                 f'neither model_index.json nor config.json names a text encoder of transformers for {part}'

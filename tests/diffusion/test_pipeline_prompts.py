@@ -313,6 +313,16 @@ def test_missing_and_damaged_parts(encoder, pipeline_folder, tmp_path):
         encode()
 
 
+def test_the_tokenizer_of_a_processor(encoder, pipeline_folder, tmp_path):
+    """FLUX.2 names Mistral's processor of images and text, which needs torchvision."""
+    copy = Path(shutil.copytree(pipeline_folder('flux2'), tmp_path / 'copy'))
+    index = copy / 'model_index.json'
+    processor = ['transformers', 'PixtralProcessor']
+    index.write_text(json.dumps({**json.loads(index.read_text()), 'tokenizer': processor}))
+    ours = encoder('flux2', model=copy, cache_dir=tmp_path / 'new')
+    assert_same(ours(PROMPTS[:1]).by_name, encoder('flux2')(PROMPTS[:1]).by_name)
+
+
 def test_tokenizers_of_sentencepiece(encoder, pipeline_folder, tmp_path, monkeypatch):
     copy = Path(shutil.copytree(pipeline_folder('pixart-sigma'), tmp_path / 'copy'))
     (copy / 'tokenizer' / 'tokenizer.json').unlink()
@@ -336,7 +346,7 @@ def test_tokenizers_of_sentencepiece(encoder, pipeline_folder, tmp_path, monkeyp
         encoder('pixart-sigma', model=copy)(PROMPTS)
 
 
-@pytest.mark.parametrize('entry', [['evil', 'T5EncoderModel'], ['transformers', 'pipeline'], [None, None]])
+@pytest.mark.parametrize('entry', [['evil', 'T5EncoderModel'], ['transformers', 'pipeline'], [None, None], 'evil'])
 def test_classes_of_other_kinds_are_not_used(entry, encoder, pipeline_folder, tmp_path):
     copy = Path(shutil.copytree(pipeline_folder('pixart-sigma'), tmp_path / 'copy'))
     index = copy / 'model_index.json'
