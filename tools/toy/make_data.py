@@ -1,4 +1,4 @@
-"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM) and SPair-71k."""
+"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k and mmseg's data sets."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 from quadrupeds import ToySample, draw_harness, draw_sample
 from tqdm import tqdm
 
-from diffseg.datasets.toy import SPECIES
+from diffseg.datasets.toy import PALETTE, SPECIES
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
 PART_SPLITS = {'train': 0, 'test': 1_000_000}
@@ -39,11 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--stickers', action='store_true', help='write a harness for each labelled picture, RGBA, into `toy/stickers`'
     )
+    parser.add_argument(
+        '--mmseg', action='store_true', help='write pictures and masks into `toy-mmseg/{images,labels}/{train,test}`'
+    )
     args = parser.parse_args(argv)
     for split in PART_SPLITS:
         write_parts(args.out / 'toy/real' / split, getattr(args, split), split, args.seed, args.size)
         if args.stickers:
             write_stickers(args.out / 'toy/stickers' / split, getattr(args, split), split, args.seed, args.size)
+        if args.mmseg:
+            write_mmseg(args.out / 'toy-mmseg', getattr(args, split), split, args.seed, args.size)
     for split in PAIR_SPLITS:
         if args.pairs:
             write_pairs(args.out / 'SPair-toy', args.pairs, split, args.seed, args.size)
@@ -58,6 +63,19 @@ def write_parts(folder: Path, count: int, split: str, seed: int, size: int) -> N
         sample = draw_sample(seed, PART_SPLITS[split] + number, size)
         Image.fromarray(sample.image).save(folder / f'{sample.species}_{number:05d}.png')
         np.save(folder / f'{sample.species}_{number:05d}.npy', sample.mask)
+
+
+def write_mmseg(root: Path, count: int, split: str, seed: int, size: int) -> None:
+    """Pictures and masks of the same names, as mmseg's `BaseSegDataset` reads them; masks hold class indices."""
+    for kind in ('images', 'labels'):
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        sample = draw_sample(seed, PART_SPLITS[split] + number, size)
+        name = f'{sample.species}_{number:05d}.png'
+        mask = Image.fromarray(sample.mask)
+        mask.putpalette(np.array(PALETTE, dtype=np.uint8).tobytes())  # for viewers
+        Image.fromarray(sample.image).save(root / 'images' / split / name)
+        mask.save(root / 'labels' / split / name)
 
 
 def write_stickers(folder: Path, count: int, split: str, seed: int, size: int) -> None:

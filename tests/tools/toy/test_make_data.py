@@ -104,3 +104,22 @@ def test_stickers_lie_on_the_animals(tmp_path, draw):
         drawn = sticker[..., 3] > 127
         assert sticker.shape == (128, 128, 4) and 100 < drawn.sum() < 128**2 / 4
         assert (labels[drawn] > 0).mean() > 0.8
+
+
+def test_layout_of_mmseg(folder, draw):
+    draw([str(folder), '--train', '4', '--test', '2', '--mmseg'])
+    for split, count in (('train', 4), ('test', 2)):
+        init_default_scope('mmseg')
+        prefix = {'img_path': f'images/{split}', 'seg_map_path': f'labels/{split}'}
+        config = {'type': 'BaseSegDataset', 'data_root': str(folder / 'toy-mmseg'), 'data_prefix': prefix}
+        dataset = DATASETS.build(
+            {
+                **config,
+                'img_suffix': '.png',
+                'pipeline': [{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations'}],
+            }
+        )
+        assert len(dataset) == count
+        for sample in dataset:
+            labels = np.load(folder / 'toy/real' / split / Path(sample['img_path']).with_suffix('.npy').name)
+            assert np.array_equal(sample['gt_seg_map'], labels)
