@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 DOCS_STAMP = $(VENV)/.installed-docs
 SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
-.PHONY: install test demo lint benchmark docs linkcheck
+.PHONY: install test demo explore lint benchmark docs linkcheck
 
 install: $(STAMP)
 
@@ -15,7 +15,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@echo 'installing into $(VENV); this takes about a minute'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation --editable '.[mm,demo,dev]'
+	$(PIP) --no-build-isolation --editable '.[mm,demo,dev,web]'
 	touch $@
 	@echo 'installed in $(VENV)'
 
@@ -28,6 +28,10 @@ test: install
 
 demo: install
 	$(BIN)/python demo/run.py
+
+explore: install
+	$(BIN)/python tools/toy/make_data.py demo/output/explore --train 24 --test 0 --size 256
+	$(BIN)/python tools/explore.py demo/output/explore/toy/real/train --model demo/tiny-sd
 
 lint: install
 	$(BIN)/ruff check .

@@ -75,6 +75,7 @@ with tempfile.TemporaryDirectory() as build_base:
         license='Apache-2.0',
         license_files=['LICENSE'],
         packages=find_packages(include=['diffseg', 'diffseg.*']),
+        package_data={'diffseg.web': ['static/*']},
         cmdclass={'build_py': BuildWithMim},
         python_requires='>=3.11',
         install_requires=[
@@ -98,14 +99,17 @@ with tempfile.TemporaryDirectory() as build_base:
             'dev': [
                 *MM,
                 *TEXT,
+                'httpx2',  # of FastAPI's test client
                 'hypothesis',
                 'matplotlib',
                 'peft',
+                'playwright',
                 'pytest',
                 'pytest-xdist',
                 'ruff',
                 'setuptools>=70.1',
             ],
+            'web': ['fastapi', 'uvicorn'],
             'docs': ['furo', 'myst-nb', 'sphinx', 'sphinx-copybutton'],
         },
         options={'build': {'build_base': build_base}},

@@ -38,7 +38,7 @@ def resize(picture: Tensor, size: tuple[int, int], smooth: bool = True) -> Tenso
     return F.interpolate(picture[None], size, mode='nearest-exact')[0]
 
 
-def pca(features: Sequence[Tensor], components: int = 3) -> list[Tensor]:
+def pca(features: Sequence[Tensor], components: int = 3, sample: int | None = None) -> list[Tensor]:
     """Project several maps on the principal components of all their cells together.
 
     Joint components give corresponding cells of different images comparable values. They are deterministic: the
@@ -47,6 +47,7 @@ def pca(features: Sequence[Tensor], components: int = 3) -> list[Tensor]:
     Args:
         features: maps with shapes (C, h_i, w_i), with the same number of channels and any sizes.
         components: number of components to keep.
+        sample: about how many cells, evenly taken, the components are computed from (default: all).
 
     Returns:
         One map with shape (components, h_i, w_i) for each input, in float32 on the CPU, centred on the joint mean.
@@ -59,30 +60,48 @@ def pca(features: Sequence[Tensor], components: int = 3) -> list[Tensor]:
         raise ValueError(f'joint PCA needs maps with the same number of channels, got {sorted(channels)}')
     if min(channels) < components:
         raise ValueError(f'{components} components need at least as many channels, got {min(channels)}')
-    cells = torch.cat([feature.detach().cpu().float().flatten(1).T for feature in features])  # (sum h*w, C)
+    cells = [feature.detach().cpu().float().flatten(1).T for feature in features]  # (h*w, C) each
+    step = 1 if sample is None else -(-sum(map(len, cells)) // sample)
+    mean, axes = principal_axes(torch.cat([part[::step] for part in cells]), components)
+    projected = [F.pad((part - mean) @ axes, (0, components - axes.shape[1])) for part in cells]  # too few cells: zeros
+    return [part.T.unflatten(1, feature.shape[1:]) for part, feature in zip(projected, features, strict=True)]
+
+
+def principal_axes(cells: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """Mean and principal axes of cells.
+
+    Args:
+        cells: shape (N, C), float32.
+        components: number of axes.
+
+    Returns:
+        The mean (C,) and the axes (C, K), where K is smaller than `components` if there are fewer cells. They do not
+        depend on the state of a random number generator.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
     if not cells.isfinite().all():
         raise ValueError('features contain NaN or infinity; extract them in float32 or bfloat16')
-    cells = cells - cells.mean(0)
+    mean = cells.mean(0)
     rank = min(*cells.shape, components + 8)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        basis = torch.pca_lowrank(cells, q=rank, center=False, niter=4)[2][:, :components]  # (C, <= components)
-    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-    projected = F.pad(cells @ basis, (0, components - basis.shape[1]))  # fewer cells than components: zeros
-    parts = projected.split([feature[0].numel() for feature in features])
-    return [part.T.unflatten(1, feature.shape[1:]) for part, feature in zip(parts, features, strict=True)]
+        axes = torch.pca_lowrank(cells - mean, q=rank, center=False, niter=4)[2][:, :components]
+    return mean, axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
 
 
-def pca_rgb(features: Sequence[Tensor], clip: float = 0.01) -> list[Tensor]:
+def pca_rgb(features: Sequence[Tensor], clip: float = 0.01, sample: int | None = None) -> list[Tensor]:
     """Colour several maps by their three joint principal components (see `pca`).
 
     Each component is scaled to [0, 1] over all maps together, so that a colour means the same in each of them; the
     fraction `clip` of the cells at either end saturates, so that outliers do not wash the picture out.
+    `sample` is that of `pca`.
 
     Returns:
         One picture (3, h_i, w_i) for each map (C, h_i, w_i).
     """
-    projected = pca(features)
+    projected = pca(features, sample=sample)
     values = torch.cat([part.flatten(1) for part in projected], dim=1)  # (3, sum h*w)
     rank = round(clip * (values.shape[1] - 1)) + 1
     low = values.kthvalue(rank, dim=1).values[:, None, None]

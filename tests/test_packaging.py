@@ -17,7 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 ROOT_FILES = 'CHANGELOG.md LICENSE MANIFEST.in Makefile README.md constraints.txt pyproject.toml setup.py'.split()
-EXTRAS = ('mm', 'demo', 'dev', 'docs')  # which the Makefile installs
+EXTRAS = ('mm', 'demo', 'dev', 'web', 'docs')  # which the Makefile installs
 IGNORED = shutil.ignore_patterns('__pycache__', 'output', '_build', 'api')
 
 
@@ -59,9 +59,11 @@ def test_wheel_holds_the_package_and_what_mim_looks_for(wheel):
     configs = {f'diffseg/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'configs').rglob('*.[pm][yd]')}
     tools = {f'diffseg/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'tools').rglob('*.py')}
     assert len(configs) >= 7 and 'diffseg/.mim/tools/train.py' in tools
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'diffseg/web/static').iterdir()}
+    assert {'diffseg/web/static/index.html', 'diffseg/web/static/main.js'} <= page
     held = {name for name in wheel.namelist() if '.dist-info/' not in name}
     index = {name for name in held if name.endswith(('model-index.yml', 'metafile.yml'))}
-    assert held - index == modules | configs | {path for path in tools if '/tools/toy/' not in path}
+    assert held - index == modules | page | configs | {path for path in tools if '/tools/toy/' not in path}
 
 
 def test_every_config_of_the_wheel_is_in_the_model_index(wheel):
