@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffseg.diffusion.images import image_size
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
@@ -53,7 +53,7 @@ def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[di
 
 def zero_shot_config(args: argparse.Namespace) -> dict[str, Any]:
     """Config of a zero-shot model that matches activations."""
-    available = sites(meta_unet(args.model))
+    available = sites(meta_network(args.model))
     layers = expand(args.layers, available)
     return {
         'type': 'CorrespondenceModel',

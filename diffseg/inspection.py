@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 from mmengine.runner import CheckpointLoader
 
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
-from diffseg.diffusion.loading import load_config, meta_unet, reason_of
+from diffseg.diffusion.loading import load_config, meta_network, reason_of
 from diffseg.diffusion.sites import Site, aggregates, default_scale_factor, resolve, sites
 
 if TYPE_CHECKING:
     from diffseg.models.necks import MixingWeights
 
 
+PACKED_SAMPLE_SIZE = 128  # cells of the latent of a 1024 pixel image; configurations of packed networks do not say it
+
+
 def available_sites(model: str, revision: str | None = None) -> tuple[dict[str, Site], tuple[int, int]]:
     """All sites of a model, and the image size that it was trained on."""
     config = load_config(model, revision=revision)
-    unet = meta_unet(model, revision=revision)
-    factor = 2 ** (len(config.vae['block_out_channels']) - 1) if config.vae else default_scale_factor(unet)
-    side = config.unet['sample_size'] * factor
-    return sites(unet, factor), (side, side)
+    network = meta_network(model, revision=revision)
+    factor = config.vae_scale_factor if config.vae else default_scale_factor(network)
+    side = config.network.get('sample_size', PACKED_SAMPLE_SIZE) * factor
+    return sites(network, factor), (side, side)
 
 
 def backbone_configs(config: Any) -> Iterator[dict[str, Any]]:

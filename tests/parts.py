@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import Site, resolve, sites
 from diffseg.models.backbones.vision import load_vision_config
 
@@ -21,7 +21,7 @@ def members(backbone: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 @cache
 def sites_of(model: str) -> dict[str, Site]:
     """A model's own description. Read only."""
-    return sites(meta_unet(model))
+    return sites(meta_network(model))
 
 
 def described(backbone: Mapping[str, Any], height: int, width: int) -> Iterator[Tensor]:

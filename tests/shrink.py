@@ -93,7 +93,7 @@ def shrink_backbone(backbone: dict, models: Mapping[str, Path]) -> list[int]:
         if 'model' in backbone.conditioner:
             backbone.conditioner.update(model=backbone.model, templates=['a {}'])  # not 80
         else:
-            backbone.conditioner.dim = load_config(backbone.model).unet['cross_attention_dim']
+            backbone.conditioner.dim = load_config(backbone.model).network['cross_attention_dim']
     available = sites_of(backbone.model)
     names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
     names = resolve(names, [*available, *names])

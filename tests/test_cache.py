@@ -452,7 +452,7 @@ def test_another_text_encoder_has_entries_of_its_own(make: Callable, tiny_pipeli
 def test_what_no_weight_tells_has_entries_of_its_own(make: Callable):
     backbone = make()
     contexts = [backbone._cache_context()]
-    backbone.extractor.unet.register_to_config(attention_head_dim=8)
+    backbone.extractor.network.register_to_config(attention_head_dim=8)
     contexts.append(backbone._cache_context())
     backbone.extractor.parts.vae_config = {**backbone.extractor.parts.vae_config, 'scaling_factor': 1.0}
     contexts.append(backbone._cache_context())
@@ -465,9 +465,10 @@ def test_what_no_weight_tells_has_entries_of_its_own(make: Callable):
 def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Callable):
     options = set(inspect.signature(DiffusionExtractor.__init__).parameters) - {'self', *GROUPS}
     options |= {field.name for group in GROUPS.values() for field in fields(group)}
-    weights = {'model', 'revision', 'variant', 'config', 'unet_weights', 'random'}  # whose values are fingerprinted
+    weights = {'model', 'revision', 'variant', 'config', 'network_weights', 'random'}  # whose values are fingerprinted
     speed = {'attention', 'vae_slicing', 'micro_batch', 'channels_last', 'compile', 'gradient_checkpointing'}
-    recorded = {*make()._cache_context(), 'transform'}  # which is recorded if there is one
+    recorded = {*make()._cache_context(), 'transform', 'embedded_guidance', 'discard'}  # if there is one
+    recorded |= {'label', 'max_sequence_length'}  # in the prompt, and in the fingerprint of its encoder
     assert options - weights - speed - {'check_finite', 'cache_dir'} - recorded == set()
 
 
@@ -482,8 +483,8 @@ def test_checkpoints_know_nothing_of_it(make: Callable):
     [
         ({'noise': 'random'}, "noise='random' gives other maps in each call"),
         ({'train_noise': 'random'}, "train_noise='random' gives other maps in each call"),
-        ({'frozen': False}, r'extractor\.unet\..* is trained, so that maps change'),
-        ({'lora': {'r': 2}}, r'extractor\.unet\..*lora.* is trained, so that maps change'),
+        ({'frozen': False}, r'extractor\.network\..* is trained, so that maps change'),
+        ({'lora': {'r': 2}}, r'extractor\.network\..*lora.* is trained, so that maps change'),
         ({'cache': {'path': 'x', 'max_size': '20 gigs'}}, 'is not a size'),
     ],
 )

@@ -20,7 +20,7 @@ from parts import described, members
 from shrink import shrink
 from torch import nn
 
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.models.backbones.ensemble import join_levels
 
@@ -177,16 +177,16 @@ def test_parameters_learn_at_the_released_rates(kind, models, data, tmp_path):
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {names[group['params'][0]]: (group['lr'], group['weight_decay']) for group in groups}
     assert len(found) == len(groups) == len(names)
-    unet = model.backbone.extractor.unet
+    unet = model.backbone.extractor.network
     released = {
-        f'backbone.extractor.unet.{ours}': f'unet.{theirs}'
+        f'backbone.extractor.network.{ours}': f'unet.{theirs}'
         for ours, theirs in zip(unet.state_dict(), unet_state(unet), strict=True)
     }
     wanted = {ours: released_options(released.get(ours, 'head')) for ours in found}
     assert {name: pytest.approx(options) for name, options in wanted.items()} == found
     assert len(set(wanted.values())) == 3
-    assert wanted['backbone.extractor.unet.up_blocks.1.attentions.0.norm.weight'] == (8e-5, 0)
-    assert wanted['backbone.extractor.unet.up_blocks.1.resnets.0.norm1.weight'] == pytest.approx((8e-6, 1e-3))
+    assert wanted['backbone.extractor.network.up_blocks.1.attentions.0.norm.weight'] == (8e-5, 0)
+    assert wanted['backbone.extractor.network.up_blocks.1.resnets.0.norm1.weight'] == pytest.approx((8e-6, 1e-3))
 
 
 @pytest.mark.parametrize('stem', [KINDS['VPD'], KINDS['Meta Prompts, frozen']])
@@ -246,7 +246,7 @@ def test_the_lines_of_the_readme(tmp_path):
     readme = (ROOT.parent / 'README.md').read_text()
     (tmp_path / 'config.py').write_text(re.search(r'```python\n(_base_ = .+?)```', readme, re.S).group(1))
     cfg = Config.fromfile(tmp_path / 'config.py')
-    assert cfg.layers == {layer: sites(meta_unet('sd15'))[layer].channels for layer in cfg.layers}
+    assert cfg.layers == {layer: sites(meta_network('sd15'))[layer].channels for layer in cfg.layers}
     cfg.model.backbone.model = str(ROOT.parent / 'demo/tiny-sd')
     cfg.model.neck.levels = [[48], [64], [96]]
     cfg.model.decode_head.norm_cfg.type = 'BN'

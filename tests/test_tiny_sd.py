@@ -9,7 +9,7 @@ from quadrupeds import draw_sample
 
 from diffseg.datasets.toy import SPECIES
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.models.correspondence import match_points
@@ -26,7 +26,7 @@ def test_it_is_an_ordinary_small_pipeline_with_the_names_of_sd15():
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20
     assert not [path for path in files if path.suffix in ('.bin', '.pt', '.pth', '.ckpt')]
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
-    assert list(sites(pipeline.unet)) == list(sites(meta_unet('sd15')))
+    assert list(sites(pipeline.unet)) == list(sites(meta_network('sd15')))
 
 
 def test_the_vae_reconstructs_unseen_pictures():

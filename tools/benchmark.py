@@ -58,7 +58,7 @@ from diffseg.command_line import default_device
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.loading import load_config, meta_network
 from diffseg.diffusion.recorder import ActivationRecorder
 from diffseg.diffusion.sites import sites
 
@@ -98,8 +98,8 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
         One VAE encoding (`encode`), and one UNet pass: a whole one (`unet`), one that ends with the last of the layers
         (`stopped`), and the operations that the layers depend on (`needed`).
     """
-    configs, unet = load_config(model), meta_unet(model)
-    factor = 1 if configs.pixel_space else 2 ** (len(configs.vae['block_out_channels']) - 1)
+    configs, unet = load_config(model), meta_network(model)
+    factor = configs.vae_scale_factor
     step = factor * 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
     side = -(-size // step) * step  # the extractor pads to a multiple of the UNet's stride
     latent = torch.empty(1, unet.config.in_channels, side // factor, side // factor, device='meta')
@@ -141,7 +141,7 @@ def published(extractor: DiffusionExtractor, images: Tensor, condition: Conditio
     Returns:
         {layer: (B, T, C, h, w)}, as the extractor does.
     """
-    parts, unet, vae = extractor.parts, extractor.unet, extractor.vae
+    parts, unet, vae = extractor.parts, extractor.network, extractor.vae
     recorder = ActivationRecorder(unet, extractor.layers, stop_early=False)
     repeated = images.repeat_interleave(extractor.ensemble, 0)  # (B*E, 3, H, W)
     kwargs = condition.unet_kwargs([0] * len(repeated), images.shape[2:], device=images.device, dtype=unet.dtype)
@@ -149,8 +149,9 @@ def published(extractor: DiffusionExtractor, images: Tensor, condition: Conditio
     for timestep in extractor.timesteps:
         latent = repeated
         if vae is not None:
-            latent = vae.encode(repeated.to(vae.dtype)).latent_dist.sample() * parts.scaling_factor  # (B*E, 4, h, w)
-        alpha = float(parts.alphas_cumprod[timestep])
+            latent = vae.encode(repeated.to(vae.dtype)).latent_dist.sample()  # (B*E, 4, h, w)
+            latent = latent * vae.config.scaling_factor
+        alpha = float(parts.schedule.alphas_cumprod[timestep])
         x_t = alpha**0.5 * latent + (1 - alpha) ** 0.5 * torch.randn_like(latent)
         steps.append(recorder(x_t.to(unet.dtype), torch.tensor(timestep, device=images.device), **kwargs))
     shape = len(images), extractor.ensemble
@@ -164,7 +165,7 @@ def measure(case: Case) -> dict[str, Any]:
         For each procedure its `ms` (median, per image), `peak` bytes (None where it cannot be read) and `flop` (counted
         in the warm-up, per image), and the `ratio` of their times.
     """
-    meta = meta_unet(case.model)
+    meta = meta_network(case.model)
     condition = placeholder_conditioning(meta)
     parts = ('unet',) if load_config(case.model).pixel_space else ('unet', 'vae')
     extractor = DiffusionExtractor(

@@ -10,4 +10,4 @@ model = dict(
         gradient_checkpointing=True,
     ),
 )
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbone.extractor.unet': dict(lr_mult=0.1)}))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbone.extractor.network': dict(lr_mult=0.1)}))

@@ -31,11 +31,11 @@ SINGLE_FILE_PREFIXES = ('cond_stage_model.', 'conditioner.embedders.')
 _ENCODERS = {'text_encoder': CLIPTextModel, 'text_encoder_2': CLIPTextModelWithProjection}
 
 
-def pooled_size(unet_config: Mapping[str, Any]) -> int | None:
+def pooled_size(network_config: Mapping[str, Any]) -> int | None:
     """Size D2 of the pooled embedding that a UNet reads; None for UNets without."""
-    if unet_config['addition_embed_type'] != 'text_time':
+    if network_config['addition_embed_type'] != 'text_time':
         return None
-    return unet_config['projection_class_embeddings_input_dim'] - 6 * unet_config['addition_time_embed_dim']
+    return network_config['projection_class_embeddings_input_dim'] - 6 * network_config['addition_time_embed_dim']
 
 
 class PromptEncoder(PromptStore):
@@ -119,7 +119,7 @@ class PromptEncoder(PromptStore):
     def encoders(self) -> tuple[str, ...]:
         """Names of the text encoders."""
         config = load_config(self.model, revision=self.revision, config=self.config)
-        pair = config.unet['addition_embed_type'] == 'text_time'
+        pair = config.network['addition_embed_type'] == 'text_time'
         return ('text_encoder', 'text_encoder_2') if pair else ('text_encoder',)
 
     def _encoders_digest(self) -> str:

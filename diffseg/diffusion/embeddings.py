@@ -60,6 +60,11 @@ class Conditioning:
         """All tensors that are not None."""
         return list(self.by_name.values())
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all text encoders."""
+        return sum(x.shape[1] for x in (self.embeds, self.embeds_2) if x is not None)
+
     def first(self) -> 'Conditioning':
         """The first prompt."""
         return replace(self, **{name: x[:1] for name, x in self.by_name.items() if name != 'times'})

@@ -1,36 +1,39 @@
-"""Images in, activations of a diffusion model's UNet out."""
+"""Images in, activations of a diffusion model's UNet or transformer out."""
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiTTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from diffseg.devices import upload
-from diffseg.diffusion.conditioning import Conditioning, NoPromptEncoder, PromptEncoder
+from diffseg.diffusion.class_labels import ClassLabelEncoder
 from diffseg.diffusion.controlnet import load_control
+from diffseg.diffusion.embeddings import Conditioning
 from diffseg.diffusion.images import check_images, check_range, extend_images
+from diffseg.diffusion.latents import Posterior, latent_space, scale_latents
 from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.lora import fuse_lora, read_lora
+from diffseg.diffusion.network_call import network_dtype, transformer_call
 from diffseg.diffusion.options import LoraSource, Runtime, Weights, as_group
+from diffseg.diffusion.pipeline_prompts import prompt_encoder
+from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.sites import AttentionMode, Site, aggregates, resolve, sites
 from diffseg.diffusion.trajectories import (
     Activations,
     Condition,
     Denoiser,
     Generation,
-    NoiseSchedule,
     Transform,
     build_trajectory,
     seeded_noise,
-    unet_dtype,
 )
 from diffseg.geometry import fit_to_image
 
@@ -40,16 +43,18 @@ Prompts = str | Sequence[str] | Tensor | Conditioning  # texts, or embeddings (P
 
 
 class DiffusionExtractor(nn.Module):
-    """A frozen diffusion model that turns images into activations of its UNet.
+    """A frozen diffusion model that turns images into activations of its UNet or transformer.
 
     ```
-    images (B,3,H,W) -> VAE posterior, once -> E samples (B,E,4,h,w) -> trajectory -> UNet, T and E in the batch
+    images (B,3,H,W) -> VAE posterior, once -> E samples (B,E,4,h,w) -> trajectory -> network, T and E in the batch
     -> mean over E -> {name: (B,T,C,h',w')}
     ```
 
+    Latents have 4 channels here and below, as those of Stable Diffusion; those of other models have 16, 32 or 128.
+
     A map of stride s has h = ceil(H/s) times w = ceil(W/s) cells, which tile the image, whatever its size: a cell is H
     / h pixels high and W / w pixels wide. The image is continued to the right and below, mirrored, up to a multiple of
-    the UNet's stride. If a side of it is not a multiple of s, maps are then interpolated, see `fit_to_image`.
+    the network's stride. If a side of it is not a multiple of s, maps are then interpolated, see `fit_to_image`.
 
     A model of pixel space (its UNet is a `UNet2DModel`) has no VAE and no prompt: its latents are the images.
 
@@ -62,24 +67,31 @@ class DiffusionExtractor(nn.Module):
     Args:
         model: Preset, hub id, diffusers folder or single checkpoint file, see `load_parts`.
         layers: Names of the activations to read, or aliases of them, see `sites`.
-        timesteps: Timesteps of the UNet, which must be on the trajectory.
+        timesteps: Timesteps of the network, which must be on the trajectory; those of rectified flow (SD3, Flux, Sana)
+            are sigmas between 0 and 1 or indices above 1, see `FlowSchedule`.
         trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
             trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance; there is none
             by default in pixel space. A prompt that is the negative prompt itself is not guided, which would change
             nothing and take twice as long.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
-            embedding; or None, if each call passes prompts.
+            embedding; or None, if each call passes prompts. Of class-conditional transformers (DiT) it is empty or the
+            number of a class, see `ClassLabelEncoder`.
+        label: The class of all images for a class-conditional transformer, in place of `prompt`.
         ensemble: Number of draws over which activations are averaged.
         noise: 'seeded', or 'random' for fresh draws from torch's global generator, one per image, timestep and member.
         seed: Of the seeded draws.
         attention_maps: Categories of aggregated attention ('up_cross', ...) to return too: after the layers, or where
             `layers` says ('attn', or 'attn-16' and so on).
         attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `aggregates`.
-        dtype: Of the UNet, and of the VAE unless it would overflow.
+        dtype: Of the network, and of the VAE unless it would overflow.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
         scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
             do not.
         truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
+        max_sequence_length: Tokens of prompts of transformers, where it is not that of the pipeline.
+        embedded_guidance: Scale of guidance for networks that take it as an input (Flux-dev); None is 3.5 there.
+        discard: Channels of a transformer's raw features that are set to zero before they are modulated for `-mod`
+            activations, see `ActivationRecorder`.
         transform: Applied to each activation (N, C, h, w), with its name, as soon as it is read, so that what it leaves
             out takes no memory; where there is an ensemble, before the mean, and of the continued image. Its `repr` is
             in the fingerprint.
@@ -87,7 +99,7 @@ class DiffusionExtractor(nn.Module):
         runtime: How the network is run, as `Runtime` or a mapping of its fields.
 
     Attributes:
-        multiple: What sides of images are a multiple of that the UNet halves evenly.
+        multiple: What sides of images are continued to a multiple of: the largest stride of the network.
 
     Raises:
         ValueError: Unknown layer, or a timestep that is not on the trajectory, or an option outside its values or for
@@ -98,10 +110,11 @@ class DiffusionExtractor(nn.Module):
         self,
         model: str | Path,
         layers: Sequence[str],
-        timesteps: Sequence[int],
+        timesteps: Sequence[Timestep],
         *,
         trajectory: str | Mapping[str, Any] = 'noise',
         prompt: Prompts | None = '',
+        label: int | None = None,
         ensemble: int = 1,
         noise: str = 'seeded',
         seed: int = 0,
@@ -111,6 +124,9 @@ class DiffusionExtractor(nn.Module):
         vae_sample: str = 'sample',
         scale_latent: bool = True,
         truncate_prompts: bool = False,
+        max_sequence_length: int | None = None,
+        embedded_guidance: float | None = None,
+        discard: Sequence[int] = (),
         transform: Transform | None = None,
         weights: Weights | Mapping[str, Any] | None = None,
         runtime: Runtime | Mapping[str, Any] | None = None,
@@ -128,12 +144,12 @@ class DiffusionExtractor(nn.Module):
         self.parts = load_parts(
             model,
             **source,
-            unet_weights=weights.unet_weights,
+            network_weights=weights.network_weights,
             dtype=_dtype(dtype),
             attention=runtime.attention,
             random=weights.random,
         )
-        self.unet = self.parts.unet.requires_grad_(False).eval()
+        self.network = self.parts.network.requires_grad_(False).eval()
         self.vae = None if self.parts.vae is None else self.parts.vae.requires_grad_(False).eval()
         if self.vae is None:
             _refuse(
@@ -151,26 +167,34 @@ class DiffusionExtractor(nn.Module):
             prompt = '' if prompt is None else prompt
             if options.get('type') == 'generation':
                 options.setdefault('guidance', 1.0)
+        self._is_transformer = transformer_call(self.network) is not None
+        self._has_labels = isinstance(self.network, DiTTransformer2DModel)
+        if self._is_transformer:
+            _refuse_for_transformer(
+                model,
+                lora_weights=weights.lora_weights,
+                controlnet=weights.controlnet,
+                textual_inversion=weights.textual_inversion,
+                attention_maps=attention_maps,
+                truncate_prompts=truncate_prompts,
+            )
+        if label is not None:
+            if not self._has_labels or prompt != '':
+                raise ValueError(f'label is {label}; it is for class-conditional transformers (DiT), without a prompt')
+            prompt = str(label)
         self._lora = []
         for path, scale in map(_scaled, weights.lora_weights):
-            lora = read_lora(path, self.unet.config, scale)
-            fuse_lora(self.unet, lora)
+            lora = read_lora(path, self.network.config, scale)
+            fuse_lora(self.network, lora)
             self._lora.append(lora.without('unet'))  # what is left is for text encoders
         controlnets = [weights.controlnet] if isinstance(weights.controlnet, Mapping) else weights.controlnet
         self.controls = nn.ModuleList(
-            load_control(self.unet, **control, attention=runtime.attention) for control in controlnets
+            load_control(self.network, **control, attention=runtime.attention) for control in controlnets
         )
-        available = sites(self.unet, self.parts.vae_scale_factor)
+        available = sites(self.network, self.parts.vae_scale_factor)
         attention_names = [site.name for site, _ in aggregates(available, attention_maps, attention_mode)]
         self._order = list(dict.fromkeys([*resolve(layers, [*available, *attention_names]), *attention_names]))
-        sampling = self.parts.scheduler_config
-        schedule = NoiseSchedule(
-            self.parts.alphas_cumprod,
-            self.parts.prediction_type,
-            sampling.get('timestep_spacing', 'leading'),
-            sampling.get('steps_offset', 0),
-        )
-        self.trajectory = build_trajectory(options, timesteps, schedule)
+        self.trajectory = build_trajectory(options, timesteps, self.parts.schedule)
         if self.vae is None and self.trajectory.needs_negative:
             raise ValueError(f'{model} reads no prompt, so there is nothing to guide it from; set guidance=1')
         self.multiple = max(site.stride for site in available.values())
@@ -186,16 +210,16 @@ class DiffusionExtractor(nn.Module):
         self.check_finite = runtime.check_finite
 
         if runtime.channels_last:
-            for part in filter(None, (self.unet, self.vae)):
+            for part in filter(None, (self.network, self.vae)):
                 part.to(memory_format=torch.channels_last)
         if runtime.vae_slicing:
             self.vae.enable_slicing()
         if runtime.vae_tiling:
             self.vae.enable_tiling()
         if runtime.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.network.enable_gradient_checkpointing()
         self._denoiser = Denoiser(
-            self.unet,
+            self.network,
             [name for name in self._order if name in available],
             self.attention_maps,
             runtime.micro_batch,
@@ -203,29 +227,35 @@ class DiffusionExtractor(nn.Module):
             vae_scale_factor=self.parts.vae_scale_factor,
             controls=self.controls,
             transform=transform,
+            embedded_guidance=embedded_guidance,
+            discard=discard,
         )
         if runtime.compile:
             compile_options = {} if runtime.compile is True else runtime.compile
-            _compile_unread_blocks(self.unet, self._denoiser.paths, compile_options)
+            _compile_unread_blocks(self.network, self._denoiser.paths, compile_options)
 
-        if self.vae is None:
-            self.prompt_encoder = NoPromptEncoder(model)
+        if self._has_labels:
+            self.prompt_encoder = ClassLabelEncoder(model, self.network.config.num_embeds_ada_norm)
         else:
-            self.prompt_encoder = PromptEncoder(
+            self.prompt_encoder = prompt_encoder(
                 model,
+                type(self.network).__name__,
                 **source,
                 cache_dir=runtime.cache_dir,
                 textual_inversion=weights.textual_inversion,
                 lora_weights=self._lora,
                 truncate=truncate_prompts,
+                max_sequence_length=max_sequence_length,
             )
         self._prompt = prompt
         self.conditioning = None if prompt is None else self._encode(prompt)
-        self.sites = self.describe(None if self.conditioning is None else self.conditioning.embeds.shape[1])
+        self.sites = self.describe(None if self.conditioning is None else self.conditioning.tokens)
         self._negative_prompt = negative_prompt if self.trajectory.needs_negative else None
-        self._negative = self._encode(negative_prompt) if self.trajectory.needs_negative else None
+        self._negative = None
+        if self.trajectory.needs_negative:
+            self._negative = self._encode(negative_prompt, self.prompt_encoder.for_negative_prompts())
 
-    def reading(self, layers: Sequence[str], timesteps: Sequence[int]) -> 'DiffusionExtractor':
+    def reading(self, layers: Sequence[str], timesteps: Sequence[Timestep]) -> 'DiffusionExtractor':
         """An extractor of other layers at other timesteps, which shares the networks and all other options.
 
         Raises:
@@ -233,22 +263,24 @@ class DiffusionExtractor(nn.Module):
         """
         other = copy.copy(self)
         other.attention_maps = ()
-        other._order = list(dict.fromkeys(resolve(layers, sites(self.unet, self.parts.vae_scale_factor))))
+        other._order = list(dict.fromkeys(resolve(layers, sites(self.network, self.parts.vae_scale_factor))))
         other.trajectory = build_trajectory(self.trajectory.options, timesteps, self.trajectory.schedule)
         other._denoiser = Denoiser(
-            self.unet,
+            self.network,
             other._order,
             micro_batch=self.micro_batch,
             vae_scale_factor=self.parts.vae_scale_factor,
             controls=self.controls,
             transform=self._denoiser.transform,
+            embedded_guidance=self._denoiser.network_call.embedded_guidance,
+            discard=self._denoiser.discard,
         )
-        other.sites = other.describe(None if self.conditioning is None else self.conditioning.embeds.shape[1])
+        other.sites = other.describe(None if self.conditioning is None else self.conditioning.tokens)
         return other
 
     def describe(self, tokens: int | None) -> dict[str, Site]:
         """What is returned, name by name, for prompts with this number of tokens; None if that is not known."""
-        available = sites(self.unet, self.parts.vae_scale_factor)
+        available = sites(self.network, self.parts.vae_scale_factor)
         for name, site in available.items():
             if name.endswith('cross-map'):
                 available[name] = replace(site, channels=tokens)
@@ -262,8 +294,8 @@ class DiffusionExtractor(nn.Module):
         return list(self.sites)
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
-        """The UNet's timesteps at which activations are read."""
+    def timesteps(self) -> tuple[Timestep, ...]:
+        """The network's timesteps at which activations are read."""
         return self.trajectory.timesteps
 
     @property
@@ -282,7 +314,7 @@ class DiffusionExtractor(nn.Module):
             'weights': self.parts.fingerprint,
             'lora_weights': [[weights.digest, weights.scale] for weights in self._lora],
             'controlnet': [[control.fingerprint, control.image, control.scale] for control in self.controls],
-            'dtype': str(unet_dtype(self.unet)).removeprefix('torch.'),
+            'dtype': str(network_dtype(self.network)).removeprefix('torch.'),
             'layers': self.layers,
             'attention_maps': list(self.attention_maps),
             'attention_mode': self.attention_mode,
@@ -299,7 +331,17 @@ class DiffusionExtractor(nn.Module):
             'vae_sample': self.vae_sample,
             'scale_latent': self.scale_latent,
             'vae_tiling': self.vae_tiling,
-        } | ({} if self._denoiser.transform is None else {'transform': repr(self._denoiser.transform)})
+            **self._optional_settings(),
+        }
+
+    def _optional_settings(self) -> dict[str, Any]:
+        """Entries of the fingerprint for what most models do not have."""
+        settings = {
+            'transform': None if self._denoiser.transform is None else repr(self._denoiser.transform),
+            'embedded_guidance': self._denoiser.network_call.embedded_guidance,
+            'discard': list(self._denoiser.discard) or None,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
 
     def forward(self, images: Tensor, prompts: Prompts | None = None) -> Activations:
         """Read the activations of images.
@@ -324,7 +366,7 @@ class DiffusionExtractor(nn.Module):
             latents = encoded = self._encode_images(canvas, self.ensemble)
         else:
             size = (side // self.parts.vae_scale_factor for side in canvas.shape[-2:])
-            shape = (len(images), self.unet.config.in_channels, *size)
+            shape = (len(images), self.parts.latent_channels, *size)
             draws = [self._draw('noise', member, shape, images.device) for member in range(self.ensemble)]
             latents = torch.stack(draws, dim=1)  # (B, E, 4, h, w)
         activations = self._extract(latents, prompts, canvas)  # {name: (B, T, C, h', w')}
@@ -332,7 +374,7 @@ class DiffusionExtractor(nn.Module):
         return {name: fit_to_image(x, self.sites[name].stride, images.shape[-2:]) for name, x in activations.items()}
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) of images (B, 3, H, W), scaled as the UNet expects them: the first ensemble member's.
+        """Latents (B, 4, h, w) of images (B, 3, H, W), scaled as the network expects them: the first ensemble member's.
 
         They are those of the continued images. Raises what `forward` does.
         """
@@ -379,7 +421,7 @@ class DiffusionExtractor(nn.Module):
         folded = b * (len(self.timesteps) if self.trajectory.folds_timesteps else 1)
         fit = e if self.micro_batch is None else max(1, self.micro_batch // folded)
         total: Activations = {}
-        with torch.set_grad_enabled(_wants_grad(self.unet, latents, *conditioning.tensors)):
+        with torch.set_grad_enabled(_wants_grad(self.network, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
                 activations = self._read_members(
                     latents[:, first : first + fit], first, conditioning, rows, views, guided
@@ -397,7 +439,7 @@ class DiffusionExtractor(nn.Module):
             prompt: None uses those of the constructor.
 
         Returns:
-            {name: (1, T, C, h', w')}, and the clean latent (1, 4, h, w), see `images.decode`. In pixel space it is the
+            {name: (1, T, C, h', w')}, and the clean latent (1, 4, h, w), see `latents.decode`. In pixel space it is the
             image (1, 3, H, W), which may exceed [-1, 1] a little.
 
         Raises:
@@ -411,14 +453,14 @@ class DiffusionExtractor(nn.Module):
             raise ValueError('an image is generated from one draw, without ControlNets; set ensemble=1, controlnet=()')
         if any(side < 1 or side % self.multiple for side in size):
             raise ValueError(f'size is {tuple(size)}; height and width must be multiples of {self.multiple}')
-        device = next(chain(self.unet.parameters(), self.unet.buffers())).device
-        shape = (1, self.unet.config.in_channels, *(side // self.parts.vae_scale_factor for side in size))
+        device = next(chain(self.network.parameters(), self.network.buffers())).device
+        shape = (1, self.parts.latent_channels, *(side // self.parts.vae_scale_factor for side in size))
         noise = self._draw('noise', 0, shape, device)
         condition = self._condition(*self._choose(prompt, 1), noise)
         negative = None
         if self._is_guided(prompt):
             negative = self._condition(self._negative, torch.zeros(1, dtype=torch.long, device='cpu'), noise)
-        with torch.set_grad_enabled(_wants_grad(self.unet)):
+        with torch.set_grad_enabled(_wants_grad(self.network)):
             activations, latent = self.trajectory.generate(self._denoiser, noise, condition, negative=negative)
         self._check({**activations, 'the generated latent': latent})
         return activations, latent
@@ -458,21 +500,19 @@ class DiffusionExtractor(nn.Module):
         posterior = self._posterior(images)
         return torch.stack([self._sample(posterior, member) for member in range(members)], dim=1)
 
-    def _posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
+    def _posterior(self, images: Tensor) -> Posterior:
         """The VAE's posterior, computed in its own dtype even under autocast, in which it might overflow."""
         images = images.to(self.vae.dtype)
         device = _autocast_device(images)
         with torch.set_grad_enabled(_wants_grad(self.vae, images)), torch.autocast(device, enabled=False):
-            return self.vae.encode(images).latent_dist
+            return latent_space(self.vae).encode(self.vae, images)
 
-    def _sample(self, posterior: DiagonalGaussianDistribution, member: int) -> Tensor:
-        """One ensemble member's latent (B, 4, h, w), float32, scaled as the UNet expects it."""
+    def _sample(self, posterior: Posterior, member: int) -> Tensor:
+        """One ensemble member's latent (B, 4, h, w), float32, scaled as the network expects it."""
         latent = posterior.mean.float()
-        if self.vae_sample == 'sample':
+        if self.vae_sample == 'sample' and posterior.std is not None:
             latent = latent + posterior.std.float() * self._draw('posterior', member, latent.shape, latent.device)
-        if not self.scale_latent:
-            return latent
-        return (latent - (self.vae.config.shift_factor or 0)) * self.parts.scaling_factor
+        return scale_latents(self.vae, latent) if self.scale_latent else latent
 
     def _draw(self, purpose: str, member: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Standard normal noise of `shape`, the batch first. Seeded noise is the same for the whole batch."""
@@ -480,11 +520,11 @@ class DiffusionExtractor(nn.Module):
             return torch.randn(shape, device=device)
         return upload(seeded_noise(shape[1:], self.seed, purpose, member), device).expand(shape)
 
-    def _encode(self, prompts: Prompts) -> Conditioning:
+    def _encode(self, prompts: Prompts, encoder: Callable[[Sequence[str]], Conditioning] | None = None) -> Conditioning:
         if isinstance(prompts, Tensor):
             prompts = Conditioning(prompts)
         if not isinstance(prompts, Conditioning):
-            return self.prompt_encoder(_texts(prompts))
+            return (encoder or self.prompt_encoder)(_texts(prompts))
         if self.vae is None and prompts.embeds.shape[1]:
             raise ValueError(f'{self.parts.source.location} reads no prompt; leave out the embedding')
         return prompts
@@ -513,9 +553,11 @@ class DiffusionExtractor(nn.Module):
         return self._negative is not None and not (texts and texts == set(_texts(self._negative_prompt)))
 
     def _condition(self, conditioning: Conditioning, rows: Tensor, latents: Tensor) -> Condition:
+        if self._is_transformer:
+            return conditioning.rows(rows, latents.device, network_dtype(self.network))
         factor = self.parts.vae_scale_factor
         size = latents.shape[-2] * factor, latents.shape[-1] * factor
-        return conditioning.unet_kwargs(rows, size, latents.device, unet_dtype(self.unet))
+        return conditioning.unet_kwargs(rows, size, latents.device, network_dtype(self.network))
 
     def _check(
         self, activations: Mapping[str, Tensor], *, images: Tensor | None = None, latents: Tensor | None = None
@@ -547,7 +589,7 @@ class DiffusionExtractor(nn.Module):
     def _computed_in(self, x: Tensor) -> torch.dtype:
         """The dtype in which the UNet made an activation."""
         device = _autocast_device(x)
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unet_dtype(self.unet)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else network_dtype(self.network)
 
 
 def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
@@ -562,6 +604,15 @@ def _refuse(model: str | Path, **options: Any) -> None:
     """Raise a ValueError for options that have no effect, or none that could be meant, in pixel space."""
     if unsupported := [name for name, value in options.items() if value]:
         raise ValueError(f'{model} works on pixels, without VAE and text encoder; leave out {", ".join(unsupported)}')
+
+
+def _refuse_for_transformer(model: str | Path, **options: Any) -> None:
+    """Raise a ValueError for options that are for UNets."""
+    if unsupported := [name for name, value in options.items() if value]:
+        raise ValueError(
+            f'{model} is a transformer, for which {", ".join(unsupported)} cannot be used; leave it out (attention '
+            'maps are activations of their own there, such as vit-block0-cross-map)'
+        )
 
 
 def _scaled(source: LoraSource) -> tuple[str | Path, float]:
@@ -587,11 +638,13 @@ def _describe(prompts: Prompts | None) -> list[str] | str | None:
     return f'sha256:{digest.hexdigest()[:16]}'
 
 
-def _compile_unread_blocks(unet: nn.Module, read: Iterable[str], options: Mapping[str, Any]) -> None:
+def _compile_unread_blocks(network: nn.Module, read: Iterable[str], options: Mapping[str, Any]) -> None:
     """Compile the transformer blocks, except those with a module that is read: hooks do not work in compiled code."""
     read = [f'{path}.' for path in read]
-    for name, module in unet.named_modules():
-        if isinstance(module, BasicTransformerBlock) and not any(path.startswith(f'{name}.') for path in read):
+    blocks = {site.block for site in sites(network).values() if site.block}
+    for name, module in network.named_modules():
+        is_block = name in blocks or isinstance(module, BasicTransformerBlock)
+        if is_block and not any(path.startswith(f'{name}.') for path in read):
             module.compile(**options)
 
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -137,18 +136,3 @@ def resize_images(images: Tensor, size: tuple[int, int], interpolation: Interpol
         levels = levels.round().clamp(0, 255)
     return levels / 127.5 - 1
 
-
-def decode(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
-    """Decode latents to images.
-
-    Args:
-        vae: With decoder, see `loading.load_vae`; None in pixel space, where latents are images.
-        latents: Scaled as for the UNet, with shape (B, 4, h, w).
-
-    Returns:
-        RGB in [-1, 1], with shape (B, 3, H, W), float32.
-    """
-    if vae is None:
-        return latents.float().clamp(-1, 1)
-    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)

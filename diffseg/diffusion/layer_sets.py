@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import NamedTuple
 
+from diffseg.diffusion.schedules import NUMBER, Timestep, parse_timestep
 from diffseg.diffusion.sites import aliases, nearest, refuse_string, resolve
-from diffseg.diffusion.trajectories import whole_timesteps
 
 # Variants of a set are for different UNet topologies; the first one whose layers all exist is used.
 LAYER_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -98,20 +98,20 @@ class Reading(NamedTuple):
     """A layer, or an alias of it, and the timesteps at which it is read."""
 
     layer: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[Timestep, ...]
 
-    def label(self, every: tuple[int, ...]) -> str:
+    def label(self, every: tuple[Timestep, ...]) -> str:
         """The layer, followed by its timesteps unless these are `every`."""
         return self.layer if self.timesteps == every else f'{self.layer}@{"+".join(map(str, self.timesteps))}'
 
 
 def split_timesteps(
-    layers: Sequence[str], timesteps: Sequence[int] | None = None
-) -> tuple[list[Reading], tuple[int, ...]]:
+    layers: Sequence[str], timesteps: Sequence[Timestep] | None = None
+) -> tuple[list[Reading], tuple[Timestep, ...]]:
     """Split names of layers from their timesteps.
 
     `'up-level1-upsampler-out@50'` is read at t = 50 alone, `'up-level1-upsampler-out@100+200'` at two timesteps, and a
-    layer without `@` at all `timesteps`.
+    layer without `@` at all `timesteps`. Timesteps of rectified flow may be sigmas, as in `'vit-block9-out@0.26'`.
 
     Args:
         layers: names or aliases; a layer may be repeated with other timesteps.
@@ -125,15 +125,16 @@ def split_timesteps(
     """
     refuse_string('layers', layers)
     if timesteps is not None:
-        timesteps = whole_timesteps(timesteps)
+        refuse_string('timesteps', timesteps)
+        timesteps = tuple(timesteps)
     readings: list[Reading] = []
     for text in layers:
         layer, at, suffix = text.partition('@')
-        if at and not (layer and re.fullmatch(r'-?\d+(\+-?\d+)*', suffix)):
+        if at and not (layer and re.fullmatch(rf'{NUMBER}(\+{NUMBER})*', suffix)):
             raise ValueError(f"layer {text!r} is malformed; write its timesteps as in 'dift-1@50' or 'dift-1@100+200'")
         if not at and timesteps is None:
             raise ValueError(f"layer {text!r} has no timesteps; name them, as in '{text}@50', or give `timesteps`")
-        readings.append(Reading(layer, tuple(map(int, suffix.split('+')) if at else timesteps)))
+        readings.append(Reading(layer, tuple(map(parse_timestep, suffix.split('+')) if at else timesteps)))
     named = set(chain(*(reading.timesteps for reading in readings)))
     union = tuple(sorted(named) if timesteps is None else timesteps)
     if missing := sorted(named - set(union)):

@@ -1,7 +1,8 @@
 """A model's parts from a preset, a hub id, a diffusers folder or a single checkpoint file.
 
 Weights are read from safetensors, or with `weights_only=True` if there is nothing else; no code of a model is executed.
-Only the UNet and the encoder of the VAE are loaded. Text encoders are loaded by `conditioning`.
+Only the network (a UNet or a transformer) and the encoder of the VAE are loaded. Text encoders are loaded by
+`conditioning` and `pipeline_prompts`.
 
 A model whose UNet is a `UNet2DModel` works on pixels and has only a UNet and a scheduler.
 """
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -32,25 +34,39 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffseg.diffusion.adm import convert_adm_unet, is_adm_checkpoint
+from diffseg.diffusion.latents import DECODER_PARTS, VAE, VAES, latent_space, vae_scale_factor
+from diffseg.diffusion.network_call import transformer_call
 from diffseg.diffusion.presets import PRESETS, Preset, get_preset, preset_of_repo
-from diffseg.diffusion.sites import Network
+from diffseg.diffusion.schedules import FlowSchedule, NoiseSchedule, build_schedule
+from diffseg.diffusion.sites import KINDS, Network
 
 CHECKPOINT_SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
 FOLDER_LAYOUT = (
-    'a folder in the diffusers layout (unet/, vae/, scheduler/, text_encoder/, tokenizer/; or, of pixel space, unet/ '
-    'and scheduler/)'
+    'a folder in the diffusers layout (unet/ or transformer/, vae/, scheduler/, text_encoder/, tokenizer/; or, of '
+    'pixel space, unet/ and scheduler/)'
 )
 # diffusers' name of the architecture of a single-file checkpoint -> presets that describe it. SD 2.x files do not tell
 # whether their UNet predicts noise or velocity.
-SINGLE_FILE_PRESETS = {'v1': ('sd15',), 'v2': ('sd21', 'sd21-base'), 'xl_base': ('sdxl',)}
+SINGLE_FILE_PRESETS = {
+    'v1': ('sd15',),
+    'v2': ('sd21', 'sd21-base'),
+    'xl_base': ('sdxl',),
+    'sd3': ('sd3-medium',),
+    'sd35_medium': ('sd35-medium',),
+    'sd35_large': ('sd35-large',),
+    'flux-dev': ('flux-dev',),
+    'flux-schnell': ('flux-schnell',),
+}
 FINGERPRINT_SAMPLES = 64
 REFUSED_CLASS = re.compile(r'unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)', re.IGNORECASE)  # in torch's errors
 VARIANT = re.compile(r'\w+\.(?P<variant>[\w-]+?)(-\d+-of-\d+)?\.(safetensors|bin)')  # of a file of weights
 
+NETWORK_PARTS = ('unet', 'transformer')  # the folder of the network
 # The first one is the default.
 _CLASSES: dict[str, tuple[type, ...]] = {
-    'unet': (UNet2DConditionModel, UNet2DModel),
-    'vae': (AutoencoderKL,),
+    'unet': tuple(kind.network for kind in KINDS if kind.part == 'unet'),
+    'transformer': tuple(kind.network for kind in KINDS if kind.part == 'transformer'),
+    'vae': VAES,
     'scheduler': (DDIMScheduler,),
 }
 _CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -84,14 +100,28 @@ class ModelSource:
 class ModelConfig(NamedTuple):
     """Configurations, complete with the defaults of diffusers' classes; None for parts that a folder lacks."""
 
-    unet: dict[str, Any]
+    network: dict[str, Any]
     vae: dict[str, Any] | None
     scheduler: dict[str, Any] | None
 
     @property
+    def part(self) -> str:
+        """The network's part: 'unet' or 'transformer'."""
+        return _part_of_network(self.network)
+
+    @property
     def pixel_space(self) -> bool:
         """Whether the UNet works on images themselves."""
-        return _class_of('unet', self.unet) is UNet2DModel
+        return _class_of(self.part, self.network) is UNet2DModel
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent cell; 1 in pixel space."""
+        return vae_scale_factor(self.vae)
+
+    def part_config(self, part: str) -> dict[str, Any] | None:
+        """The configuration of a part: 'unet' or 'transformer', 'vae' or 'scheduler'."""
+        return self.network if part == self.part else getattr(self, part)
 
 
 @dataclass
@@ -99,16 +129,16 @@ class DiffusionParts:
     """Parts of a model that read activations of images.
 
     Attributes:
-        unet: In evaluation mode.
+        network: In evaluation mode.
         vae: Without decoder, in evaluation mode; None if not requested, or in pixel space.
         vae_config: Configuration of the VAE, also if it is not loaded; None in pixel space.
-        scheduler_config: Betas and prediction type.
+        scheduler_config: Of the noise schedule.
         source: Source of the parts.
         fingerprint: Identifies the weights, see `fingerprint`.
     """
 
-    unet: Network
-    vae: AutoencoderKL | None
+    network: Network
+    vae: VAE | None
     vae_config: Mapping[str, Any] | None
     scheduler_config: Mapping[str, Any]
     source: ModelSource
@@ -117,35 +147,20 @@ class DiffusionParts:
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels per latent cell; 1 in pixel space."""
-        return 1 if self.vae_config is None else 2 ** (len(self.vae_config['block_out_channels']) - 1)
+        return vae_scale_factor(self.vae_config)
 
     @property
-    def scaling_factor(self) -> float:
-        """Factor of the latents for the UNet."""
-        return self.vae_config['scaling_factor']
+    def latent_channels(self) -> int:
+        """Channels of a latent; those of the image in pixel space."""
+        if self.vae_config is None:
+            return self.network.config.in_channels
+        return latent_space(self.vae_config).channels(self.vae_config)
 
     @property
-    def prediction_type(self) -> str:
-        """'epsilon' or 'v_prediction'."""
-        return self.scheduler_config.get('prediction_type', 'epsilon')
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """Cumulative products of 1 - beta, float32 on the CPU, with shape (T,).
-
-        Raises:
-            ValueError: The scheduler's noise levels are not a product of betas (EDM).
-        """
-        if 'sigma_data' in self.scheduler_config:
-            raise ValueError(
-                f'{self.source.location} was trained on EDM noise levels ({self.scheduler_config.get("_class_name")}), '
-                'which have no betas; models with a variance-preserving schedule are supported'
-            )
-        accepted = inspect.signature(DDIMScheduler.__init__).parameters
-        betas = {key: value for key, value in self.scheduler_config.items() if 'beta' in key and key in accepted}
-        steps = self.scheduler_config.get('num_train_timesteps', 1000)
-        with torch.device('cpu'):
-            return DDIMScheduler(num_train_timesteps=steps, **betas).alphas_cumprod
+    def schedule(self) -> NoiseSchedule | FlowSchedule:
+        """The noise schedule. Raises a ValueError if its kind is not supported, see `build_schedule`."""
+        call = transformer_call(self.network)
+        return build_schedule(self.scheduler_config, self.source.location, call is None or call.even_steps)
 
 
 def find_source(
@@ -202,9 +217,10 @@ def load_config(model: str | Path, *, revision: str | None = None, config: str |
     return _load_config(find_source(model, revision=revision, config=config))
 
 
-def meta_unet(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> Network:
-    """The UNet on the meta device: all modules, no weights. Raises what `load_config` does."""
-    return _on_meta('unet', load_config(model, revision=revision, config=config).unet)
+def meta_network(model: str | Path, *, revision: str | None = None, config: str | Path | None = None) -> Network:
+    """The UNet or transformer on the meta device: all modules, no weights. Raises what `load_config` does."""
+    configs = load_config(model, revision=revision, config=config)
+    return _on_meta(configs.part, configs.network)
 
 
 def load_parts(
@@ -213,28 +229,29 @@ def load_parts(
     revision: str | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
-    unet_weights: str | Path | None = None,
+    network_weights: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     attention: str = 'auto',
     vae: bool = True,
     random: Sequence[str] = (),
     seed: int = 0,
 ) -> DiffusionParts:
-    """Load a model's UNet, VAE encoder (if it has one) and noise schedule, on the CPU.
+    """Load a model's UNet or transformer, VAE encoder (if it has one) and noise schedule, on the CPU.
 
     Args:
         model: A preset's name, a hub id, a diffusers folder or a checkpoint file.
         revision: Commit, tag or branch of a hub id; None is that of the preset, else the newest.
         variant: Variant of the weight files, such as 'fp16'; None is that of the preset, else none.
         config: Preset or diffusers folder that describes a single file; None infers it from its keys.
-        unet_weights: File of a UNet state dict in diffusers' names that is read, strictly, instead of the model's UNet
-            weights. None is that of the preset (CleanDIFT has one), else none.
+        network_weights: File of the network's state dict in diffusers' names, or of a Flux or SD3 transformer in the
+            names of its authors, that is read, strictly, instead of the model's weights. None is that of the preset
+            (CleanDIFT has one), else none.
         dtype: Of the parts. The VAE stays in float32 if this is float16 and its config has `force_upcast`, since it
             would overflow.
         attention: 'sdpa' (torch's fused attention), 'eager' (plain matrix products), 'xformers' (needs a GPU), or
             'auto', which is 'sdpa'.
         vae: Whether the VAE is loaded, if there is one.
-        random: Parts ('unet', 'vae') with random weights; those of the model are not read.
+        random: Parts ('unet', 'transformer', 'vae') with random weights; those of the model are not read.
         seed: Of the random weights.
 
     Raises:
@@ -242,8 +259,6 @@ def load_parts(
         ValueError: Invalid arguments, or weights that do not match the architecture.
         ImportError: xformers is requested and not installed.
     """
-    if unknown := set(random) - set(_CONVERTERS):
-        raise ValueError(f'random names {", ".join(map(repr, sorted(unknown)))}; parts are {", ".join(_CONVERTERS)}')
     if not dtype.is_floating_point:
         raise ValueError(f'dtype is {dtype}; it is one of float32, float16, bfloat16, float64')
     source = find_source(model, revision=revision, variant=variant, config=config)
@@ -252,28 +267,36 @@ def load_parts(
     for part in ('scheduler',) if configs.pixel_space else ('vae', 'scheduler'):
         if getattr(configs, part) is None:
             raise FileNotFoundError(f'{source.location} has no {part}/ with a configuration; expected {FOLDER_LAYOUT}')
-    if unet_weights is None and source.preset is not None and source.preset.unet_weights is not None:
-        unet_weights = None if 'unet' in random else _download(*source.preset.unet_weights)
+    if unknown := set(random) - {configs.part, 'vae'}:
+        raise ValueError(
+            f'random names {", ".join(map(repr, sorted(unknown)))}; the parts of {source.location} are '
+            f'{configs.part}, vae'
+        )
+    if network_weights is None and source.preset is not None and source.preset.network_weights is not None:
+        network_weights = None if configs.part in random else _download(*source.preset.network_weights)
 
     def load(part: str, dtype: torch.dtype) -> ModelMixin:
-        part_config = getattr(configs, part)
+        part_config = configs.part_config(part)
         if part in random:
             return _initialise(part, part_config, seed, dtype)
-        if part == 'unet' and unet_weights is not None:
-            return _fill(part, part_config, read_checkpoint(unet_weights), str(unet_weights), dtype)
+        if part == configs.part and network_weights is not None:
+            weights = read_checkpoint(network_weights)
+            weights = _from_published_names(part, part_config, weights, str(network_weights))
+            return _fill(part, part_config, weights, str(network_weights), dtype)
         return _load(part, part_config, source, checkpoint, dtype)
 
-    unet = load('unet', dtype)
+    network = load(configs.part, dtype)
     encoder = None
     if vae and not configs.pixel_space:
-        overflows = dtype == torch.float16 and configs.vae['force_upcast']
+        overflows = dtype == torch.float16 and configs.vae.get('force_upcast', False)
         encoder = load('vae', torch.float32 if overflows else dtype)
-        del encoder.decoder, encoder.post_quant_conv
-    parts = {'unet': unet} if encoder is None else {'unet': unet, 'vae': encoder}
+        for name in DECODER_PARTS:
+            setattr(encoder, name, nn.Identity())  # some VAEs look for it when they encode
+    parts = {configs.part: network} if encoder is None else {configs.part: network, 'vae': encoder}
     for part in parts.values():
         set_attention(part, attention)
     return DiffusionParts(
-        unet=unet,
+        network=network,
         vae=encoder,
         vae_config=configs.vae,
         scheduler_config=configs.scheduler,
@@ -289,7 +312,7 @@ def load_vae(
     variant: str | None = None,
     config: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-) -> AutoencoderKL:
+) -> VAE:
     """Load a model's whole VAE, with the decoder that `load_parts` leaves out, on the CPU.
 
     Arguments and errors are those of `load_parts`.
@@ -379,8 +402,9 @@ def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = 
     if source.preset is not None:
         preset = source.preset
         vae = None if preset.vae_config is None else _complete('vae', preset.vae_config)
-        return ModelConfig(_complete('unet', preset.unet_config), vae, dict(preset.scheduler_config))
-    configs = ModelConfig(_read_config(source, 'unet'), None, None)
+        network = _complete(_part_of_network(preset.network_config), preset.network_config)
+        return ModelConfig(network, vae, dict(preset.scheduler_config))
+    configs = ModelConfig(_read_config(source, _find_network_part(source)), None, None)
     if source.kind == 'hub':
         there = {'vae': not configs.pixel_space, 'scheduler': True}
     else:
@@ -392,9 +416,25 @@ def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = 
     return configs
 
 
+def _find_network_part(source: ModelSource) -> str:
+    """The folder of the network in a folder or on the hub; 'unet' if there is neither."""
+    if source.kind == 'folder':
+        return 'transformer' if Path(source.location, 'transformer', 'config.json').is_file() else 'unet'
+    try:
+        index = DiffusionPipeline.load_config(source.location, revision=source.revision)
+    except (OSError, ValueError, HFValidationError):
+        return 'unet'  # whose own error is to the point
+    return 'transformer' if 'transformer' in index else 'unet'
+
+
+def _part_of_network(config: Mapping[str, Any]) -> str:
+    names = [cls.__name__ for cls in _CLASSES['transformer']]
+    return 'transformer' if config.get('_class_name') in names else 'unet'
+
+
 def _check_pixel_space(configs: ModelConfig, location: str) -> None:
     """Raise a ValueError unless the images are the only input of the UNet."""
-    unet, unsupported = configs.unet, []
+    unet, unsupported = configs.network, []
     if configs.vae is not None:
         unsupported.append('a VAE beside it')
     if unet['in_channels'] != 3:
@@ -550,6 +590,8 @@ def _convert(
     """One part of a single file: in the original names, or a UNet alone in diffusers' names."""
     if part == 'unet' and _class_of(part, config) is UNet2DModel and is_adm_checkpoint(checkpoint):
         return convert_adm_unet(checkpoint, config)
+    if part == 'transformer':
+        return _from_published_names(part, config, checkpoint, source.location)
     if any(key.startswith(_PREFIXES[part]) for key in checkpoint):
         try:
             return _CONVERTERS[part](checkpoint, config)
@@ -559,8 +601,25 @@ def _convert(
         return checkpoint
     remedy = ''
     if part == 'vae':
-        remedy = '. To use its UNet, give a model with a VAE (folder, hub id or preset), and this file as unet_weights'
+        remedy = (
+            '. To use its other weights, give a model with a VAE (folder, hub id or preset), and this file as '
+            'network_weights'
+        )
     raise ValueError(f'{source.location} has no {part}: no key begins with {" or ".join(_PREFIXES[part])}{remedy}')
+
+
+def _from_published_names(
+    part: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str
+) -> Mapping[str, Tensor]:
+    """A transformer's tensors in diffusers' names, converted by diffusers if they are in those of its authors."""
+    cls = _class_of(part, config)
+    convert = SINGLE_FILE_LOADABLE_CLASSES.get(cls.__name__, {}).get('checkpoint_mapping_fn')
+    if part != 'transformer' or convert is None or _on_meta(part, config).state_dict().keys() & state.keys():
+        return state
+    try:
+        return convert(checkpoint=dict(state), config=dict(config))
+    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:  # tensors that it needs
+        raise _misfit(part, path, f'diffusers cannot convert its names ({reason_of(error)})') from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -591,13 +650,18 @@ def _download(repo_id: str, filename: str) -> str:
     except (OSError, ValueError) as error:
         raise OSError(
             f'cannot get {filename} of {repo_id} from the Hugging Face hub: {reason_of(error)}. Without network, '
-            'give the base model as a folder and the file as unet_weights=PATH'
+            'give the base model as a folder and the file as network_weights=PATH'
         ) from error
 
 
 def set_attention(model: ModelMixin, attention: str) -> None:
     """Choose the implementation of a model's attention, see `load_parts`."""
-    if attention in ('auto', 'sdpa', 'eager'):
+    if type(model) in _CLASSES['transformer']:
+        if attention not in ('auto', 'sdpa'):
+            raise ValueError(
+                f"attention is {attention!r}; a {type(model).__name__} has processors of its own: use 'auto' or 'sdpa'"
+            )
+    elif attention in ('auto', 'sdpa', 'eager'):
         for module in model.modules():
             if isinstance(module, Attention):
                 module.set_processor(AttnProcessor() if attention == 'eager' else AttnProcessor2_0())

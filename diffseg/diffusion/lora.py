@@ -112,13 +112,13 @@ class LoraWeights:
         return replace(self, state=rest)
 
 
-def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -> LoraWeights:
+def read_lora(source: str | Path, network_config: FrozenDict, scale: float = 1.0) -> LoraWeights:
     """Read weights in diffusers' or kohya's format, for SD or SDXL.
 
     Args:
         source: A safetensors file; a folder with one, or with one of diffusers' name; or on the hub, as 'owner/name' or
             'owner/name/file.safetensors'.
-        unet_config: Configuration of the UNet that they are for.
+        network_config: Configuration of the UNet that they are for.
         scale: Factor of the change of the weights.
 
     Raises:
@@ -135,7 +135,7 @@ def read_lora(source: str | Path, unet_config: FrozenDict, scale: float = 1.0) -
         raise ValueError(f'{path} holds no LoRA weights; its tensors have names such as {names[0]!r}')
     try:
         state, alphas, metadata = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-            str(path), unet_config=unet_config, use_safetensors=True, return_lora_metadata=True
+            str(path), network_config=network_config, use_safetensors=True, return_lora_metadata=True
         )
     except (ValueError, KeyError, IndexError) as error:  # names that are unknown to the converter
         raise ValueError(f'{path} has LoRA weights in an unknown format: {reason_of(error)}') from error

@@ -18,7 +18,7 @@ class Weights:
         variant: Of a model's weight files, such as 'fp16'.
         config: Preset or folder that describes a single checkpoint file, see `load_parts`.
         random: Parts ('unet', 'vae') that are initialised at random instead of loaded.
-        unet_weights: File with other weights for the UNet, see `load_parts`.
+        network_weights: File with other weights for the UNet, see `load_parts`.
         lora_weights: Ready-made weights of low rank to add to those of the UNet and, for prompts, of the text encoders:
             files, folders or hub ids, see `read_lora`, each alone or with a scale, as `('file.safetensors', 0.8)`.
         controlnet: A ControlNet, or several whose effects add up, that condition the UNet: `dict(model=...)` with a
@@ -30,7 +30,7 @@ class Weights:
     variant: str | None = None
     config: str | Path | None = None
     random: Sequence[str] = ()
-    unet_weights: str | Path | None = None
+    network_weights: str | Path | None = None
     lora_weights: Sequence[LoraSource] = ()
     controlnet: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
     textual_inversion: Sequence[str | Path] = ()

@@ -89,15 +89,15 @@ class Preset:
         repo_id: Repository on the Hugging Face hub, in diffusers' layout; None if there is none.
         license: Licence of the weights.
         image_size: Side of the square images, in pixels, that it was trained on.
-        unet_config: Differences from the defaults of `UNet2DConditionModel`, or of the class in `_class_name`.
+        network_config: Differences from the defaults of `UNet2DConditionModel`, or of the class in `_class_name`.
         vae_config: Differences from the defaults of `AutoencoderKL`; None for models of pixel space.
         scheduler_config: Betas, prediction type, and which timesteps a sampler takes.
         mirrors: Other ids of the same weights, including removed ones, so that they are recognised.
         gone: Ids that were removed from the hub.
         revision: Default commit.
         variant: Default variant of the weight files (`fp16`).
-        unet_weights: (repository, file) of a UNet state dict in diffusers' names, which is read instead of the UNet in
-            `repo_id`.
+        network_weights: (repository, file) of a UNet's state dict in diffusers' names, which is read instead of the
+            UNet in `repo_id`.
         checkpoint: Without repository: the published file and its author.
         clean_timestep: Timestep of UNets that were trained on latents without noise.
     """
@@ -106,14 +106,14 @@ class Preset:
     repo_id: str | None
     license: str
     image_size: int
-    unet_config: Mapping[str, Any]
+    network_config: Mapping[str, Any]
     vae_config: Mapping[str, Any] | None
     scheduler_config: Mapping[str, Any]
     mirrors: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
     revision: str | None = None
     variant: str | None = None
-    unet_weights: tuple[str, str] | None = None
+    network_weights: tuple[str, str] | None = None
     checkpoint: str | None = None
     clean_timestep: int | None = None
 
@@ -126,7 +126,7 @@ _SD15 = Preset(
     revision='451f4fe16113bff5a5d2269ed5ad43b0592e9a14',
     license='CreativeML Open RAIL-M',
     image_size=512,
-    unet_config=SD15_UNET,
+    network_config=SD15_UNET,
     vae_config=SD_VAE,
     scheduler_config=SCHEDULER,
 )
@@ -138,7 +138,7 @@ _SD21_BASE = Preset(
     revision='4e63672c03103b6c636b8fb4119ba982469b2955',
     license='CreativeML Open RAIL++-M',
     image_size=512,
-    unet_config=SD21_BASE_UNET,
+    network_config=SD21_BASE_UNET,
     vae_config=SD_VAE,
     scheduler_config=SCHEDULER,
 )
@@ -150,7 +150,7 @@ _SD21 = Preset(
     revision='bb2154823665391b4fb29b0b9cf82a198964ee05',
     license='CreativeML Open RAIL++-M',
     image_size=768,
-    unet_config={**SD21_BASE_UNET, 'sample_size': 96, 'upcast_attention': True},
+    network_config={**SD21_BASE_UNET, 'sample_size': 96, 'upcast_attention': True},
     vae_config={**SD_VAE, 'sample_size': 768},
     scheduler_config={**SCHEDULER, 'prediction_type': 'v_prediction'},
 )
@@ -161,7 +161,7 @@ _SDXL = Preset(
     variant='fp16',
     license='CreativeML Open RAIL++-M',
     image_size=1024,
-    unet_config=SDXL_UNET,
+    network_config=SDXL_UNET,
     vae_config=SDXL_VAE,
     scheduler_config=SCHEDULER,
 )
@@ -171,11 +171,11 @@ _ADM = Preset(
     checkpoint='256x256_diffusion_uncond.pt of openai/guided-diffusion',
     license='MIT',
     image_size=256,
-    unet_config=ADM_UNET,
+    network_config=ADM_UNET,
     vae_config=None,
     scheduler_config=ADM_SCHEDULER,
 )
-_DDPM = replace(_ADM, unet_config={**ADM_UNET, 'dropout': 0.1})  # what DDPM-seg reads
+_DDPM = replace(_ADM, network_config={**ADM_UNET, 'dropout': 0.1})  # what DDPM-seg reads
 _PRESETS = (
     _SD15,
     _SD21,
@@ -206,7 +206,7 @@ _PRESETS = (
         revision='71153311d3dbb46851df1931d3ca6e939de83304',
         license='Stability AI Community License',
         image_size=512,
-        unet_config={**SDXL_UNET, 'sample_size': 64},
+        network_config={**SDXL_UNET, 'sample_size': 64},
         scheduler_config=TURBO_SCHEDULER,
     ),
     # Stracke et al., "CleanDIFT: Diffusion Features without Noise" (2412.03439): a UNet for the base model's other
@@ -215,14 +215,14 @@ _PRESETS = (
         _SD15,
         name='cleandift-sd15',
         license='MIT; the base model: CreativeML Open RAIL-M',
-        unet_weights=('CompVis/cleandift', 'cleandift_sd15_unet.safetensors'),
+        network_weights=('CompVis/cleandift', 'cleandift_sd15_unet.safetensors'),
         clean_timestep=261,
     ),
     replace(
         _SD21,
         name='cleandift-sd21',
         license='MIT; the base model: CreativeML Open RAIL++-M',
-        unet_weights=('CompVis/cleandift', 'cleandift_sd21_unet.safetensors'),
+        network_weights=('CompVis/cleandift', 'cleandift_sd21_unet.safetensors'),
         clean_timestep=261,
     ),
     _ADM,
@@ -255,5 +255,5 @@ def get_preset(name: str) -> Preset:
 
 def preset_of_repo(repo_id: str) -> Preset | None:
     """The preset of a hub repository, by its id or that of a mirror; None if there is none."""
-    presets = (preset for preset in PRESETS.values() if preset.unet_weights is None)
+    presets = (preset for preset in PRESETS.values() if preset.network_weights is None)
     return next((preset for preset in presets if repo_id in (preset.repo_id, *preset.mirrors)), None)

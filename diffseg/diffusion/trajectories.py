@@ -1,15 +1,15 @@
 """Trajectories from a clean latent to the activations at some timesteps: five published methods.
 
 =============  =========================================================================  ====================
-`noise`        the latent noised to each t by the closed (VP) formula                     DIFT, GDF
+`noise`        the latent noised to each t by the closed formula                          DIFT, GDF
 `clean`        the clean latent, the UNet called with any t                               CleanDIFT, VPD
-`inversion`    DDIM inversion, from the latent towards noise                              Hyperfeatures, real
-`generation`   DDIM sampling, from noise towards a latent, with classifier-free guidance  Hyperfeatures, synthetic
+`inversion`    DDIM or Euler steps from the latent towards noise                          Hyperfeatures, real
+`generation`   DDIM or Euler steps from noise towards a latent, with guidance             Hyperfeatures, synthetic
 `refinement`   passes of the UNet over its own output, pass i with timestep i             Meta Prompts
 =============  =========================================================================  ====================
 
-Timesteps are always those of the UNet calls: 0 (nearly clean) to 999 (noise), and -1 for the clean latent, whose
-cumulative alpha is 1.
+Timesteps are always those of the calls of the network: 0 (nearly clean) to 999 (noise), and -1 for the clean latent,
+whose cumulative alpha is 1; those of rectified flow are in `FlowSchedule`.
 """
 
 import hashlib
@@ -18,27 +18,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from operator import index, itemgetter
+from operator import itemgetter
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffseg.devices import upload
 from diffseg.diffusion.controlnet import Control, residual_kwargs
+from diffseg.diffusion.network_call import NetworkCall
 from diffseg.diffusion.recorder import ActivationRecorder
+from diffseg.diffusion.schedules import CLEAN, FlowSchedule, FlowTimesteps, NoiseSchedule, Timestep, sampling_timesteps
 from diffseg.diffusion.sites import AttentionMode, Network
 
-CLEAN = -1  # the timestep of a latent without noise
-PREDICTION = 'unet-out'  # the site where the UNet's prediction is read
-
-SPACINGS = ('leading', 'trailing', 'linspace')  # of the timesteps of a sampler
 SHARED = ('schedule', 'timesteps')  # fields of all trajectories; other fields are options of one kind
 
-# Keyword arguments of the UNet, the tensors in it (nested or not) one row per latent. Two are not arguments of the
-# UNet: `time_embeddings` (N, K, E) replace its embeddings of the timesteps 0 to K - 1, and `views` are the images of
-# ControlNets, {'0': (N, 3, 8h, 8w), ...}.
+# Keyword arguments of a UNet, or the tensors of `Conditioning.rows` for a transformer; the tensors in it (nested or
+# not) have one row per latent. Two are no arguments of a UNet: `time_embeddings` (N, K, E) replace its embeddings of
+# the timesteps 0 to K - 1, and `views` are the images of ControlNets, {'0': (N, 3, 8h, 8w), ...}.
 Condition = Mapping[str, Any]
 Activations = dict[str, Tensor]
 Transform = Callable[[str, Tensor], Tensor]
@@ -55,111 +52,6 @@ def seeded_noise(shape: Sequence[int], seed: int, *key: int | str) -> Tensor:
     return torch.randn(tuple(shape), generator=generator)
 
 
-def add_noise(latent: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """Variance-preserving forward process, x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps (DDPM, equation 4).
-
-    Args:
-        latent: x_0.
-        noise: eps.
-        alpha_bar: abar, a number or of a shape that broadcasts to that of `latent`.
-
-    Returns:
-        x_t in float32 at least: in bfloat16, the abar of small timesteps would be 1.
-    """
-    dtype = torch.promote_types(latent.dtype, torch.float32)
-    if not isinstance(alpha_bar, Tensor):
-        alpha_bar = torch.tensor(alpha_bar, device='cpu', dtype=torch.float64)
-    alpha_bar = alpha_bar.to(dtype)
-    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if alpha_bar.ndim:  # else they are numbers to any device
-        signal, sigma = upload(signal, latent.device), upload(sigma, latent.device)
-    return signal * latent.to(dtype) + sigma * noise
-
-
-def sampling_timesteps(
-    steps: int, training_steps: int = 1000, spacing: str = 'leading', steps_offset: int = 0
-) -> list[int]:
-    """The descending timesteps at which a sampler calls the UNet, as diffusers' schedulers space them.
-
-    >>> sampling_timesteps(4), sampling_timesteps(4, steps_offset=1)
-    ([750, 500, 250, 0], [751, 501, 251, 1])
-    >>> sampling_timesteps(4, spacing='trailing'), sampling_timesteps(4, spacing='linspace')
-    ([999, 749, 499, 249], [999, 666, 333, 0])
-
-    Args:
-        steps: Number of calls.
-        training_steps: Number of timesteps that the model was trained with.
-        spacing: 'leading', 'trailing' or 'linspace' (arXiv 2305.08891, table 2).
-        steps_offset: Added to all of them, with 'leading' only.
-
-    Raises:
-        ValueError: Too many steps, unknown spacing, or an offset beyond the last timestep.
-    """
-    if not 1 <= steps <= training_steps:
-        raise ValueError(f'{steps} steps; a schedule of {training_steps} timesteps allows 1 to {training_steps}')
-    if spacing == 'leading':
-        timesteps = np.arange(steps)[::-1] * (training_steps // steps) + steps_offset
-    elif spacing == 'trailing':
-        timesteps = np.arange(training_steps, 0, -training_steps / steps).round() - 1
-    elif spacing == 'linspace':
-        timesteps = np.linspace(0, training_steps - 1, steps).round()[::-1]
-    else:
-        raise ValueError(f'spacing is {spacing!r}; it is {", ".join(map(repr, SPACINGS))}')
-    if timesteps[0] >= training_steps:
-        raise ValueError(
-            f'steps={steps} with steps_offset={steps_offset} begins at t = {timesteps[0]}, but the last timestep is '
-            f'{training_steps - 1}; set steps_offset=0'
-        )
-    return [int(t) for t in timesteps]
-
-
-class NoiseSchedule:
-    """Noise schedule of a model: cumulative alphas, prediction type and spacing of sampling.
-
-    Args:
-        alphas_cumprod: abar of timesteps 0, 1, ..., with shape (training steps,).
-        prediction_type: 'epsilon' or 'v_prediction'.
-        spacing: Of the timesteps of a sampler, see `sampling_timesteps`.
-        steps_offset: Of the timesteps of a sampler, see `sampling_timesteps`.
-
-    Raises:
-        ValueError: Unknown prediction type.
-    """
-
-    def __init__(
-        self,
-        alphas_cumprod: Tensor,
-        prediction_type: str = 'epsilon',
-        spacing: str = 'leading',
-        steps_offset: int = 0,
-    ):
-        if prediction_type not in ('epsilon', 'v_prediction'):
-            raise ValueError(f"prediction type {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
-        self.alphas_cumprod = alphas_cumprod.double().cpu()
-        self._alphas: list[float] = self.alphas_cumprod.tolist()
-        self.prediction_type = prediction_type
-        self.spacing = spacing
-        self.steps_offset = steps_offset
-
-    def __len__(self) -> int:
-        return len(self.alphas_cumprod)
-
-    def alpha_bar(self, t: int) -> float:
-        """Cumulative alpha of timestep `t`; 1 for the clean latent's -1."""
-        return 1.0 if t == CLEAN else self._alphas[t]
-
-    def ddim_step(self, x_t: Tensor, prediction: Tensor, t: int, t_next: int) -> Tensor:
-        """One deterministic DDIM step from `t` to `t_next`, in either direction (DDIM, equation 12 with sigma = 0)."""
-        signal, sigma = self.alpha_bar(t) ** 0.5, (1 - self.alpha_bar(t)) ** 0.5
-        if self.prediction_type == 'epsilon':
-            epsilon = prediction
-            latent = (x_t - sigma * epsilon) / signal
-        else:  # v = sqrt(abar) eps - sqrt(1 - abar) x_0
-            epsilon = signal * prediction + sigma * x_t
-            latent = signal * x_t - sigma * prediction
-        return add_noise(latent, epsilon, self.alpha_bar(t_next))
-
-
 def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) -> dict[str, Any]:
     """`condition` with `function` applied to every tensor in it."""
 
@@ -171,29 +63,28 @@ def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) ->
     return {name: apply(value) for name, value in condition.items()}
 
 
-def unet_dtype(unet: Network) -> torch.dtype:
-    """Dtype in which the UNet computes, independent of that of added trainable layers."""
-    return unet.conv_in.weight.dtype
-
-
 class Denoiser:
-    """The UNet in a trajectory: a call reads activations, predicts, or both.
+    """The network in a trajectory: a call reads activations, predicts, or both.
+
+    Timesteps are the network's own indices, see `network_timestep` of the schedules.
 
     Args:
-        unet: The UNet to read from.
+        network: The network to read from.
         layers: The activations to read.
         attention: Categories of aggregated attention to read, see `ActivationRecorder`.
-        micro_batch: The largest number of latents in one UNet call; larger batches are split.
+        micro_batch: The largest number of latents in one call of the network; larger batches are split.
         attention_mode: How attention is aggregated.
         vae_scale_factor: Image pixels per latent cell; None as in `sites`.
         controls: ControlNets.
-        transform: Applied to activations (N, C, h, w), with their names, as soon as a call of the UNet is over, so that
-            dropped values take no memory. The prediction is not transformed.
+        transform: Applied to activations (N, C, h, w), with their names, as soon as a call of the network is over, so
+            that dropped values take no memory. The prediction is not transformed.
+        embedded_guidance: See `NetworkCall`.
+        discard: Channels that are discarded for `-mod` activations, see `ActivationRecorder`.
     """
 
     def __init__(
         self,
-        unet: Network,
+        network: Network,
         layers: Sequence[str],
         attention: Sequence[str] = (),
         micro_batch: int | None = None,
@@ -201,53 +92,61 @@ class Denoiser:
         vae_scale_factor: int | None = None,
         controls: Sequence[Control] = (),
         transform: Transform | None = None,
+        embedded_guidance: float | None = None,
+        discard: Sequence[int] = (),
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'micro_batch is {micro_batch}; it is a number of latents, 1 or more')
-        self.unet = unet
+        self.network = network
         self.micro_batch = micro_batch
         self.controls = controls
         self.transform = transform
+        self.discard = tuple(discard)
+        self.network_call = NetworkCall(network, embedded_guidance)
         self._layers = list(layers)
-        both = self._layers if PREDICTION in self._layers else [*self._layers, PREDICTION]
+        self._output = self.network_call.prediction_site
+        both = self._layers if self._output in self._layers else [*self._layers, self._output]
         aggregated = {
             'attention': attention,
             'attention_mode': attention_mode,
             'vae_scale_factor': vae_scale_factor,
+            'discard': discard,
         }
-        self._read = ActivationRecorder(unet, self._layers, **aggregated)
-        self._read_and_predict = ActivationRecorder(unet, both, **aggregated)
-        self._predict = ActivationRecorder(unet, [PREDICTION])
+        self._read = ActivationRecorder(network, self._layers, **aggregated)
+        self._read_and_predict = ActivationRecorder(network, both, **aggregated)
+        self._predict = ActivationRecorder(network, [self._output])
 
     @property
     def paths(self) -> set[str]:
-        """The modules of the UNet that are read."""
+        """The modules of the network that are read."""
         return {tap.path for tap in self._read_and_predict.taps}
 
-    def read(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Activations:
+    def read(self, x_t: Tensor, timestep: float | Tensor, condition: Condition) -> Activations:
         """Activations {name: (N, C, h, w)} of latents (N, 4, h, w) at one timestep, or at one each (N,)."""
         return self._call(self._read, x_t, timestep, condition)
 
-    def predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
-        """The UNet's prediction (N, 4, h, w) in the dtype of `x_t`; without a learned variance."""
+    def predict(self, x_t: Tensor, timestep: float | Tensor, condition: Condition) -> Tensor:
+        """The network's prediction (N, 4, h, w) in the dtype of `x_t`; without a learned variance."""
         return self._prediction(self._call(self._predict, x_t, timestep, condition), x_t)
 
-    def read_and_predict(self, x_t: Tensor, timestep: int | Tensor, condition: Condition) -> tuple[Activations, Tensor]:
-        """Results of `read` and `predict` from one call of the UNet."""
+    def read_and_predict(
+        self, x_t: Tensor, timestep: float | Tensor, condition: Condition
+    ) -> tuple[Activations, Tensor]:
+        """Results of `read` and `predict` from one call of the network."""
         activations = self._call(self._read_and_predict, x_t, timestep, condition)
         prediction = self._prediction(activations, x_t)
-        if PREDICTION not in self._layers:
-            del activations[PREDICTION]
+        if self._output not in self._layers:
+            del activations[self._output]
         return activations, prediction
 
     def _prediction(self, activations: Activations, x_t: Tensor) -> Tensor:
-        return activations[PREDICTION][:, : x_t.shape[1]].to(x_t.dtype)
+        return self.network_call.prediction(activations[self._output], x_t)
 
     def _call(
-        self, recorder: ActivationRecorder, x_t: Tensor, timestep: int | Tensor, condition: Condition
+        self, recorder: ActivationRecorder, x_t: Tensor, timestep: float | Tensor, condition: Condition
     ) -> Activations:
         n = len(x_t)
-        x_t = x_t.to(unet_dtype(self.unet))
+        x_t = x_t.to(self.network_call.dtype)
         if not isinstance(timestep, Tensor):
             timestep = torch.full((n,), timestep, device=x_t.device)
         size = self.micro_batch or n
@@ -262,11 +161,11 @@ class Denoiser:
                     for control, view in zip(self.controls, views.values(), strict=True)
                 ]
                 kwargs |= residual_kwargs(residuals)
-            with _embedded(self.unet, timestep[rows], kwargs.pop('time_embeddings', None)):
-                activations = recorder(x_t[rows], timestep[rows], **kwargs)
+            with _embedded(self.network, timestep[rows], kwargs.pop('time_embeddings', None)):
+                activations = self.network_call(recorder, x_t[rows], timestep[rows], kwargs)
             if self.transform is not None:
                 activations = {
-                    name: x if name == PREDICTION else self.transform(name, x) for name, x in activations.items()
+                    name: x if name == self._output else self.transform(name, x) for name, x in activations.items()
                 }
             chunks.append(activations)
         if len(chunks) == 1:
@@ -290,26 +189,28 @@ def _embedded(unet: Network, timesteps: Tensor, embeddings: Tensor | None) -> It
 
 @dataclass(frozen=True)
 class Trajectory(ABC):
-    """Base class: how to compute the inputs of the UNet at some timesteps.
+    """Base class: how to compute the inputs of the network at some timesteps.
 
     Raises:
         ValueError: A timestep is not on this trajectory.
     """
 
-    schedule: NoiseSchedule
-    timesteps: tuple[int, ...]
+    schedule: NoiseSchedule | FlowSchedule
+    timesteps: tuple[Timestep, ...]
 
     from_image: ClassVar[bool] = True  # whether it starts from an image's latent, or else from noise
     adds_noise: ClassVar[bool] = False  # whether `__call__` needs `noise`
     folds_timesteps: ClassVar[bool] = False  # whether all timesteps are in one batch of the UNet, or one after another
 
     def __post_init__(self):
-        allowed, name = self.allowed(), self.name
-        values = ', '.join(map(str, allowed) if len(allowed) < 4 else (*map(str, allowed[:2]), '...', str(allowed[-1])))
+        allowed = self.allowed()
+        listed = _listed(allowed, every=isinstance(self.schedule, FlowSchedule))
         if not self.timesteps:
-            raise ValueError(f'timesteps is empty; the {name} trajectory has {values}')
-        if wrong := [t for t in self.timesteps if t not in allowed]:
-            raise ValueError(f'timesteps {wrong} are not on the {name} trajectory, which has {values}')
+            raise ValueError(f'timesteps is empty; the {self.name} trajectory has {listed}')
+        nearest = [self.schedule.nearest(t, allowed) for t in self.timesteps]
+        if wrong := [t for t, step in zip(self.timesteps, nearest, strict=True) if step is None]:
+            raise ValueError(f'timesteps {wrong} are not on the {self.name} trajectory, which has {listed}')
+        object.__setattr__(self, 'timesteps', tuple(nearest))
 
     @property
     def name(self) -> str:
@@ -318,8 +219,9 @@ class Trajectory(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `build_trajectory` other than timesteps and schedule."""
-        names = [field.name for field in fields(self) if field.name not in SHARED]
+        """Arguments of `build_trajectory` other than timesteps and schedule; without those of other schedules."""
+        hidden = {*SHARED, *(_sampler_options() - set(self.schedule.sampler_options))}
+        names = [field.name for field in fields(self) if field.name not in hidden]
         return {'type': self.name, **{option: getattr(self, option) for option in names}}
 
     @property
@@ -328,8 +230,8 @@ class Trajectory(ABC):
         return False
 
     @abstractmethod
-    def allowed(self) -> Sequence[int]:
-        """Allowed timesteps, in the order of the UNet calls."""
+    def allowed(self) -> Sequence[Timestep] | FlowTimesteps:
+        """Allowed timesteps, in the order of the calls of the network."""
 
     @abstractmethod
     def __call__(
@@ -344,9 +246,9 @@ class Trajectory(ABC):
         """Read the activations at all `timesteps`.
 
         Args:
-            denoiser: The UNet and the activations to read.
+            denoiser: The network and the activations to read.
             latent: Start of the trajectory, with shape (N, 4, h, w).
-            condition: Keyword arguments of the UNet for these latents.
+            condition: Keyword arguments of the network for these latents.
             noise: Standard normal, with shape (N, T, 4, h, w) or, the same for all timesteps, (N, 1, 4, h, w).
             negative: Like `condition`, for the negative prediction of guidance; None if it is the same.
 
@@ -355,10 +257,24 @@ class Trajectory(ABC):
         """
 
 
-def _read_at_once(denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], condition: Condition) -> Activations:
+def _listed(timesteps: Sequence[Timestep] | FlowTimesteps, every: bool) -> str:
+    """Timesteps in an error message: every one, or the first and the last."""
+    if isinstance(timesteps, FlowTimesteps):
+        return str(timesteps)
+    return ', '.join(map(str, timesteps if every or len(timesteps) < 4 else (*timesteps[:2], '...', timesteps[-1])))
+
+
+def _read_at_once(
+    schedule: NoiseSchedule | FlowSchedule,
+    denoiser: Denoiser,
+    x_t: Tensor,
+    timesteps: Sequence[Timestep],
+    condition: Condition,
+) -> Activations:
     """Activations of x_t (N, T, 4, h, w), timesteps folded into the batch."""
     n, t = x_t.shape[:2]
-    folded = upload(torch.tensor(timesteps, device='cpu').repeat(n), x_t.device)  # (N*T,)
+    indices = torch.tensor([schedule.network_timestep(timestep) for timestep in timesteps], device='cpu')
+    folded = upload(indices.repeat(n), x_t.device)  # (N*T,)
     activations = denoiser.read(
         x_t.flatten(0, 1), folded, map_condition(lambda x: x.repeat_interleave(t, 0), condition)
     )
@@ -366,7 +282,7 @@ def _read_at_once(denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], con
 
 
 class Noise(Trajectory):
-    """The latent with noise added, by the closed formula at exactly `timesteps`, all in one UNet call.
+    """The latent with noise added, by the closed formula at exactly `timesteps`, all in one call of the network.
 
     Unlike GDF, whose t = 50 becomes 51 (SD1.5), 49 (SD2.1-base) or 50 (SDXL) in its schedulers.
     """
@@ -374,92 +290,121 @@ class Noise(Trajectory):
     adds_noise = True
     folds_timesteps = True
 
-    def allowed(self) -> Sequence[int]:
+    def allowed(self) -> Sequence[Timestep] | FlowTimesteps:
         """Every timestep of the schedule."""
-        return range(len(self.schedule))
+        return self.schedule.timesteps()
 
     def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
         """See `Trajectory`."""
-        alpha_bar = self.schedule.alphas_cumprod[list(self.timesteps)].view(-1, 1, 1, 1)  # (T, 1, 1, 1)
-        return _read_at_once(denoiser, add_noise(latent.unsqueeze(1), noise, alpha_bar), self.timesteps, condition)
+        x_t = self.schedule.add_noise(latent.unsqueeze(1), noise, self.timesteps)
+        return _read_at_once(self.schedule, denoiser, x_t, self.timesteps, condition)
 
 
 class Clean(Trajectory):
-    """The latent without noise, with any timestep for the UNet: CleanDIFT's 261, Hyperfeatures' one-step -1."""
+    """The latent without noise, with any timestep for the network: CleanDIFT's 261, Hyperfeatures' one-step -1."""
 
     folds_timesteps = True
 
-    def allowed(self) -> Sequence[int]:
+    def allowed(self) -> Sequence[Timestep] | FlowTimesteps:
         """Every timestep of the schedule, and -1."""
-        return range(CLEAN, len(self.schedule))
+        return self.schedule.timesteps(clean=True)
 
     def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
         """See `Trajectory`."""
         x_t = latent.unsqueeze(1).expand(-1, len(self.timesteps), -1, -1, -1)  # (N, T, 4, h, w)
-        return _read_at_once(denoiser, x_t, self.timesteps, condition)
+        return _read_at_once(self.schedule, denoiser, x_t, self.timesteps, condition)
 
 
 @dataclass(frozen=True)
-class _DDIM(Trajectory):
-    """UNet calls along `allowed()` up to the last of `timesteps`; the last call stops after the last activation.
+class _Steps(Trajectory):
+    """Calls along `allowed()` up to the last of `timesteps`; the last call stops after the last activation.
 
     Args:
         steps: Number of steps between the clean latent and noise.
         guidance: Scale of classifier-free guidance; 1 is none. Activations are those of the conditional call.
+        mu: For rectified flow with a shift that depends on the size of the image, see `FlowSchedule.generation_steps`.
     """
 
     steps: int = 50
     guidance: float = 1.0
+    mu: float | None = None
+
+    def __post_init__(self):
+        self._check_options()
+        super().__post_init__()
+
+    def _check_options(self) -> None:
+        """Raise a ValueError for options that the schedule does not have."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for option in sorted(_sampler_options() - set(self.schedule.sampler_options)):
+            if values.get(option) is not None:
+                kind = 'rectified flow' if isinstance(self.schedule, FlowSchedule) else 'a schedule of betas'
+                raise ValueError(f'{option} is {values[option]!r}, but the model has {kind}; leave out {option}')
 
     @property
     def needs_negative(self) -> bool:
         """True with guidance."""
         return self.guidance != 1
 
+    @property
+    def _sampler(self) -> dict[str, Any]:
+        """Options of the schedule's steps."""
+        return {name: getattr(self, name) for name in self.schedule.sampler_options if hasattr(self, name)}
+
     def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
         """See `Trajectory`."""
         calls = self.allowed()
         last = max(calls.index(t) for t in self.timesteps)
         by_timestep, x_t = self._follow(calls[: last + 1], denoiser, latent, condition, negative)
-        by_timestep[calls[last]] = denoiser.read(x_t, calls[last], condition)
+        by_timestep[calls[last]] = denoiser.read(x_t, self.schedule.network_timestep(calls[last]), condition)
         return self._stack(by_timestep)
 
     def _follow(
-        self, calls: Sequence[int], denoiser: Denoiser, x_t: Tensor, condition: Condition, negative: Condition | None
-    ) -> tuple[dict[int, Activations], Tensor]:
+        self,
+        calls: Sequence[Timestep],
+        denoiser: Denoiser,
+        x_t: Tensor,
+        condition: Condition,
+        negative: Condition | None,
+    ) -> tuple[dict[Timestep, Activations], Tensor]:
         """Step along `calls`: the activations of all calls but the last, and the latent at the last."""
         by_timestep = {}
         for t, t_next in pairwise(calls):
+            timestep = self.schedule.network_timestep(t)
             if t in self.timesteps:
-                by_timestep[t], prediction = denoiser.read_and_predict(x_t, t, condition)
+                by_timestep[t], prediction = denoiser.read_and_predict(x_t, timestep, condition)
             else:
-                prediction = denoiser.predict(x_t, t, condition)
+                prediction = denoiser.predict(x_t, timestep, condition)
             if negative is not None and self.needs_negative:
-                unconditional = denoiser.predict(x_t, t, negative)
+                unconditional = denoiser.predict(x_t, timestep, negative)
                 prediction = unconditional + self.guidance * (prediction - unconditional)
-            x_t = self.schedule.ddim_step(x_t, prediction, t, t_next)
+            x_t = self.schedule.step(x_t, prediction, t, t_next)
         return by_timestep, x_t
 
-    def _stack(self, by_timestep: Mapping[int, Activations]) -> Activations:
+    def _stack(self, by_timestep: Mapping[Timestep, Activations]) -> Activations:
         names = by_timestep[self.timesteps[0]]
         return {name: torch.stack([by_timestep[t][name] for t in self.timesteps], dim=1) for name in names}
 
 
-@dataclass(frozen=True)
-class Inversion(_DDIM):
-    """DDIM inversion as Hyperfeatures runs it: the first UNet call is on the clean latent at t = -1.
+def _sampler_options() -> set[str]:
+    return {*NoiseSchedule.sampler_options, *FlowSchedule.sampler_options}
 
-    The others are at 0, 20, ..., whatever timesteps the model is sampled at.
+
+@dataclass(frozen=True)
+class Inversion(_Steps):
+    """DDIM or Euler inversion: the first call of the network is on the clean latent at t = -1, as in Hyperfeatures.
+
+    The others are at 0, 20, ..., whatever timesteps the model is sampled at; those of rectified flow are the sampler's.
     """
 
-    def allowed(self) -> Sequence[int]:
+    def allowed(self) -> Sequence[Timestep]:
         """-1, 0, 20, ..., 960 with 50 steps."""
-        return [CLEAN, *sampling_timesteps(self.steps, len(self.schedule))[:0:-1]]
+        return self.schedule.inversion_steps(self.steps, **self._sampler)
 
 
 @dataclass(frozen=True)
-class Generation(_DDIM):
-    """DDIM sampling from noise, the `latent` it starts from.
+class Generation(_Steps):
+    """DDIM or Euler sampling from noise, the `latent` it starts from.
 
     Hyperfeatures has `spacing='leading', steps_offset=0`, where Stable Diffusion's configurations have an offset of 1
     and those of its turbo models 'trailing'.
@@ -467,8 +412,8 @@ class Generation(_DDIM):
     Args:
         guidance: Scale of classifier-free guidance.
         spacing: Of the timesteps, 'leading', 'trailing' or 'linspace', see `sampling_timesteps`; None is that of the
-            model.
-        steps_offset: Of the timesteps with 'leading' spacing; None is that of the model.
+            model. Not for rectified flow.
+        steps_offset: Of the timesteps with 'leading' spacing; None is that of the model. Not for rectified flow.
 
     Raises:
         ValueError: The first timestep is for a nearly clean latent, as with a single 'leading' step.
@@ -480,19 +425,15 @@ class Generation(_DDIM):
     from_image = False
 
     def __post_init__(self):
+        self._check_options()
         for name in ('spacing', 'steps_offset'):
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and name in self.schedule.sampler_options:
                 object.__setattr__(self, name, getattr(self.schedule, name))
-        if (first := self.allowed()[0]) < len(self.schedule) // 2:
-            raise ValueError(
-                f'generation of {self.steps} step(s) with spacing={self.spacing!r} begins at t = {first}, where the '
-                f"UNet expects a nearly clean latent, not noise; set spacing='trailing', or more steps"
-            )
         super().__post_init__()
 
-    def allowed(self) -> Sequence[int]:
+    def allowed(self) -> Sequence[Timestep]:
         """With 50 steps 981, 961, ..., 1 for Stable Diffusion, 999, 979, ..., 19 for its turbo models."""
-        return sampling_timesteps(self.steps, len(self.schedule), self.spacing, self.steps_offset)
+        return self.schedule.generation_steps(self.steps, **self._sampler)
 
     def generate(
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, negative: Condition | None = None
@@ -506,11 +447,19 @@ class Refinement(Trajectory):
     """Passes of the UNet over its own output, x <- UNet(x), as in Meta Prompts; the first is over the latent.
 
     Pass i is called with timestep i.
+
+    Raises:
+        ValueError: The model has rectified flow, for which the method is not defined.
     """
+
+    def __post_init__(self):
+        if isinstance(self.schedule, FlowSchedule):
+            raise ValueError("the refinement trajectory is for schedules of betas; use 'noise' or 'clean'")
+        super().__post_init__()
 
     def allowed(self) -> Sequence[int]:
         """Every timestep of the schedule."""
-        return range(len(self.schedule))
+        return self.schedule.timesteps()
 
     def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
         """See `Trajectory`."""
@@ -531,7 +480,7 @@ TRAJECTORIES: dict[str, type[Trajectory]] = {
 
 
 def build_trajectory(
-    trajectory: str | Mapping[str, Any], timesteps: Sequence[int], schedule: NoiseSchedule
+    trajectory: str | Mapping[str, Any], timesteps: Sequence[Timestep], schedule: NoiseSchedule | FlowSchedule
 ) -> Trajectory:
     """Build a trajectory from its name, or from `dict(type=name, ...)` with its options.
 
@@ -546,21 +495,7 @@ def build_trajectory(
     available = [field.name for field in fields(kind) if field.name not in SHARED]
     if wrong := sorted(set(options) - set(available)):
         raise ValueError(f'the {name} trajectory has no options {wrong}; it has {available}')
-    return kind(schedule, whole_timesteps(timesteps), **options)
-
-
-def whole_timesteps(timesteps: Sequence[int]) -> tuple[int, ...]:
-    """Timesteps as integers.
-
-    Raises:
-        ValueError: They are not a sequence of whole numbers.
-    """
-    try:
-        return tuple(map(index, timesteps))
-    except TypeError:
-        raise ValueError(
-            f'timesteps is {timesteps!r}; it is a list of whole numbers, such as [50] or [50, 261]'
-        ) from None
+    return kind(schedule, schedule.read(timesteps), **options)
 
 
 def dhf_timesteps(save_timestep: Sequence[int], trajectory: str = 'inversion', steps: int = 50) -> list[int]:

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from diffseg.diffusion.adm import adm_config, convert_adm_unet
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.presets import PRESETS
 from diffseg.diffusion.recorder import ActivationRecorder
 
@@ -84,9 +84,9 @@ def test_a_checkpoint_tells_its_configuration_and_is_converted(layout):
 
 @pytest.mark.parametrize('name', ['adm-imagenet-256', 'ddpm-ffhq'])
 def test_presets_are_what_their_checkpoints_tell(name):
-    unet = meta_unet(name)
+    unet = meta_network(name)
     config = adm_config(adm.unet_state(unet), {'dropout': unet.config.dropout})
-    assert plain(config) == {'dropout': 0.0, **plain(PRESETS[name].unet_config)}
+    assert plain(config) == {'dropout': 0.0, **plain(PRESETS[name].network_config)}
     blocks = ActivationRecorder(unet, [f'adm-{i}' for i in range(18)]).sites
     assert [(site.channels, site.stride) for site in blocks] == BLOCKS
 

@@ -73,7 +73,7 @@ def test_residuals_reach_the_unet(make: Callable, folder: str):
     images, latents, found = make_images(), torch.randn(2, 4, 8, 12), {}
     extractor = make(controlnet={'model': folder, 'image': 'image', 'scale': 0.7}, trajectory='clean')
     activations = extractor.extract_latents(latents, images=images)
-    net, unet = ControlNetModel.from_pretrained(folder), extractor.unet
+    net, unet = ControlNetModel.from_pretrained(folder), extractor.network
     embeds = extractor.prompt_encoder(['']).embeds.expand(2, -1, -1)
     with torch.no_grad():
         down, middle = net(latents, 50, embeds, images / 2 + 0.5, 0.7, return_dict=False)

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import decode
+from diffseg.diffusion.latents import decode
 from diffseg.diffusion.loading import load_vae
 from diffseg.diffusion.options import group_options
-from diffseg.diffusion.trajectories import add_noise, seeded_noise
+from diffseg.diffusion.schedules import add_noise
+from diffseg.diffusion.trajectories import seeded_noise
 from diffseg.geometry import fit_to_image
 
 LAYERS = ['up-level0-repeat1-res-out', 'up-level2-repeat1-vit-block0-cross-q', 'down-level0-repeat0-vit-out']
@@ -191,7 +192,7 @@ def test_every_ensemble_member_has_its_own_noise(make):
     latent = torch.randn(2, 4, 8, 8)
     extractor = make(['unet-in'], ensemble=3, seed=5)
     noise = sum(seeded_noise((1, 4, 8, 8), 5, 'noise', member) for member in range(3)) / 3
-    expected = [add_noise(latent, noise, extractor.parts.alphas_cumprod[t]) for t in extractor.timesteps]
+    expected = [add_noise(latent, noise, extractor.parts.schedule.alphas_cumprod[t]) for t in extractor.timesteps]
     torch.testing.assert_close(extractor.extract_latents(latent)['unet-in'], torch.stack(expected, dim=1))
 
 
@@ -199,7 +200,7 @@ def test_every_ensemble_member_has_its_own_noise(make):
 def test_micro_batches_change_nothing(make, images, micro_batch):
     whole, cut = make(ensemble=3), make(ensemble=3, micro_batch=micro_batch)
     sizes = []
-    cut.unet.conv_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    cut.network.conv_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     assert_same(cut(images), whole(images))
     assert max(sizes) <= micro_batch and sum(sizes) == 2 * 2 * 3
 
@@ -281,10 +282,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, images):
     gradients = []
     for checkpointing in (False, True):
         extractor = make(timesteps=(50,), gradient_checkpointing=checkpointing)
-        extractor.unet.requires_grad_(True)
+        extractor.network.requires_grad_(True)
         found = extractor.extract_latents(extractor.encode(images))
         sum(x.square().mean() for x in found.values()).backward()
-        gradients.append({name: p.grad for name, p in extractor.unet.named_parameters() if p.grad is not None})
+        gradients.append({name: p.grad for name, p in extractor.network.named_parameters() if p.grad is not None})
     assert gradients[0].keys() <= gradients[1].keys()
     assert all(gradients[0][name].abs().sum() > 0 for name in ('conv_in.weight', 'up_blocks.0.resnets.1.conv2.weight'))
     for name, gradient in gradients[0].items():
@@ -295,7 +296,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, images):
 def test_half_precision(make, images, dtype):
     exact, half = make(vae_sample='mode', ensemble=2)(images), make(vae_sample='mode', ensemble=2, dtype=dtype)
     for name, x in half(images).items():
-        assert x.dtype == half.unet.dtype
+        assert x.dtype == half.network.dtype
         assert (x.float() - exact[name]).norm() < 0.05 * exact[name].norm()
 
 
@@ -317,19 +318,19 @@ def test_compiled_blocks_change_nothing_and_leave_the_read_ones(make, images):
     extractor = make(compile={'backend': 'eager'})
     compiled = {
         name
-        for name, module in extractor.unet.named_modules()
+        for name, module in extractor.network.named_modules()
         if getattr(module, '_compiled_call_impl', None) is not None
     }
-    blocks = {name for name, _ in extractor.unet.named_modules() if name.endswith('transformer_blocks.0')}
+    blocks = {name for name, _ in extractor.network.named_modules() if name.endswith('transformer_blocks.0')}
     assert blocks - compiled == {'up_blocks.2.attentions.1.transformer_blocks.0'}
     assert_same(extractor(images), make()(images))
 
 
 def test_only_the_unet_the_vae_and_controlnets_are_children(make):
     extractor = make()
-    assert [name for name, _ in extractor.named_children()] == ['unet', 'vae', 'controls']
+    assert [name for name, _ in extractor.named_children()] == ['network', 'vae', 'controls']
     assert len(extractor.controls) == 0
-    assert not extractor.unet.training and not extractor.vae.training
+    assert not extractor.network.training and not extractor.vae.training
 
 
 def test_the_fingerprint_says_what_activations_depend_on(make, tiny_unet, tmp_path):
@@ -348,7 +349,7 @@ def test_the_fingerprint_says_what_activations_depend_on(make, tiny_unet, tmp_pa
         {'noise': 'random'},
         {'seed': 1},
         {'dtype': 'bfloat16'},
-        {'unet_weights': tmp_path / 'unet.safetensors'},
+        {'network_weights': tmp_path / 'unet.safetensors'},
         {'vae_sample': 'mode'},
         {'scale_latent': False},
         {'attention_maps': ['up_cross']},
@@ -372,7 +373,7 @@ def test_a_prompt_that_is_the_negative_prompt_is_not_guided(make, images):
     """Both predictions would be the same, bit for bit, so that guidance would only take twice as long."""
     extractor = make(trajectory={'type': 'generation', 'steps': 4}, timesteps=(251,), prompt=['', 'a horse'])
     calls = []
-    extractor.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    extractor.network.register_forward_pre_hook(lambda *_: calls.append(1))
     skipped = extractor(images, '')
     assert len(calls) == 3
     extractor(images, ['', 'a horse'])
@@ -438,7 +439,7 @@ def test_latents_in_half_precision_are_noised_in_single(make, dtype):
     extractor = make(['unet-in'], (0, 5), dtype=dtype)
     latents = torch.zeros(1, 4, 32, 32, dtype=getattr(torch, dtype))
     deviations = extractor.extract_latents(latents)['unet-in'].float().std(dim=(0, 2, 3, 4))
-    expected = (1 - extractor.parts.alphas_cumprod[[0, 5]]).sqrt()  # 0.029 and 0.072
+    expected = (1 - extractor.parts.schedule.alphas_cumprod[[0, 5]]).sqrt().float()  # 0.029 and 0.072
     torch.testing.assert_close(deviations, expected, rtol=0.05, atol=0)
 
 
@@ -455,7 +456,7 @@ def test_latents_in_half_precision_are_noised_in_single(make, dtype):
 def test_micro_batches_are_filled(make, options, expected):
     extractor = make(ensemble=4, micro_batch=4, **options)
     sizes = []
-    extractor.unet.conv_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    extractor.network.conv_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     extractor.extract_latents(torch.randn(1, 4, 8, 8))
     assert sizes == expected
 
@@ -476,7 +477,7 @@ def test_all_values_are_checked_at_once(make, images, monkeypatch):
 
 def test_not_finite_activations_name_the_layer_the_dtype_and_the_remedy(make, images):
     extractor = make(dtype='float16')
-    extractor.unet.up_blocks[2].attentions[1].transformer_blocks[0].attn2.to_q.weight.fill_(torch.inf)
+    extractor.network.up_blocks[2].attentions[1].transformer_blocks[0].attn2.to_q.weight.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match=r"in up-level2-\S+-cross-q computed in torch.float16: use dtype 'bf"):
         extractor(images)
     extractor.check_finite = False

@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
 from diffseg.diffusion import loading
-from diffseg.diffusion.loading import fingerprint, load_config, load_parts, load_vae, meta_unet
+from diffseg.diffusion.loading import fingerprint, load_config, load_parts, load_vae, meta_network
 from diffseg.diffusion.presets import PRESETS
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -57,16 +57,15 @@ def same(a, b) -> bool:
 
 def test_a_folder_gives_what_diffusers_gives(tiny_pipeline):
     parts = load_parts(tiny_pipeline)
-    assert same(parts.unet, UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder='unet'))
+    assert same(parts.network, UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder='unet'))
     vae = AutoencoderKL.from_pretrained(tiny_pipeline, subfolder='vae')
     image = torch.randn(1, 3, 16, 24)
     with torch.no_grad():
         ours, theirs = (v.encode(image).latent_dist.parameters for v in (parts.vae, vae))
     assert torch.equal(ours, theirs)
-    assert not parts.unet.training and not parts.vae.training
+    assert not parts.network.training and not parts.vae.training
     assert parts.vae_scale_factor == 8
-    assert parts.scaling_factor == vae.config.scaling_factor
-    assert parts.prediction_type == 'epsilon'
+    assert parts.schedule.prediction_type == 'epsilon'
     assert parts.source.kind == 'folder'
 
 
@@ -80,16 +79,16 @@ def test_only_the_wanted_parts_are_kept(tiny_pipeline):
 def test_noise_levels_are_the_schedulers(tiny_sdxl_pipeline, folder):
     expected = DDIMScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012).alphas_cumprod
     assert torch.equal(
-        load_parts(tiny_sdxl_pipeline, vae=False).alphas_cumprod, expected
+        load_parts(tiny_sdxl_pipeline, vae=False).schedule.alphas_cumprod, expected
     )  # an Euler scheduler's config
     assert expected[50].item() == pytest.approx(0.951577, abs=1e-6)
     scheduler = folder / 'scheduler' / 'scheduler_config.json'
     edit(scheduler, prediction_type='v_prediction', num_train_timesteps=500)
     parts = load_parts(folder, vae=False)
-    assert parts.prediction_type == 'v_prediction' and len(parts.alphas_cumprod) == 500
+    assert parts.schedule.prediction_type == 'v_prediction' and len(parts.schedule) == 500
     edit(scheduler, sigma_data=0.5, _class_name='EDMEulerScheduler')
     with pytest.raises(ValueError, match=r'EDM'):
-        _ = load_parts(folder, vae=False).alphas_cumprod
+        _ = load_parts(folder, vae=False).schedule
 
 
 def test_fingerprint_follows_the_weights_only(tiny_pipeline, folder, single_file):
@@ -132,13 +131,13 @@ def test_random_weights_depend_on_the_seed_alone_and_read_nothing(folder):
     a = load_parts(folder, random=('unet',), seed=1)
     assert torch.equal(before, torch.get_rng_state())
     torch.randn(3)
-    assert same(a.unet, load_parts(folder, random=('unet',), seed=1).unet)
-    assert not same(a.unet, load_parts(folder, random=('unet',), seed=2).unet)
+    assert same(a.network, load_parts(folder, random=('unet',), seed=1).network)
+    assert not same(a.network, load_parts(folder, random=('unet',), seed=2).network)
     assert torch.equal(a.vae.quant_conv.weight, pretrained['quant_conv.weight'])
     (folder / 'vae' / WEIGHTS).unlink()
     b = load_parts(folder, random=('unet', 'vae'), seed=1, dtype=torch.bfloat16)
     assert not torch.equal(b.vae.quant_conv.weight, pretrained['quant_conv.weight'])
-    assert b.unet.dtype == b.vae.dtype == torch.bfloat16
+    assert b.network.dtype == b.vae.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"'text'.*unet, vae"):
         load_parts(folder, random=('text',))
 
@@ -148,12 +147,12 @@ def test_random_weights_depend_on_the_seed_alone_and_read_nothing(folder):
 )
 def test_attention_implementations_agree(tiny_pipeline, attention, processor):
     parts = load_parts(tiny_pipeline, attention=attention)
-    processors = [*parts.unet.attn_processors.values(), *parts.vae.attn_processors.values()]
+    processors = [*parts.network.attn_processors.values(), *parts.vae.attn_processors.values()]
     assert {type(p) for p in processors} == {processor}
     reference = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder='unet')
     arguments = torch.randn(1, 4, 8, 8), 50, torch.randn(1, 7, 32)
     with torch.no_grad():
-        torch.testing.assert_close(parts.unet(*arguments).sample, reference(*arguments).sample)
+        torch.testing.assert_close(parts.network(*arguments).sample, reference(*arguments).sample)
 
 
 def test_attention_that_cannot_run_is_refused(tiny_pipeline, monkeypatch):
@@ -170,9 +169,9 @@ def test_attention_that_cannot_run_is_refused(tiny_pipeline, monkeypatch):
 
 def test_a_vae_that_overflows_in_half_precision_stays_in_float32(tiny_sdxl_pipeline, folder):
     half = load_parts(tiny_sdxl_pipeline, dtype=torch.float16)
-    assert (half.unet.dtype, half.vae.dtype) == (torch.float16, torch.float32)
+    assert (half.network.dtype, half.vae.dtype) == (torch.float16, torch.float32)
     brain = load_parts(tiny_sdxl_pipeline, dtype=torch.bfloat16)
-    assert (brain.unet.dtype, brain.vae.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (brain.network.dtype, brain.vae.dtype) == (torch.bfloat16, torch.bfloat16)
     edit(folder / 'vae' / 'config.json', force_upcast=None)  # as in SD1.5's published file, which predates the key
     assert load_parts(folder, dtype=torch.float16).vae.dtype == torch.float16
     with pytest.raises(ValueError, match=r'int64'):
@@ -205,7 +204,7 @@ def test_configurations_need_no_weights(folder):
     unet, vae, scheduler = load_config(folder)
     assert unet['block_out_channels'] == [32, 32, 64, 64] and unet['mid_block_type'] == 'UNetMidBlock2DCrossAttn'
     assert len(vae['block_out_channels']) == 4 and scheduler['beta_start'] == 0.00085
-    built = meta_unet(folder)
+    built = meta_network(folder)
     assert built.device.type == 'meta' and not built.training
     shutil.rmtree(folder / 'vae')
     assert load_config(folder).vae is None
@@ -262,7 +261,7 @@ def test_hub_ids_that_cannot_be_had_name_the_mirrors_and_the_folder_form(offline
         load_parts('sd21-base')
     with pytest.raises(OSError, match=r'somebody/else.*unet/'):
         load_parts('somebody/else')
-    with pytest.raises(OSError, match=r'cleandift_sd21_unet.safetensors.*unet_weights=PATH'):
+    with pytest.raises(OSError, match=r'cleandift_sd21_unet.safetensors.*network_weights=PATH'):
         load_parts('cleandift-sd21')
 
 
@@ -291,9 +290,9 @@ def test_a_single_file_equals_the_folder(tiny_pipeline, ldm_state, tmp_path, suf
     else:
         save_file(ldm_state, path)
     parts, expected = load_parts(path, config=tiny_pipeline), load_parts(tiny_pipeline)
-    assert same(parts.unet, expected.unet) and same(parts.vae, expected.vae)
-    assert torch.equal(parts.alphas_cumprod, expected.alphas_cumprod)
-    assert load_parts(path, config=tiny_pipeline, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert same(parts.network, expected.network) and same(parts.vae, expected.vae)
+    assert torch.equal(parts.schedule.alphas_cumprod, expected.schedule.alphas_cumprod)
+    assert load_parts(path, config=tiny_pipeline, dtype=torch.bfloat16).network.dtype == torch.bfloat16
 
 
 def test_the_vae_with_its_decoder(tiny_pipeline, single_file, tmp_path):
@@ -309,11 +308,11 @@ def test_a_single_file_prefers_averaged_weights(tiny_pipeline, ldm_state, tmp_pa
     averaged = tiny.unet(seed=3)
     flat = {f'model_ema.{key[6:].replace(".", "")}': value for key, value in ldm.unet_state(averaged).items()}
     save_file({**ldm_state, **flat}, tmp_path / 'model.safetensors')
-    assert same(load_parts(tmp_path / 'model.safetensors', config=tiny_pipeline).unet, averaged)
+    assert same(load_parts(tmp_path / 'model.safetensors', config=tiny_pipeline).network, averaged)
 
 
 def test_a_single_file_that_does_not_fit(tiny_pipeline, tiny_sdxl_pipeline, single_file, tmp_path):
-    assert load_config(single_file).unet['cross_attention_dim'] == 768  # its keys are those of SD 1.x
+    assert load_config(single_file).network['cross_attention_dim'] == 768  # its keys are those of SD 1.x
     with pytest.raises(ValueError, match=r'do not fit the unet.*config=PRESET'):
         load_parts(single_file)
     with pytest.raises(ValueError, match=r'do not fit the unet'):
@@ -357,8 +356,8 @@ def test_models_of_the_demo_are_not_installed():
 def test_a_unet_alone_in_one_file(tiny_pipeline, tmp_path):
     unet = tiny.unet(seed=3)
     save_file(unet.state_dict(), tmp_path / 'unet.safetensors')
-    assert same(load_parts(tmp_path / 'unet.safetensors', config=tiny_pipeline, vae=False).unet, unet)
-    with pytest.raises(ValueError, match=r'no vae(?!.*vae=False).*give a model with a VAE .* unet_weights'):
+    assert same(load_parts(tmp_path / 'unet.safetensors', config=tiny_pipeline, vae=False).network, unet)
+    with pytest.raises(ValueError, match=r'no vae(?!.*vae=False).*give a model with a VAE .* network_weights'):
         load_parts(tmp_path / 'unet.safetensors', config=tiny_pipeline)
 
 
@@ -366,26 +365,30 @@ def test_unet_weights_replace_the_unets_strictly(folder, tmp_path):
     (folder / 'unet' / WEIGHTS).unlink()  # not even read
     unet, path = tiny.unet(seed=3), tmp_path / 'unet.safetensors'
     save_file(unet.state_dict(), path)
-    parts = load_parts(folder, unet_weights=path)
-    assert same(parts.unet, unet) and parts.vae is not None
+    parts = load_parts(folder, network_weights=path)
+    assert same(parts.network, unet) and parts.vae is not None
     state = unet.state_dict()
     state['conv_out.extra'] = state.pop('conv_out.weight')
     save_file(state, path)
     with pytest.raises(
         ValueError, match=rf'{path}.*missing, such as conv_out.weight.*not expected, such as conv_out.extra'
     ):
-        load_parts(folder, unet_weights=path)
+        load_parts(folder, network_weights=path)
     save_file({**unet.state_dict(), 'conv_in.weight': torch.zeros(32, 9, 3, 3)}, path)
     with pytest.raises(ValueError, match=r'conv_in.weight has shape \(32, 9, 3, 3\), not \(32, 4, 3, 3\)'):
-        load_parts(folder, unet_weights=path)
+        load_parts(folder, network_weights=path)
     with pytest.raises(FileNotFoundError, match=r'none.safetensors'):
-        load_parts(folder, unet_weights=tmp_path / 'none.safetensors')
+        load_parts(folder, network_weights=tmp_path / 'none.safetensors')
 
 
 def test_cleandift_is_its_unet_in_the_base_model(folder, tmp_path, monkeypatch):
     configs = load_config(folder)
     preset = replace(
-        PRESETS['cleandift-sd15'], repo_id=str(folder), revision=None, unet_config=configs.unet, vae_config=configs.vae
+        PRESETS['cleandift-sd15'],
+        repo_id=str(folder),
+        revision=None,
+        network_config=configs.network,
+        vae_config=configs.vae,
     )
     monkeypatch.setitem(PRESETS, 'cleandift-sd15', preset)
     unet = tiny.unet(seed=3)
@@ -396,16 +399,16 @@ def test_cleandift_is_its_unet_in_the_base_model(folder, tmp_path, monkeypatch):
     )
     parts = load_parts('cleandift-sd15')
     assert requests == [('CompVis/cleandift', 'cleandift_sd15_unet.safetensors')]
-    assert same(parts.unet, unet.half().float())
+    assert same(parts.network, unet.half().float())
     assert parts.fingerprint.split('+')[1] == load_parts(folder).fingerprint.split('+')[1]
 
 
 def test_random_weights_of_a_preset_need_no_download(tiny_pipeline, offline, monkeypatch):
     configs = load_config(tiny_pipeline)
-    preset = replace(PRESETS['cleandift-sd21'], unet_config=configs.unet, vae_config=configs.vae)
+    preset = replace(PRESETS['cleandift-sd21'], network_config=configs.network, vae_config=configs.vae)
     monkeypatch.setitem(PRESETS, 'cleandift-sd21', preset)
     parts = load_parts('cleandift-sd21', random=('unet', 'vae'))
-    assert parts.prediction_type == 'v_prediction' and parts.source.location == preset.repo_id
+    assert parts.schedule.prediction_type == 'v_prediction' and parts.source.location == preset.repo_id
 
 
 @pytest.fixture
@@ -416,12 +419,12 @@ def pixel_folder(tmp_path: Path) -> Path:
 def test_a_model_of_pixel_space_has_no_vae(pixel_folder):
     parts = load_parts(pixel_folder)
     assert parts.vae is None and parts.vae_config is None and parts.vae_scale_factor == 1
-    assert same(parts.unet, tiny.pixel_unet()) and not parts.unet.training
+    assert same(parts.network, tiny.pixel_unet()) and not parts.network.training
     assert parts.fingerprint.count('+') == 0
-    assert not same(load_parts(pixel_folder, random=('unet', 'vae'), seed=1).unet, parts.unet)
-    eager, x = load_parts(pixel_folder, attention='eager').unet, torch.randn(1, 3, 16, 16)
+    assert not same(load_parts(pixel_folder, random=('unet', 'vae'), seed=1).network, parts.network)
+    eager, x = load_parts(pixel_folder, attention='eager').network, torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(eager(x, 50).sample, parts.unet(x, 50).sample)
+        torch.testing.assert_close(eager(x, 50).sample, parts.network(x, 50).sample)
     with pytest.raises(FileNotFoundError, match='has no vae/'):
         load_vae(pixel_folder)
 
@@ -449,7 +452,7 @@ def test_checkpoints_of_guided_diffusion(tmp_path):
     with pytest.raises(ValueError, match=r'guided-diffusion; convert it with tools/convert/adm.py .*horse.pt FOLDER'):
         load_parts(path)
     folder = tiny.save_pixel(tmp_path / 'folder', seed=1, **wide)
-    assert same(load_parts(path, config=folder).unet, unet)
+    assert same(load_parts(path, config=folder).network, unet)
     with pytest.raises(ValueError, match=r'UNet2DModel cannot express'):
         load_parts(path, config='ddpm-lsun-horse')
 
@@ -458,4 +461,4 @@ def test_presets_of_pixel_space_name_the_original_checkpoint(offline):
     with pytest.raises(FileNotFoundError, match=r'lsun_horse.pt of openai/guided-diffusion.*tools/convert/adm.py'):
         load_parts('ddpm-lsun-horse')
     with torch.device('meta'):
-        assert load_parts('ddpm-ffhq', random=('unet',)).unet.config.dropout == 0.1
+        assert load_parts('ddpm-ffhq', random=('unet',)).network.config.dropout == 0.1

@@ -166,12 +166,12 @@ def test_an_extractor_reads_the_fused_unet(folder: Path, tiny_pipeline: Path):
 
     plain, fused, half = (extractor(lora_weights=x) for x in ((), [folder], [(str(folder), 0.5)]))
     reference = extractor()
-    fuse_lora(reference.unet, read_lora(folder, reference.unet.config))
+    fuse_lora(reference.network, read_lora(folder, reference.network.config))
     latents, embeds = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
     found = [next(iter(x.extract_latents(latents, embeds).values())) for x in (plain, fused, half, reference)]
     assert torch.equal(found[1], found[3])
     assert min((found[i] - found[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
-    digest = read_lora(folder, reference.unet.config).digest
+    digest = read_lora(folder, reference.network.config).digest
     fingerprints = [x.fingerprint['lora_weights'] for x in (plain, fused, half)]
     assert fingerprints == [[], [[digest, 1.0]], [[digest, 0.5]]]
 

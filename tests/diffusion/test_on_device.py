@@ -93,7 +93,7 @@ def test_a_controlnet_that_sees_the_image(make, tmp_path):
 def test_embeddings_of_the_device(make, shallow_sd15, shallow_sdxl, pooled):
     extractor = make(shallow_sdxl if pooled else shallow_sd15, prompt=None)
     with fake_device(extractor) as to_device:
-        width = extractor.unet.config.cross_attention_dim
+        width = extractor.network.config.cross_attention_dim
         embeds, given = torch.zeros(2, 5, width), torch.zeros(2, 32) if pooled else None
         conditioning = Conditioning(to_device(embeds), None if given is None else to_device(given))
         assert on_device(extractor(to_device(torch.zeros(2, 3, 64, 64)), conditioning))

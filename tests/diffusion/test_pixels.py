@@ -9,9 +9,10 @@ from diffusers import DDIMScheduler, DDPMPipeline
 
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import decode
+from diffseg.diffusion.latents import decode
 from diffseg.diffusion.options import group_options
-from diffseg.diffusion.trajectories import add_noise, seeded_noise
+from diffseg.diffusion.schedules import add_noise
+from diffseg.diffusion.trajectories import seeded_noise
 
 LAYERS = ['adm-0', 'mid-vit-out', 'adm-8']
 NAMES = ['up-level0-repeat0-vit-out', 'mid-vit-out', 'up-level2-repeat2-res-out']
@@ -50,7 +51,7 @@ def test_the_image_is_noised_by_linear_betas_with_one_draw_for_all(make):
         expected = add_noise(images, noise[..., :10, :18], ALPHAS[t])
         torch.testing.assert_close(activations['unet-in'][:, i], expected)
     whole = torch.nn.functional.pad(images, (0, 2, 0, 2), mode='reflect')
-    prediction = extractor.unet(add_noise(whole, noise, ALPHAS[400]), 400).sample
+    prediction = extractor.network(add_noise(whole, noise, ALPHAS[400]), 400).sample
     torch.testing.assert_close(activations['unet-out'][:, 1], prediction[..., :10, :18])
     torch.testing.assert_close(extractor.encode(images), whole)
 
@@ -75,7 +76,7 @@ def test_a_prompt_is_empty_or_absent(make, images):
     for prompts in ('', ['', ''], None):
         found = make(prompt=None)(images, prompts)
         assert all(torch.equal(found[name], expected[name]) for name in NAMES)
-    assert [name for name, _ in extractor.named_children()] == ['unet', 'controls']
+    assert [name for name, _ in extractor.named_children()] == ['network', 'controls']
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from diffseg.diffusion.loading import load_config, meta_unet
+from diffseg.diffusion.loading import load_config, meta_network
 from diffseg.diffusion.presets import PRESETS, get_preset, preset_of_repo
 
 NAMES = [
@@ -27,7 +27,7 @@ SIZES |= dict.fromkeys(PIXELS, 552.8)
 
 @pytest.mark.parametrize('name', NAMES)
 def test_architecture_is_known_without_weights(name):
-    unet = meta_unet(name)
+    unet = meta_network(name)
     assert all(parameter.is_meta for parameter in unet.parameters())
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(SIZES.get(name, 865.9), abs=0.05)
     dims = {859.5: 768, 865.9: 1024, 2567.5: 2048, 552.8: None}
@@ -46,7 +46,7 @@ def test_a_preset_agrees_with_itself(preset):
         assert vae['force_upcast'] == (vae['scaling_factor'] == 0.13025) == (unet['addition_embed_type'] == 'text_time')
     assert scheduler['prediction_type'] == ('v_prediction' if preset.image_size == 768 else 'epsilon')
     assert preset.repo_id not in preset.gone and set(preset.gone) <= set(preset.mirrors)
-    assert (preset.unet_weights is None) == (preset.clean_timestep is None)
+    assert (preset.network_weights is None) == (preset.clean_timestep is None)
 
 
 @pytest.mark.parametrize('name', NAMES)

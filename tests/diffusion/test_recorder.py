@@ -39,7 +39,7 @@ def hooks(unet: nn.Module) -> int:
 
 class Reference:
     def __init__(self, folder: Path) -> None:
-        self.unet = UNet2DConditionModel.from_pretrained(folder / 'unet')
+        self.network = UNet2DConditionModel.from_pretrained(folder / 'unet')
         self.inputs = load_file(folder / 'inputs.safetensors')
         if 'time_ids' in self.inputs:
             self.inputs['added_cond_kwargs'] = {key: self.inputs.pop(key) for key in ('text_embeds', 'time_ids')}

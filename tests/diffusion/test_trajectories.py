@@ -8,17 +8,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionMode
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffseg.diffusion.trajectories import (
-    SPACINGS,
-    TRAJECTORIES,
-    Denoiser,
-    NoiseSchedule,
-    add_noise,
-    build_trajectory,
-    dhf_timesteps,
-    sampling_timesteps,
-    seeded_noise,
-)
+from diffseg.diffusion.schedules import SPACINGS, NoiseSchedule, add_noise, sampling_timesteps
+from diffseg.diffusion.trajectories import TRAJECTORIES, Denoiser, build_trajectory, dhf_timesteps, seeded_noise
 
 LAYERS = ['up-level1-repeat0-res-increment', 'up-level2-repeat1-vit-out']
 WANTED = [-1, 60, 160, 260, 360, 460, 560, 660, 760, 860, 960]
@@ -158,7 +149,7 @@ def test_a_ddim_step_with_the_true_prediction_stays_on_the_closed_form(schedule,
         abar = schedule.alpha_bar(t)
         velocity = math.sqrt(abar) * epsilon - math.sqrt(1 - abar) * latent
         prediction = {'epsilon': epsilon, 'v_prediction': velocity}[prediction_type]
-        stepped = schedule.ddim_step(add_noise(latent, epsilon, abar), prediction, t, t_next)
+        stepped = schedule.step(add_noise(latent, epsilon, abar), prediction, t, t_next)
         torch.testing.assert_close(stepped, add_noise(latent, epsilon, schedule.alpha_bar(t_next)))
 
 

@@ -12,7 +12,7 @@ from processes import forkserver
 from tiny_mmseg import CLASSES, batch, build_segmentor, sample, segmentor_config
 from torch import nn
 
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.models import AggregationNeck
 
 SGD = {'type': 'SGD', 'lr': 0.1}
@@ -150,7 +150,7 @@ def test_sdxl_checkpoint_is_under_one_percent_of_one_with_the_unet_inside():
         neck = AggregationNeck([[640, 640], [1280, 1280]], timesteps=3, out_channels=512)
         head = {'type': 'FCNHead', 'in_channels': [512, 512], 'in_index': [0, 1], 'input_transform': 'resize_concat'}
         head = MODELS.build({**head, 'channels': 256, 'num_convs': 1, 'num_classes': 150})
-        unet = meta_unet('sdxl')
+        unet = meta_network('sdxl')
     trained = sum(4 * parameter.numel() for module in (neck, head) for parameter in module.parameters())  # float32
     frozen = sum(2 * parameter.numel() for parameter in unet.parameters())  # float16, as published
     assert (trained, frozen) == (34_669_192, 5_134_927_368)

@@ -29,13 +29,13 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_learning_rates_by_paramwise_cfg(model: nn.Module):
-    paramwise_cfg = {'custom_keys': {'backbone.extractor.unet': {'lr_mult': 0.1, 'decay_mult': 0.0}}}
+    paramwise_cfg = {'custom_keys': {'backbone.extractor.network': {'lr_mult': 0.1, 'decay_mult': 0.0}}}
     groups = build_optim_wrapper(model, {'optimizer': OPTIMIZER, 'paramwise_cfg': paramwise_cfg}).optimizer.param_groups
     found = {id(p): (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
     names = dict(model.named_parameters())
     assert len(found) == sum(len(group['params']) for group in groups) == len(names)
     for name, parameter in names.items():
-        slow = name.startswith('backbone.extractor.unet.')
+        slow = name.startswith('backbone.extractor.network.')
         assert found[id(parameter)] == pytest.approx((1e-4, 0.0) if slow else (1e-3, 0.01)), name
 
 

@@ -10,7 +10,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from tiny_mmseg import batch, segmentor_config
 
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import Site, sites
 from diffseg.geometry import resize
 from diffseg.search import Candidate
@@ -31,7 +31,7 @@ AUXILIARY = {'type': 'FCNHead', 'in_channels': 32, 'in_index': 3, 'num_convs': 1
 
 @pytest.fixture(scope='module')
 def available() -> dict[str, Site]:
-    return sites(meta_unet(str(MODEL)), vae_scale_factor=4)
+    return sites(meta_network(str(MODEL)), vae_scale_factor=4)
 
 
 def build_and_train(model: dict) -> torch.nn.Module:

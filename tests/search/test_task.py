@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config, ConfigDict
 
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.search import Candidate
 from diffseg.search.task import Options, Search, configured_candidates, training_data
@@ -50,7 +50,7 @@ def test_a_pipeline_without_augmentation_is_needed():
 
 
 def test_configured_candidates_have_resolved_names():
-    available = sites(meta_unet(str(ROOT / 'demo/tiny-sd')))
+    available = sites(meta_network(str(ROOT / 'demo/tiny-sd')))
     backbone = {'layers': ['dift-1', 'up-level3-repeat0-res-out@7+9'], 'timesteps': [7, 9, 50]}
     assert list(map(str, configured_candidates(backbone, available))) == [
         'up-level1-upsampler-out@7',
@@ -64,7 +64,7 @@ def test_configured_candidates_have_resolved_names():
 
 def test_shortlist_has_few_of_each_activation_and_those_of_the_config():
     cfg = Config.fromfile(ROOT / 'configs/search/pairs.py')
-    available = sites(meta_unet(cfg.model.backbone.model))
+    available = sites(meta_network(cfg.model.backbone.model))
     search = Search(cfg, available, Options(shortlist=5))
     shortlist = search._short([Candidate(layer, t) for layer in ('unet-in', 'mid-vit-out') for t in range(9)])
     assert list(map(str, shortlist)) == ['unet-in@0', 'unet-in@1', 'mid-vit-out@0', 'mid-vit-out@1']

@@ -96,7 +96,7 @@ def test_published_procedure_gives_the_same_maps(tool, tiny_pipeline, monkeypatc
     monkeypatch.setattr(DiagonalGaussianDistribution, 'sample', lambda self, generator=None: self.mode())
     monkeypatch.setattr(torch, 'randn_like', torch.zeros_like)
     layers = [QUERY, 'mid-vit-out']
-    condition = placeholder_conditioning(tool.meta_unet(tiny_pipeline))
+    condition = placeholder_conditioning(tool.meta_network(tiny_pipeline))
     options = dict(prompt=condition, ensemble=2, vae_sample='mode', trajectory='clean')
     extractor = DiffusionExtractor(tiny_pipeline, layers, [0, 3], **options)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -136,7 +136,7 @@ def test_count_only_and_errors(tool, capsys):
 
 def test_architectures_are_the_published_ones(tool):
     """SD1.5 has 859.5M parameters, and at 512 pixels needs 1.12 TFLOP to encode and 0.80 for the UNet."""
-    unet = tool.meta_unet('sd15')
+    unet = tool.meta_network('sd15')
     assert isinstance(unet, UNet2DConditionModel) and sum(p.numel() for p in unet.parameters()) == 859_520_964
     flop = tool.count(tool.Case('sd15', 512, 'unet-out', 1, 1, 'float32'))
     assert flop['unet'] / 1e12 == pytest.approx(0.80, abs=0.01)

@@ -66,7 +66,7 @@ def without_weights() -> Iterator[None]:
     """Build models on the meta device, where zeros of the right shape replace the output of text encoders."""
 
     def encode(self: PromptEncoder, prompts: Sequence[str]) -> Conditioning:
-        unet = load_config(self.model, revision=self.revision, config=self.config).unet
+        unet = load_config(self.model, revision=self.revision, config=self.config).network
         pooled = pooled_size(unet)
         return Conditioning(
             torch.zeros(len(prompts), TOKENS, unet['cross_attention_dim'], device='cpu'),
@@ -74,7 +74,7 @@ def without_weights() -> Iterator[None]:
         )
 
     def embed_classes(self: PromptEncoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        return torch.zeros(len(names), load_config(self.model).unet['cross_attention_dim'])
+        return torch.zeros(len(names), load_config(self.model).network['cross_attention_dim'])
 
     with (
         patch.object(PromptEncoder, '__call__', encode),

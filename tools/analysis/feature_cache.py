@@ -44,7 +44,7 @@ from diffseg.cache import (
 from diffseg.cache import parse_size as parse_bytes
 from diffseg.command_line import default_device, parse_size
 from diffseg.diffusion.images import SUFFIXES, read_image
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.inspection import available_sites, backbone_configs, backbone_maps
 from diffseg.models import DiffusionBackbone
 
@@ -159,7 +159,7 @@ def build_backbone(config: Config, random: bool) -> DiffusionBackbone:
         raise ValueError(f'the backbone is a {options["type"]}; the benchmark takes a DiffusionBackbone')
     if random:
         options['random'] = ('unet', 'vae')
-        if isinstance(unet := meta_unet(options['model']), UNet2DConditionModel):  # of pixels: without prompt
+        if isinstance(unet := meta_network(options['model']), UNet2DConditionModel):  # of pixels: without prompt
             options['prompt'] = placeholder_conditioning(unet)
     return MODELS.build(options).eval()
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.feature_files import DTYPES
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score(args: argparse.Namespace) -> None:
-    available = sites(meta_unet(args.model))
+    available = sites(meta_network(args.model))
     extractor = DiffusionExtractor(
         args.model,
         expand(args.layers, available) if args.layers else [s.name for s in available.values() if s.kind != 'map'],

@@ -17,7 +17,7 @@ from diffseg.command_line import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import SUFFIXES, read_image
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.visualization import grid, pca_rgb, to_picture
 
@@ -56,7 +56,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def run(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     images = [read_image(path, args.size) for path in paths]
-    layers = expand(args.layers, sites(meta_unet(args.model)))
+    layers = expand(args.layers, sites(meta_network(args.model)))
     extractor = DiffusionExtractor(
         args.model,
         layers,

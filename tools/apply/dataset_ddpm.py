@@ -48,8 +48,9 @@ from tqdm import tqdm
 
 from diffseg.datasets.scarce import find_pictures
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import decode, read_image
-from diffseg.diffusion.loading import load_vae, meta_unet
+from diffseg.diffusion.images import read_image
+from diffseg.diffusion.latents import decode
+from diffseg.diffusion.loading import load_vae, meta_network
 from diffseg.diffusion.options import group_options
 from diffseg.diffusion.sites import sites
 from diffseg.feature_files import check_configuration
@@ -58,7 +59,7 @@ from diffseg.visualization import colour_labels, grid, to_picture, to_pil
 
 SHOWN = 8  # images on the overview
 FILES = 'revision', 'variant', 'config'  # options of a backbone: the files of its parts,
-CHANGES = 'unet_weights', 'lora_weights', 'textual_inversion', 'random'  # changes of their weights,
+CHANGES = 'network_weights', 'lora_weights', 'textual_inversion', 'random'  # changes of their weights,
 RUNNING = 'dtype', 'attention', 'micro_batch', 'channels_last', 'cache_dir'  # and how they are run
 
 
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
 def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
     """Generate the images that do not exist yet, each from a different seed; returns the paths of all."""
     files, options = ({key: backbone[key] for key in keys if key in backbone} for keys in (FILES, CHANGES + RUNNING))
-    unet = meta_unet(backbone.model, **{key: value for key, value in files.items() if key != 'variant'})
+    unet = meta_network(backbone.model, **{key: value for key, value in files.items() if key != 'variant'})
     guidance = {} if args.guidance is None else {'guidance': args.guidance}
     first = next(iter(sites(unet)))
     extractor = DiffusionExtractor(
@@ -188,7 +189,7 @@ def ancestral_pipeline(extractor: DiffusionExtractor, side: int) -> DDPMPipeline
     Raises:
         ValueError: the model is not of pixel space, or has another size.
     """
-    unet = extractor.unet
+    unet = extractor.network
     if extractor.vae is not None:
         raise ValueError('--sampler ancestral is for models of pixel space; leave it out for this one')
     if side != unet.config.sample_size:

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from diffseg.command_line import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import decode
+from diffseg.diffusion.latents import decode
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import load_vae, meta_unet
+from diffseg.diffusion.loading import load_vae, meta_network
+from diffseg.diffusion.schedules import SPACINGS
 from diffseg.diffusion.sites import sites
-from diffseg.diffusion.trajectories import SPACINGS
 from diffseg.feature_files import DTYPES, check_configuration, write_features
 from diffseg.visualization import to_picture, to_pil
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     images = {file_name(prompt, seed): (prompt, seed) for prompt in args.prompt for seed in args.seed}
     if len(images) < len(args.prompt) * len(args.seed):
         raise ValueError(f'prompts or seeds would give files of the same name: {args.prompt}, {args.seed}')
-    unet = meta_unet(args.model)
+    unet = meta_network(args.model)
     guidance = {} if args.guidance is None else {'guidance': args.guidance}
     extractor = DiffusionExtractor(
         args.model,

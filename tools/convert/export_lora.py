@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffseg.inspection import read_training_checkpoint
 
-LAYER = re.compile(r'(?P<backbone>.*)extractor\.unet\.(?P<module>.+)\.(?P<matrix>lora_[AB])\.default\.weight')
+LAYER = re.compile(r'(?P<backbone>.*)extractor\.network\.(?P<module>.+)\.(?P<matrix>lora_[AB])\.default\.weight')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

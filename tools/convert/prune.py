@@ -29,14 +29,16 @@ from torch import Tensor, nn
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
 from diffseg.benchmarking import executed, placeholder_conditioning
 from diffseg.command_line import parse_size
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import resolve
 from diffseg.inspection import aggregation_necks, available_sites, read_training_checkpoint
 from diffseg.models.necks import AggregationNeck
 
 Pair = tuple[int, int]  # indices of a timestep and of a layer of its level
 # options of the backbone that change its weights, and hardly the number of operations
-WEIGHTS = ('cache', 'conditioner', 'frozen', 'lora', 'lora_weights', 'textual_inversion', 'trainable', 'unet_weights')
+WEIGHTS = (
+    *('cache', 'conditioner', 'frozen', 'lora', 'lora_weights', 'network_weights', 'textual_inversion', 'trainable'),
+)
 
 
 def find_neck(model: Mapping[str, Any]) -> str:
@@ -160,7 +162,7 @@ def prune_backbone_weights(
 def operations(backbone: Mapping[str, Any], neck: Mapping[str, Any], size: tuple[int, int]) -> int:
     """Floating-point operations for one image of `size` (height, width), without weights."""
     options = {key: value for key, value in backbone.items() if key not in WEIGHTS}
-    unet = meta_unet(backbone['model'], revision=backbone.get('revision'), config=backbone.get('config'))
+    unet = meta_network(backbone['model'], revision=backbone.get('revision'), config=backbone.get('config'))
     options |= {'random': ['unet', 'vae'], 'prompt': placeholder_conditioning(unet)}
     with torch.device('meta'):
         network = nn.Sequential(MODELS.build(options), MODELS.build(dict(neck)))

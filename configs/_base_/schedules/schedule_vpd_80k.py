@@ -12,7 +12,7 @@ optim_wrapper = dict(
             'resnets': dict(lr_mult=0.1),
             'conv_norm_out': dict(lr_mult=0.1),
             'norm': dict(decay_mult=0.0),
-            'unet': dict(lr_mult=0.1),
+            'net': dict(lr_mult=0.1),  # of `extractor.network`; longer keys go before it, "norm" too
         }
     ),
 )

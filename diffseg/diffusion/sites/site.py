@@ -86,6 +86,8 @@ class NetworkKind:
         call: Calls a network with `x_t`, `timestep` and keyword arguments.
         patch_size: Height and width of a token in cells.
         packed: Whether the network takes tokens (B,N,C), which do not tell their grid.
+        part: The folder of such a network in diffusers' layout, 'unet' or 'transformer'; `{part}-out` is the site where
+            its prediction is read.
         text_mask: The keyword argument, with shape (B,N) and 1 for tokens, that tells how many text tokens a row has
             (in the order 'text-image-padding'); '' for other networks.
     """
@@ -99,3 +101,4 @@ class NetworkKind:
     patch_size: Callable[[nn.Module], int] = lambda network: 1
     packed: bool = False
     text_mask: str = ''
+    part: Literal['unet', 'transformer'] = 'unet'

@@ -132,7 +132,14 @@ def transformer_kind(
             yield Site('transformer-out', path, channels // patch**2, stride, 'patches', order=head.order)
 
     return NetworkKind(
-        network, vae_scale_factor, walk, call=call, patch_size=patch_size, packed=packed, text_mask=text_mask
+        network,
+        vae_scale_factor,
+        walk,
+        call=call,
+        patch_size=patch_size,
+        packed=packed,
+        text_mask=text_mask,
+        part='transformer',
     )
 
 

@@ -11,7 +11,8 @@ from mmseg.utils import get_predefined_templates
 from torch import Tensor, nn
 
 from diffseg.captions import Captions
-from diffseg.diffusion.conditioning import Conditioning, PromptEncoder
+from diffseg.diffusion.conditioning import PromptEncoder
+from diffseg.diffusion.embeddings import Conditioning, load_conditioning
 
 
 def class_names(dataset: str) -> list[str]:
@@ -41,11 +42,13 @@ def class_names_prompt(dataset: str, template: str = '{}') -> str:
 
 
 # Types of prompts in a config, in addition to those of the extractor.
-PROMPTS = {'class_names': class_names_prompt, 'captions': Captions}
+PROMPTS = {'class_names': class_names_prompt, 'captions': Captions, 'embedding': load_conditioning}
 
 
 def build_prompt(prompt: Any) -> Any:
-    """Build the prompt of a config: class names or captions if it is a `dict(type=...)`.
+    """Build the prompt of a config: class names, captions or a file of embeddings if it is a `dict(type=...)`.
+
+    `dict(type='embedding', path=...)` needs no text encoder, see `load_conditioning`.
 
     Raises:
         ValueError: unknown type.

@@ -18,6 +18,7 @@ from diffseg.diffusion.images import Interpolation, resize_images
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 from diffseg.diffusion.options import group_options
+from diffseg.diffusion.schedules import Timestep
 
 from ..captions import split_rows
 from .conditioners import build_prompt
@@ -84,7 +85,7 @@ class DiffusionBackbone(FrozenBackbone):
         self,
         model: str,
         layers: Sequence[str],
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[Timestep] | None = None,
         *,
         channels: Sequence[int] | None = None,
         input_size: int | Sequence[int] | None = None,
@@ -110,14 +111,14 @@ class DiffusionBackbone(FrozenBackbone):
         readings, timesteps = split_timesteps(layers, timesteps)
         names = list(dict.fromkeys(reading.layer for reading in readings))
         self.extractor = DiffusionExtractor(model, names, timesteps, prompt=constant, **group_options(extractor)).eval()
-        self._add_readings(readings)
+        self._add_readings(readings, timesteps)
         if self.captions is not None:
             self.extractor.prompt_encoder.prepare(self.captions.texts)
         self.conditioner: nn.Module | None = None
         if conditioner is not None:
             self._add_conditioner(conditioner, prompt)
         example = self._example()
-        described = self.extractor.describe(None if example is None else example.embeds.shape[1])
+        described = self.extractor.describe(None if example is None else example.tokens)
         self.channels = [described[layer].channels for layer, _ in self._readings]
         if channels is not None:
             verify_channels(self.layers, self.channels, channels)
@@ -137,7 +138,7 @@ class DiffusionBackbone(FrozenBackbone):
         elif not frozen:
             self.trained['trainable'] = ['*'] if trainable is None else list(trainable)
             freeze(self.extractor, trainable=self._choose(self.trained['trainable']))
-            for module in self.extractor.unet.modules():
+            for module in self.extractor.network.modules():
                 if isinstance(module, nn.GroupNorm):
                     module.register_forward_pre_hook(_contiguous)
         else:
@@ -162,17 +163,18 @@ class DiffusionBackbone(FrozenBackbone):
         names = list(dict.fromkeys(reading.layer for reading in readings))
         extractor = self.extractor.reading(names, timesteps)
         other = copy.deepcopy(self, {id(self.extractor): extractor})
-        other._add_readings(readings)
+        other._add_readings(readings, timesteps)
         described = other.extractor.sites
         other.channels = [described[layer].channels for layer, _ in other._readings]
         return other
 
-    def _add_readings(self, readings: Sequence[Reading]) -> None:
+    def _add_readings(self, readings: Sequence[Reading], timesteps: Sequence[Timestep]) -> None:
         """Set the resolved layers and timesteps of each map, and its name."""
         every = tuple(self.extractor.timesteps)
+        resolved = dict(zip(timesteps, every, strict=True))
         names = dict(zip(dict.fromkeys(layer for layer, _ in readings), self.extractor.layers, strict=False))
         attention = self.extractor.layers[len(names) :]
-        self._readings = [Reading(names[layer], timesteps) for layer, timesteps in readings]
+        self._readings = [Reading(names[layer], tuple(resolved[t] for t in at)) for layer, at in readings]
         self._readings += [Reading(name, every) for name in attention]
         self.layers = [reading.label(every) for reading in self._readings]
 
@@ -187,7 +189,7 @@ class DiffusionBackbone(FrozenBackbone):
         if self.extractor.vae is None:
             raise ValueError('a model of pixel space reads no prompt; leave out the conditioner')
         self.conditioner = MODELS.build(config)
-        conditioning, unet = self.conditioner(), self.extractor.unet.config
+        conditioning, unet = self.conditioner(), self.extractor.network.config
         expected = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}
         sizes = {
             'dim': conditioning.embeds.shape[-1],
@@ -212,10 +214,10 @@ class DiffusionBackbone(FrozenBackbone):
 
     def _leaves(self) -> set[Tensor]:
         """Tensors that require a gradient and influence the maps."""
-        unet = self.extractor.unet
+        device = self.extractor.network.device
         side, factor = self.extractor.multiple, self.extractor.parts.vae_scale_factor
-        latent = torch.zeros(1, unet.config.in_channels, side // factor, side // factor, device=unet.device)
-        image = torch.zeros(1, 3, side, side, device=unet.device)
+        latent = torch.zeros(1, self.extractor.parts.latent_channels, side // factor, side // factor, device=device)
+        image = torch.zeros(1, 3, side, side, device=device)
         with torch.enable_grad(), torch.device('cpu'):  # where noise is drawn, also for networks on the meta device
             return reached(self.extractor.extract_latents(latent, self._example(), image).values())
 
@@ -225,9 +227,9 @@ class DiffusionBackbone(FrozenBackbone):
         Raises:
             ValueError: a pattern matches no parameter that influences the maps, or the UNet is not in float32.
         """
-        if self.extractor.unet.dtype != torch.float32:
+        if self.extractor.network.dtype != torch.float32:
             raise ValueError(
-                f"training parts of the UNet needs dtype='float32', not {self.extractor.unet.dtype}; mmengine's "
+                f"training parts of the UNet needs dtype='float32', not {self.extractor.network.dtype}; mmengine's "
                 f'AmpOptimWrapper still computes in lower precision, and lora works with any dtype'
             )
         influential = self._influential()
@@ -237,19 +239,19 @@ class DiffusionBackbone(FrozenBackbone):
                 f'trainable patterns {void} select no parameter of the UNet that the chosen layers depend on; such are '
                 f'{influential[0]!r} to {influential[-1]!r}'
             )
-        return {f'unet.{name}' for names in selected.values() for name in names}
+        return {f'network.{name}' for names in selected.values() for name in names}
 
     def _add_lora(self, target_modules: Sequence[str] = TARGET_MODULES, **options: Any) -> set[str]:
         """Add LoRA layers to modules that influence the maps; returns their parameters' names in the extractor."""
         modules = [name.removesuffix('.weight') for name in self._influential() if name.endswith('.weight')]
-        names = add_lora(self.extractor.unet, modules, target_modules=target_modules, **options)
-        added = self.extractor.unet.peft_config['default']
+        names = add_lora(self.extractor.network, modules, target_modules=target_modules, **options)
+        added = self.extractor.network.peft_config['default']
         self.trained['lora'] = {'r': added.r, 'lora_alpha': added.lora_alpha, 'target_modules': list(target_modules)}
-        return {f'unet.{name}' for name in names}
+        return {f'network.{name}' for name in names}
 
     def _influential(self) -> list[str]:
         """Names of the UNet's parameters that the maps depend on."""
-        unet = self.extractor.unet.requires_grad_(True)
+        unet = self.extractor.network.requires_grad_(True)
         leaves = self._leaves()
         return [name for name, parameter in unet.named_parameters() if parameter in leaves]
 
@@ -320,7 +322,7 @@ class DiffusionBackbone(FrozenBackbone):
         any weight.
         """
         parts = self.extractor.parts
-        configs = (self.extractor.unet.config, parts.vae_config, parts.scheduler_config)
+        configs = (self.extractor.network.config, parts.vae_config, parts.scheduler_config)
         return {
             **self.fingerprint,
             **self.extractor.fingerprint,

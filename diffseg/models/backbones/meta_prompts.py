@@ -63,7 +63,7 @@ class MetaPromptsBackbone(DiffusionBackbone):
         configs = load_config(model, revision=options.get('revision'), config=options.get('config'))
         if configs.pixel_space:
             raise ValueError(f'{model} works on pixels and reads no prompt; choose a Stable Diffusion model')
-        unet = configs.unet
+        unet = configs.network
         dim = unet['cross_attention_dim']
         conditioner = {
             'type': 'MetaPrompts',

@@ -63,7 +63,7 @@ def test_other_layers_are_read_with_the_same_network(make: Callable, tmp_path: P
     assert other.fingerprint == expected.fingerprint
     for maps in zip(other(images), expected(images), strict=True):
         torch.testing.assert_close(*maps, rtol=2**-11, atol=1e-4)  # one is in the cache, in float16
-    assert other.extractor.unet is backbone.extractor.unet
+    assert other.extractor.network is backbone.extractor.network
     assert all(torch.equal(*maps) for maps in zip(backbone(images), before, strict=True))
     with pytest.raises(ValueError, match='no-such-layer'):
         backbone.reading(['no-such-layer'], [50])
@@ -133,7 +133,7 @@ def test_layers_may_have_timesteps_of_their_own(make: Callable):
 
 def test_the_network_runs_once_for_all_timesteps(make: Callable):
     backbone, calls = make(layers=[OWN[0], OWN[2]], timesteps=None), []
-    backbone.extractor.unet.register_forward_pre_hook(lambda module, args: calls.append(args[1].tolist()))
+    backbone.extractor.network.register_forward_pre_hook(lambda module, args: calls.append(args[1].tolist()))
     backbone(make_images(1))
     assert calls == [TIMESTEPS]
 
@@ -234,7 +234,7 @@ def test_truncated_weights(make: Callable, tiny_pipeline: Path, tmp_path: Path):
 
 def test_nan_names_the_layer_and_the_dtype(make: Callable):
     backbone = make()
-    backbone.extractor.unet.up_blocks[3].attentions[0].transformer_blocks[0].attn1.to_k.weight.fill_(torch.nan)
+    backbone.extractor.network.up_blocks[3].attentions[0].transformer_blocks[0].attn1.to_k.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r'(?s)up-level3-repeat0-vit-block0-self-k.*float32'):
         backbone(make_images())
 
@@ -311,7 +311,7 @@ def test_other_draws_of_noise_are_accepted(make: Callable):
 def test_train_keeps_the_network_in_evaluation_mode(make: Callable):
     backbone = nn.Sequential(make()).train()[0]
     assert backbone.training and not any(module.training for module in backbone.extractor.modules())
-    backbone.extractor.unet.conv_in.train()
+    backbone.extractor.network.conv_in.train()
     assert not any(module.training for module in backbone.train().extractor.modules())
 
 
@@ -324,7 +324,7 @@ def test_the_mode_of_the_network_is_not_set_in_every_iteration(make: Callable, m
 
 def test_init_weights_touches_nothing(make: Callable):
     backbone = make()
-    backbone.extractor.unet.init_weights = lambda: pytest.fail('mmengine initialised a loaded network')
+    backbone.extractor.network.init_weights = lambda: pytest.fail('mmengine initialised a loaded network')
     before = frozen_tensors(backbone)
     backbone.init_weights()
     assert_untouched(backbone, before)
@@ -348,7 +348,7 @@ def test_a_copy_shares_the_frozen_tensors(make: Callable):
     images = make_images()
     assert all(torch.equal(a, b) for a, b in zip(clone(images), backbone(images), strict=True))
     clone.to(torch.float64)
-    assert backbone.extractor.unet.dtype == torch.float32
+    assert backbone.extractor.network.dtype == torch.float32
 
 
 @pytest.mark.parametrize('update_buffers', [False, True])
@@ -383,7 +383,7 @@ def test_chosen_parts_train_and_the_rest_does_not(make: Callable):
 
 def test_all_that_the_maps_depend_on_trains_by_default(make: Callable):
     backbone = make(frozen=False, layers=[LAYER])
-    names = [name.removeprefix('extractor.unet.') for name, _ in backbone.named_parameters()]
+    names = [name.removeprefix('extractor.network.') for name, _ in backbone.named_parameters()]
     assert 'conv_in.weight' in names and 'up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q.weight' in names
     assert not any(name.startswith(('conv_out', 'up_blocks.2', 'up_blocks.1.resnets.2')) for name in names)
     assert 'up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k.weight' not in names
@@ -468,7 +468,7 @@ def test_maps_of_pixel_space_and_their_cache(make_pixels: Callable, tmp_path: Pa
 def test_parts_of_a_network_of_pixels_train(make_pixels: Callable, pattern: str):
     backbone = make_pixels(frozen=False, trainable=[pattern])
     sum(m.square().mean() for m in backbone(make_images())).backward()
-    trained = {name for name, p in backbone.extractor.unet.named_parameters() if p.grad.abs().sum() > 0}
+    trained = {name for name, p in backbone.extractor.network.named_parameters() if p.grad.abs().sum() > 0}
     assert trained and all(fnmatchcase(name, pattern) for name in trained)
     assert not any(name.startswith('up_blocks.2') for name in trained)  # behind the layers
 

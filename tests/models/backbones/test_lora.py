@@ -72,7 +72,7 @@ def test_what_no_layer_depends_on_gets_none(make: Callable):
 def test_an_activation_that_is_read_where_a_layer_was_added(make: Callable):
     """The queries are those of W + alpha / r * B A."""
     backbone, plain = (make(layers=[LAYER], lora=lora) for lora in ({'target_modules': [QUERY], 'lora_alpha': 6}, None))
-    query, base = trained(backbone).extractor.unet.get_submodule(QUERY), plain.extractor.unet.get_submodule(QUERY)
+    query, base = trained(backbone).extractor.network.get_submodule(QUERY), plain.extractor.network.get_submodule(QUERY)
     assert len(list(backbone.parameters())) == 2
     base.weight += 6 / 8 * query.lora_B['default'].weight @ query.lora_A['default'].weight
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_an_activation_that_is_read_where_a_layer_was_added(make: Callable):
 @pytest.mark.parametrize('target', ['up_blocks.1.*.to_q', 'conv2', 'conv_in', 'ff.net.0.proj'])
 def test_targets_are_ends_of_names(make: Callable, target: str):
     backbone = make(lora={'r': 2, 'target_modules': [target]})
-    names = [name.split('.lora_')[0].removeprefix('extractor.unet.') for name, _ in backbone.named_parameters()]
+    names = [name.split('.lora_')[0].removeprefix('extractor.network.') for name, _ in backbone.named_parameters()]
     assert names and all(name.endswith(target.split('*')[-1]) for name in names)
     assert all(name.startswith('up_blocks.1.') for name in names) == target.startswith('up_')
     step(backbone)

@@ -120,12 +120,12 @@ def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained,
 
         return call
 
-    for name in ('meta_unet', 'DiffusionExtractor', 'load_vae'):
+    for name in ('meta_network', 'DiffusionExtractor', 'load_vae'):
         monkeypatch.setattr(tool, name, record(getattr(tool, name)))
     weights = tmp_path / 'unet.safetensors'
-    unet = load_parts(tiny_pipeline, vae=False).unet
+    unet = load_parts(tiny_pipeline, vae=False).network
     save_file({name: 2 * x for name, x in unet.state_dict().items()}, weights)
-    read = dict(revision='main', unet_weights=str(weights), dtype='bfloat16')
+    read = dict(revision='main', network_weights=str(weights), dtype='bfloat16')
     options = Config(
         {'model': str(tiny_pipeline), 'layers': ['dift-1'], 'timesteps': [50], 'prompt': 'a horse', **read}
     )
@@ -134,7 +134,7 @@ def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained,
     assert Image.open(path).size == (64, 64)
     network, extractor, decoder = seen
     assert network == {'revision': 'main'}
-    assert extractor['weights'] == Weights(revision='main', unet_weights=str(weights))
+    assert extractor['weights'] == Weights(revision='main', network_weights=str(weights))
     assert extractor['dtype'] == 'bfloat16' and extractor['prompt'] == ['']
     assert decoder == {'revision': 'main', 'dtype': torch.bfloat16}
 
@@ -150,7 +150,7 @@ def test_ancestral_samples_are_those_of_the_learned_variance(tool, tmp_path):
         after = abar[steps[i + 1]] if t else torch.tensor(1.0)
         alpha = abar[t] / after
         with torch.no_grad():
-            epsilon, v = extractor.unet(x, t).sample.chunk(2, dim=1)
+            epsilon, v = extractor.network(x, t).sample.chunk(2, dim=1)
         clean = ((x - (1 - abar[t]).sqrt() * epsilon) / abar[t].sqrt()).clamp(-1, 1)
         x = (after.sqrt() * (1 - alpha) * clean + alpha.sqrt() * (1 - after) * x) / (1 - abar[t])  # DDPM, equation 7
         if t:  # improved DDPM, equation 15

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import decode
+from diffseg.diffusion.latents import decode
 from diffseg.diffusion.loading import load_vae
 
 TIMESTEPS = [201, 601]

@@ -30,9 +30,9 @@ def test_a_folder_that_diffusers_and_diffseg_read(main, checkpoint, tmp_path, ca
     assert '16 x 16' in capsys.readouterr().out
     parts = load_parts(out)
     expected = tiny.pixel_unet(block_out_channels=(32, 32, 64), norm_num_groups=32, attn_norm_num_groups=32)
-    assert all(torch.equal(x, expected.state_dict()[name]) for name, x in parts.unet.state_dict().items())
+    assert all(torch.equal(x, expected.state_dict()[name]) for name, x in parts.network.state_dict().items())
     betas = torch.linspace(0.0001, 0.02, 1000)
-    torch.testing.assert_close(parts.alphas_cumprod, (1 - betas).cumprod(0))
+    torch.testing.assert_close(parts.schedule.alphas_cumprod, (1 - betas).cumprod(0).double())
     assert DDPMPipeline.from_pretrained(out)(num_inference_steps=1, output_type='np').images.shape == (1, 16, 16, 3)
     assert main([str(checkpoint), str(out)]) == 2 and 'not empty' in capsys.readouterr().err
     save_file(torch.load(checkpoint), tmp_path / 'model.safetensors')

@@ -1,0 +1,164 @@
+"""Transformers behind the extractor, held against diffusers' own pipelines."""
+
+import inspect
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch.nn import functional as F
+
+from diffseg.diffusion.conditioning import Conditioning
+from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.latents import decode, latent_space
+from diffseg.diffusion.loading import load_parts, load_vae
+from diffseg.diffusion.network_call import NetworkCall
+from diffseg.diffusion.recorder import ActivationRecorder
+
+SIZE = 64, 96
+UNGUIDED = {'guidance_scale': 1.0}
+OPTIONS = {
+    'flux': {'guidance_scale': 3.5},
+    'flux2': {'guidance_scale': 3.5},
+    'qwen-image': {},
+    'hunyuan-dit': {**UNGUIDED, 'original_size': SIZE},
+    'z-image': {'guidance_scale': 0.0},
+}
+EMBEDDED = ('flux', 'flux2')  # whose scale of guidance is an input
+FIELDS = {  # arguments of transformers that hold prompts, and the fields of `Conditioning`
+    'encoder_hidden_states': 'embeds',
+    'pooled_projections': 'pooled',
+    'encoder_attention_mask': 'mask',
+    'encoder_hidden_states_mask': 'mask',
+    'text_embedding_mask': 'mask',
+    'encoder_hidden_states_t5': 'embeds_2',
+    'text_embedding_mask_t5': 'mask_2',
+    'class_labels': 'labels',
+}
+EULER = ('sd3', 'sd35-medium', 'flux', 'flux2', 'qwen-image', 'auraflow', 'lumina2')
+BLOCK = {'lumina2': 'vit-block1-out', 'z-image': 'vit-block1-out'}
+
+
+class Calls(list):
+    """The arguments of each call of a transformer, by name."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.names = list(inspect.signature(network.forward).parameters)
+        self.handle = network.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, network, args, kwargs):
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        self.append({name: x for name, x in call.items() if x is not None})
+
+
+def conditioning_of(call: dict) -> Conditioning:
+    """The prompt of a pipeline's call of its transformer."""
+    tensors = {FIELDS[name]: x for name, x in call.items() if name in FIELDS}
+    if 'cap_feats' in call:
+        tensors['embeds'] = torch.stack(call['cap_feats'])
+    if 'labels' in tensors:
+        tensors['embeds'] = torch.empty(len(tensors['labels']), 0, 0)
+    return Conditioning(**tensors)
+
+
+def equal(ours, theirs) -> None:
+    """Raise unless two arguments are equal, tensors in lists and mappings as well; types of numbers may differ."""
+    if isinstance(theirs, dict):
+        for name, x in theirs.items():
+            equal(ours[name], x)
+    elif isinstance(theirs, torch.Tensor):
+        ours, theirs = torch.broadcast_tensors(ours, theirs)  # one guidance for all, ids with and without a batch
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-6, rtol=1e-6)
+    elif isinstance(theirs, list | tuple) and theirs and isinstance(theirs[0], torch.Tensor | list | tuple):
+        for a, b in zip(ours, theirs, strict=True):
+            equal(a, b)
+    elif theirs is not None:
+        assert ours == theirs
+
+
+def unpacked(tokens: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) of tokens (B, N, 4 C) for `SIZE`."""
+    grid = SIZE[0] // 16, SIZE[1] // 16
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)
+
+
+@pytest.mark.parametrize('kind', tiny_pipelines.KINDS)
+def test_called_as_by_the_pipeline(kind, pipeline_folder):
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(kind))
+    network = pipeline.transformer
+    calls = Calls(network)
+    size = {} if kind == 'dit' else dict(zip(('height', 'width'), SIZE, strict=True))
+    tiny_pipelines.generate(pipeline, **size, **OPTIONS.get(kind, UNGUIDED))
+    (first, *_), indices = list(calls), pipeline.scheduler.timesteps
+    calls.clear()
+
+    packed = first['hidden_states'].ndim == 3 if 'hidden_states' in first else False
+    latent = first['x'] if 'x' in first else first['hidden_states']
+    if isinstance(latent, list):
+        latent = torch.stack(latent)[:, :, 0]
+    x_t = unpacked(latent) if packed else latent
+    recorder = ActivationRecorder(network, ['transformer-out'])
+    call = NetworkCall(network, 3.5 if kind in EMBEDDED else None)
+    with torch.no_grad():
+        prompt = conditioning_of(first).rows([0] * len(x_t))
+        call(recorder, x_t, indices[:1].expand(len(x_t)), prompt)
+    ours = calls[0]
+    ignored = {'return_dict', 'joint_attention_kwargs', 'attention_kwargs'}
+    for name in (first.keys() | ours.keys()) - ignored - {'patch_size', 'f_patch_size'}:
+        assert name in ours and name in first, name
+        equal(ours[name], first[name])
+
+
+@pytest.mark.parametrize('kind', EULER)
+def test_generates_what_the_pipeline_does(kind, pipeline_folder, monkeypatch):
+    folder = pipeline_folder(kind)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    calls = Calls(pipeline.transformer)
+    theirs = tiny_pipelines.generate(pipeline, 3, *SIZE, **OPTIONS.get(kind, UNGUIDED))
+    noise, mu = calls[0]['hidden_states'], {}
+    if noise.ndim == 3:
+        noise, theirs = unpacked(noise), unpacked(theirs)
+    if pipeline.scheduler.config.use_dynamic_shifting:
+        config = pipeline.scheduler.config
+        names = ('base_image_seq_len', 'max_image_seq_len', 'base_shift', 'max_shift')
+        mu = {'mu': calculate_shift(24, *(config[name] for name in names))}
+        if kind == 'flux2':
+            mu = {'mu': _flux2_shift(24, 3)}
+    trajectory = {'type': 'generation', 'steps': 3, 'guidance': 1, **mu}
+    prompt = conditioning_of(calls[0])
+    layers = [BLOCK.get(kind, 'vit-block0-out')]
+    extractor = DiffusionExtractor(folder, layers, [1000], trajectory=trajectory, prompt=prompt)
+    monkeypatch.setattr(extractor, '_draw', lambda *args: noise)
+    with torch.no_grad():
+        activations, ours = extractor.generate(SIZE)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    (x,) = activations.values()
+    assert x.shape[:2] == (1, 1) and x.shape[-2:] == (4, 6)
+
+
+def _flux2_shift(tokens: int, steps: int) -> float:
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return compute_empirical_mu(tokens, steps)
+
+
+@pytest.mark.parametrize('kind', tiny_pipelines.KINDS)
+def test_latents_are_scaled_and_decoded_as_by_the_pipeline(kind, pipeline_folder):
+    folder = pipeline_folder(kind)
+    parts, vae = load_parts(folder), load_vae(folder)
+    space = latent_space(parts.vae_config)
+    side = 2 * parts.vae_scale_factor
+    images = torch.rand(2, 3, side, 2 * side) * 2 - 1
+    extractor = DiffusionExtractor(
+        folder, ['transformer-out'], [100], trajectory='clean', prompt=None, vae_sample='mode'
+    )
+    with torch.no_grad():
+        latents = extractor.encode(images)
+        mean = space.encode(vae, images).mean
+        decoded = decode(vae, latents)
+        expected = space.decode(vae, mean).clamp(-1, 1)
+    assert latents.shape[1] == parts.latent_channels
+    assert not torch.allclose(latents, mean)
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=1e-4)
