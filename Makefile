@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 DOCS_STAMP = $(VENV)/.installed-docs
 SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
-.PHONY: install test demo explore lint benchmark docs linkcheck
+.PHONY: install test demo explore lint benchmark docs linkcheck notebooks
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ lint: install
 docs: $(DOCS_STAMP)
 	$(SPHINX) --builder html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
+
+notebooks: $(DOCS_STAMP)
+	$(BIN)/python docs/execute_notebooks.py
 
 linkcheck: $(DOCS_STAMP)
 	$(SPHINX) --builder linkcheck docs docs/_build/linkcheck

@@ -101,7 +101,9 @@ with tempfile.TemporaryDirectory() as build_base:
                 *TEXT,
                 'httpx2',  # of FastAPI's test client
                 'hypothesis',
+                'ipykernel',
                 'matplotlib',
+                'nbclient',
                 'peft',
                 'playwright',
                 'pytest',

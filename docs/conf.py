@@ -19,6 +19,7 @@ nitpick_ignore_regex = [('py:class|py:exc', '.*')]  # types in signatures; pages
 myst_enable_extensions = ['colon_fence', 'deflist']
 myst_heading_anchors = 3
 nb_execution_mode = 'off'  # tests execute them
+nb_output_stderr = 'remove'  # progress bars
 
 default_role = 'code'  # of `text` in docstrings
 autodoc_member_order = 'bysource'

@@ -15,8 +15,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import diffseg
+
 ROOT = Path(__file__).parents[1]
-ROOT_FILES = 'CHANGELOG.md LICENSE MANIFEST.in Makefile README.md constraints.txt pyproject.toml setup.py'.split()
+ROOT_FILES = (
+    'CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md SECURITY.md constraints.txt '
+    'pyproject.toml setup.py'
+).split()
 EXTRAS = ('mm', 'demo', 'dev', 'web', 'docs')  # which the Makefile installs
 IGNORED = shutil.ignore_patterns('__pycache__', 'output', '_build', 'api')
 
@@ -114,3 +119,8 @@ def test_constraints_pin_every_requirement(wheel):
     assert [str(r) for r in installed if r.name not in pins or pins[r.name] not in r.specifier] == []
     hooks = (ROOT / '.pre-commit-config.yaml').read_text()
     assert f'rev: v{pins["ruff"]} ' in hooks
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == diffseg.__version__ and citation['cff-version'] == '1.2.0'
