@@ -467,8 +467,8 @@ def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Ca
     options |= {field.name for group in GROUPS.values() for field in fields(group)}
     weights = {'model', 'revision', 'variant', 'config', 'network_weights', 'random'}  # whose values are fingerprinted
     speed = {'attention', 'vae_slicing', 'micro_batch', 'channels_last', 'compile', 'gradient_checkpointing'}
-    recorded = {*make()._cache_context(), 'transform', 'embedded_guidance', 'discard'}  # if there is one
-    recorded |= {'label', 'max_sequence_length'}  # in the prompt, and in the fingerprint of its encoder
+    recorded = {*make()._cache_context(), 'label', 'max_sequence_length'}  # the last two as what is made of prompts
+    recorded |= {'transform', 'embedded_guidance', 'discard', 'average_draws'}  # which are recorded if there are such
     assert options - weights - speed - {'check_finite', 'cache_dir'} - recorded == set()
 
 

@@ -92,6 +92,8 @@ class DiffusionExtractor(nn.Module):
         embedded_guidance: Scale of guidance for networks that take it as an input (Flux-dev); None is 3.5 there.
         discard: Channels of a transformer's raw features that are set to zero before they are modulated for `-mod`
             activations, see `ActivationRecorder`.
+        average_draws: Average the ensemble of `-mod` activations before they are normalised and modulated, as DiTF's
+            released code does; the other activations are averaged as they are.
         transform: Applied to each activation (N, C, h, w), with its name, as soon as it is read, so that what it leaves
             out takes no memory; where there is an ensemble, before the mean, and of the continued image. Its `repr` is
             in the fingerprint.
@@ -127,6 +129,7 @@ class DiffusionExtractor(nn.Module):
         max_sequence_length: int | None = None,
         embedded_guidance: float | None = None,
         discard: Sequence[int] = (),
+        average_draws: bool = False,
         transform: Transform | None = None,
         weights: Weights | Mapping[str, Any] | None = None,
         runtime: Runtime | Mapping[str, Any] | None = None,
@@ -229,6 +232,7 @@ class DiffusionExtractor(nn.Module):
             transform=transform,
             embedded_guidance=embedded_guidance,
             discard=discard,
+            average_draws=average_draws,
         )
         if runtime.compile:
             compile_options = {} if runtime.compile is True else runtime.compile
@@ -274,6 +278,7 @@ class DiffusionExtractor(nn.Module):
             transform=self._denoiser.transform,
             embedded_guidance=self._denoiser.network_call.embedded_guidance,
             discard=self._denoiser.discard,
+            average_draws=self._denoiser.average_draws,
         )
         other.sites = other.describe(None if self.conditioning is None else self.conditioning.tokens)
         return other
@@ -340,6 +345,7 @@ class DiffusionExtractor(nn.Module):
             'transform': None if self._denoiser.transform is None else repr(self._denoiser.transform),
             'embedded_guidance': self._denoiser.network_call.embedded_guidance,
             'discard': list(self._denoiser.discard) or None,
+            'average_draws': self._denoiser.average_draws or None,
         }
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -419,7 +425,7 @@ class DiffusionExtractor(nn.Module):
         guided = self._is_guided(prompts)
         views = {str(i): control.view(images) for i, control in enumerate(self.controls)}  # (B, 3, 8h, 8w) each
         folded = b * (len(self.timesteps) if self.trajectory.folds_timesteps else 1)
-        fit = e if self.micro_batch is None else max(1, self.micro_batch // folded)
+        fit = e if self.micro_batch is None or self._denoiser.average_draws else max(1, self.micro_batch // folded)
         total: Activations = {}
         with torch.set_grad_enabled(_wants_grad(self.network, latents, *conditioning.tensors)):
             for first in range(0, e, fit):  # a running mean, so that memory does not grow with E
@@ -487,7 +493,7 @@ class DiffusionExtractor(nn.Module):
         activations = self.trajectory(
             self._denoiser,
             latents.transpose(0, 1).flatten(0, 1),  # (m*B, 4, h, w)
-            self._condition(conditioning, rows, latents) | {'views': views},
+            self._condition(conditioning, rows, latents) | {'views': views, 'draws': m},
             noise=noise,  # (m*B, 1 or T, 4, h, w)
             negative=negative,
         )

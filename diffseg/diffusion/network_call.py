@@ -238,7 +238,12 @@ class NetworkCall:
         return network_dtype(self.network)
 
     def __call__(
-        self, recorder: ActivationRecorder, x_t: Tensor, timestep: Tensor, condition: Mapping[str, Any]
+        self,
+        recorder: ActivationRecorder,
+        x_t: Tensor,
+        timestep: Tensor,
+        condition: Mapping[str, Any],
+        draws: int = 1,
     ) -> dict[str, Tensor]:
         """Activations of latents (N, C, h, w) at timesteps (N,).
 
@@ -247,6 +252,7 @@ class NetworkCall:
             x_t: Latents, in the network's dtype.
             timestep: The model's indices.
             condition: Keyword arguments of a UNet, or `Conditioning.rows` for a transformer.
+            draws: Number of draws in the batch, see `ActivationRecorder`.
         """
         if self.call is None:
             return recorder(x_t, timestep, **condition)
@@ -259,7 +265,8 @@ class NetworkCall:
         if self.kind.packed:
             kwargs['grid'] = grid
             x_t = F.pixel_unshuffle(x_t, patch).flatten(2).transpose(1, 2)  # (N, h*w, 4 C)
-        return recorder(x_t, self._time(timestep), **{name: x for name, x in kwargs.items() if x is not None})
+        kwargs = {name: x for name, x in kwargs.items() if x is not None}
+        return recorder(x_t, self._time(timestep), draws=draws, **kwargs)
 
     def _time(self, timestep: Tensor) -> Tensor:
         if self.call.time == 'index':

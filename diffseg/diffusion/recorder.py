@@ -65,9 +65,12 @@ class ActivationRecorder:
         discard: Channels of a transformer's raw features that are set to zero before they are normalised and modulated
             again for the `-mod` sites (DiTF, 2505.18584: a few channels hold massive activations). Nothing else that
             is read depends on it.
+        average_draws: For the `-mod` sites, raw features are averaged over several draws of noise before they are
+            normalised and modulated again, as in DiTF's released code; each draw then has the same features.
 
     Raises:
-        ValueError: For names, or channels to discard, that the network does not have; for `discard` and no `-mod` site.
+        ValueError: For names, or channels to discard, that the network does not have; for `discard` or `average_draws`
+            and no `-mod` site.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class ActivationRecorder:
         attention_mode: AttentionMode = 'concat',
         vae_scale_factor: int | None = None,
         discard: Sequence[int] = (),
+        average_draws: bool = False,
     ) -> None:
         available = sites(network, vae_scale_factor)
         self.network = network
@@ -88,6 +92,7 @@ class ActivationRecorder:
         self.sites = [available[name] for name in resolve(names, available)]
         self.aggregates = aggregates(available, attention, attention_mode)
         self.discard = tuple(discard)
+        self.average_draws = average_draws
         self._check_discard()
         self.taps = {tap for site in self._all_sites() for tap in self._taps(site)}
 
@@ -96,10 +101,11 @@ class ActivationRecorder:
 
     def _check_discard(self) -> None:
         modulated = [site for site in self.sites if site.norm]
-        if self.discard and not modulated:
+        if (self.discard or self.average_draws) and not modulated:
+            option = f'discard is {self.discard}' if self.discard else 'average_draws is set'
             raise ValueError(
-                f'discard is {self.discard}, but no modulated features are read, which it is for; '
-                'read a site such as vit-block0-mod, or leave out discard'
+                f'{option}, but no modulated features are read, which it is for; '
+                f'read a site such as vit-block0-mod, or leave out {option.split()[0]}'
             )
         for site in modulated:
             if wrong := [channel for channel in self.discard if not 0 <= channel < site.channels]:
@@ -112,6 +118,7 @@ class ActivationRecorder:
         encoder_hidden_states: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         grid: tuple[int, int] | None = None,
+        draws: int = 1,
         **network_kwargs: Any,
     ) -> dict[str, Tensor]:
         """Run the network and return the wanted activations.
@@ -127,6 +134,7 @@ class ActivationRecorder:
             added_cond_kwargs: SDXL's `text_embeds` and `time_ids`; PixArt-Alpha's conditions.
             grid: Height and width of packed latents in tokens, which their shape does not tell; other networks do not
                 need it.
+            draws: Number of draws in the batch, for `average_draws`; the rows of each come together.
             network_kwargs: Passed on to the network.
 
         Returns:
@@ -149,7 +157,7 @@ class ActivationRecorder:
         call = partial(self.kind.call, self.network, x_t, timestep, **network_kwargs)
         raw = _record(self.network, self.taps, stop, call)
         height, width = tokens.size
-        activations = {site.name: self._read(site, raw, tokens) for site in self.sites}
+        activations = {site.name: self._read(site, raw, tokens, draws) for site in self.sites}
         for site, groups in self.aggregates:
             maps = [self._average(group, raw, tokens) for group in groups]
             resized = [F.interpolate(x, size=site.size(height, width)) for x in maps]
@@ -194,18 +202,21 @@ class ActivationRecorder:
             return (_Tap(site.path, 'call'),)
         if site.kind == 'map':
             return _Tap(f'{site.path}.to_q'), _Tap(f'{site.path}.to_k')
-        if site.norm and self.discard:
+        if self._modulates_again(site):
             return (_Tap(site.block, 'call'),)
         return (_own_tap(site),)
 
-    def _read(self, site: Site, raw: dict[_Tap, Any], tokens: _Tokens) -> Tensor:
+    def _modulates_again(self, site: Site) -> bool:
+        return bool(site.norm and (self.discard or self.average_draws))
+
+    def _read(self, site: Site, raw: dict[_Tap, Any], tokens: _Tokens, draws: int = 1) -> Tensor:
         value, *key = (raw[tap] for tap in self._taps(site))
         if site.probe is not None:
             value = self._probed_map(site, value, tokens)
         elif site.kind == 'map':
             value = _attention_map(self.network.get_submodule(site.path), value, *key)
-        elif site.norm and self.discard:
-            value = self._modulate_again(site, value)
+        elif self._modulates_again(site):
+            value = self._modulate_again(site, value, draws)
         if site.kind == 'spatial':
             return value
         if site.probe is None:
@@ -219,18 +230,24 @@ class ActivationRecorder:
             return value.permute(0, 5, 1, 3, 2, 4).reshape(len(value), -1, height, width)
         return value.transpose(1, 2).unflatten(2, (height, width))  # (B, h*w, C) -> (B, C, h, w)
 
-    def _modulate_again(self, site: Site, call: tuple[tuple, dict[str, Any]]) -> Tensor:
-        """Call a block again, up to its modulated features (B, N, C), with channels of its norm's input set to zero."""
+    def _modulate_again(self, site: Site, call: tuple[tuple, dict[str, Any]], draws: int) -> Tensor:
+        """Call a block again, up to its modulated features (B, N, C), with another input of its norm.
 
-        def discard(module: nn.Module, inputs: tuple) -> tuple:
+        That is the mean over draws, if wanted, with discarded channels set to zero.
+        """
+
+        def change(module: nn.Module, inputs: tuple) -> tuple:
             features = inputs[0].clone()  # (B, N, C)
+            if self.average_draws:
+                by_draw = features.unflatten(0, (draws, -1))
+                features = by_draw.mean(0, keepdim=True).expand_as(by_draw).flatten(0, 1).clone()
             for channel in self.discard:
                 features[..., channel] = 0
             return features, *inputs[1:]
 
         args, kwargs = call
         block, tap = self.network.get_submodule(site.block), _own_tap(site)
-        with self.network.get_submodule(site.norm).register_forward_pre_hook(discard):
+        with self.network.get_submodule(site.norm).register_forward_pre_hook(change):
             return _record(self.network, {tap}, True, partial(block, *args, **kwargs))[tap]
 
     def _probed_map(self, site: Site, call: tuple[tuple, dict[str, Any]], tokens: _Tokens) -> Tensor:

@@ -34,8 +34,9 @@ from diffseg.diffusion.sites import AttentionMode, Network
 SHARED = ('schedule', 'timesteps')  # fields of all trajectories; other fields are options of one kind
 
 # Keyword arguments of a UNet, or the tensors of `Conditioning.rows` for a transformer; the tensors in it (nested or
-# not) have one row per latent. Two are no arguments of a UNet: `time_embeddings` (N, K, E) replace its embeddings of
-# the timesteps 0 to K - 1, and `views` are the images of ControlNets, {'0': (N, 3, 8h, 8w), ...}.
+# not) have one row per latent. Three are no arguments of a network: `time_embeddings` (N, K, E) replace a UNet's
+# embeddings of the timesteps 0 to K - 1, `views` are the images of ControlNets, {'0': (N, 3, 8h, 8w), ...}, and `draws`
+# is the number of draws among the N latents, of which those of the first come first.
 Condition = Mapping[str, Any]
 Activations = dict[str, Tensor]
 Transform = Callable[[str, Tensor], Tensor]
@@ -80,6 +81,7 @@ class Denoiser:
             that dropped values take no memory. The prediction is not transformed.
         embedded_guidance: See `NetworkCall`.
         discard: Channels that are discarded for `-mod` activations, see `ActivationRecorder`.
+        average_draws: Average draws before `-mod` activations are normalised, see `ActivationRecorder`.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Denoiser:
         transform: Transform | None = None,
         embedded_guidance: float | None = None,
         discard: Sequence[int] = (),
+        average_draws: bool = False,
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'micro_batch is {micro_batch}; it is a number of latents, 1 or more')
@@ -102,6 +105,7 @@ class Denoiser:
         self.controls = controls
         self.transform = transform
         self.discard = tuple(discard)
+        self.average_draws = average_draws
         self.network_call = NetworkCall(network, embedded_guidance)
         self._layers = list(layers)
         self._output = self.network_call.prediction_site
@@ -111,6 +115,7 @@ class Denoiser:
             'attention_mode': attention_mode,
             'vae_scale_factor': vae_scale_factor,
             'discard': discard,
+            'average_draws': average_draws,
         }
         self._read = ActivationRecorder(network, self._layers, **aggregated)
         self._read_and_predict = ActivationRecorder(network, both, **aggregated)
@@ -150,10 +155,15 @@ class Denoiser:
         if not isinstance(timestep, Tensor):
             timestep = torch.full((n,), timestep, device=x_t.device)
         size = self.micro_batch or n
+        if self.average_draws and size < n:
+            raise ValueError(
+                f'micro_batch is {size}, but average_draws needs all draws of a batch in one call of the network: '
+                f'set it to {n} at least, or leave it out'
+            )
         chunks = []
         for rows in (slice(start, start + size) for start in range(0, n, size)):
             kwargs = map_condition(itemgetter(rows), condition)
-            views = kwargs.pop('views', {})
+            views, draws = kwargs.pop('views', {}), kwargs.pop('draws', 1)
             if self.controls:
                 embeddings = {name: kwargs[name] for name in ('encoder_hidden_states', 'added_cond_kwargs')}
                 residuals = [
@@ -162,7 +172,7 @@ class Denoiser:
                 ]
                 kwargs |= residual_kwargs(residuals)
             with _embedded(self.network, timestep[rows], kwargs.pop('time_embeddings', None)):
-                activations = self.network_call(recorder, x_t[rows], timestep[rows], kwargs)
+                activations = self.network_call(recorder, x_t[rows], timestep[rows], kwargs, draws)
             if self.transform is not None:
                 activations = {
                     name: x if name == self._output else self.transform(name, x) for name, x in activations.items()

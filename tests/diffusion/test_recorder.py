@@ -60,9 +60,9 @@ class Reference:
 def test_agrees_with_the_published_code(reference, name, count):
     published = Reference(reference(name))
     names = [name for name in published.order if name != 'unet-sample']
-    assert list(sites(published.unet)) == names  # all of them, in order of execution
+    assert list(sites(published.network)) == names  # all of them, in order of execution
     assert len(names) == count
-    read = ActivationRecorder(published.unet, names)(**published.inputs)
+    read = ActivationRecorder(published.network, names)(**published.inputs)
     assert list(read) == names
     errors = {name: published.error(name, value) for name, value in read.items()}
     assert max(errors.values()) < 1e-5, errors
@@ -72,7 +72,7 @@ def test_agrees_with_the_published_code(reference, name, count):
 @torch.no_grad()
 def test_aggregated_attention_agrees_with_the_published_code(reference):
     published = Reference(reference('sd15-attention'))
-    recorder = ActivationRecorder(published.unet, ['unet-out'], attention=['down_cross', 'up_cross'])
+    recorder = ActivationRecorder(published.network, ['unet-out'], attention=['down_cross', 'up_cross'])
     read = recorder(**published.inputs)
     assert list(read) == ['unet-out', 'attn']
     assert published.error('attn', read['attn']) < 1e-5

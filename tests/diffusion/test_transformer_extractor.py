@@ -162,3 +162,48 @@ def test_latents_are_scaled_and_decoded_as_by_the_pipeline(kind, pipeline_folder
     assert latents.shape[1] == parts.latent_channels
     assert not torch.allclose(latents, mean)
     torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_draws_are_averaged_before_the_norm(pipeline_folder):
+    """The modulation is a line for each channel, known from a single draw; the norm is of the mean of raw features."""
+    folder, prompt = pipeline_folder('flux'), Conditioning(torch.randn(1, 5, 32), torch.randn(1, 32))
+    latents = torch.randn(2, 3, 16, 8, 12)  # (B, E, C, h, w)
+
+    def extract(layer: str, latents: torch.Tensor, **options) -> torch.Tensor:
+        extractor = DiffusionExtractor(
+            folder, [layer], [0.26, 0.5], trajectory='clean', prompt=prompt, ensemble=latents.shape[1], **options
+        )
+        with torch.no_grad():
+            return extractor.extract_latents(latents)[layer].double().flatten(3)  # (B, T, C, h*w)
+
+    def normalised(raw: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(raw.transpose(2, 3), raw.shape[2:3], eps=1e-6).transpose(2, 3)
+
+    for block in ('vit-block1', 'vit-block2'):  # a double and a single one
+        single = normalised(extract(f'{block}-in', latents[:, :1]))
+        modulated = extract(f'{block}-mod', latents[:, :1])
+        centred = single - single.mean(3, keepdim=True)
+        slope = (centred * modulated).sum(3, keepdim=True) / centred.square().sum(3, keepdim=True)
+        shift = modulated.mean(3, keepdim=True) - slope * single.mean(3, keepdim=True)
+        torch.testing.assert_close(slope * single + shift, modulated, atol=1e-4, rtol=1e-4)
+
+        ours = extract(f'{block}-mod', latents, average_draws=True)
+        expected = slope * normalised(extract(f'{block}-in', latents)) + shift
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        assert (extract(f'{block}-mod', latents) - ours).abs().max() > 0.01
+        raw = normalised(extract(f'{block}-in', latents).index_fill(2, torch.tensor([3]), 0))
+        discarded = extract(f'{block}-mod', latents, average_draws=True, discard=[3])
+        torch.testing.assert_close(discarded, slope * raw + shift, atol=1e-4, rtol=1e-4)
+
+
+def test_draws_are_averaged_in_one_call(pipeline_folder):
+    prompt = Conditioning(torch.randn(1, 5, 32), torch.randn(1, 32))
+    options = dict(trajectory='clean', prompt=prompt, ensemble=3, average_draws=True)
+    with pytest.raises(ValueError, match='average_draws is set, but no modulated features are read'):
+        DiffusionExtractor(pipeline_folder('flux'), ['vit-block1-in'], [260], **options)
+    extractor = DiffusionExtractor(
+        pipeline_folder('flux'), ['vit-block1-mod'], [260], **options, runtime={'micro_batch': 2}
+    )
+    with pytest.raises(ValueError, match='micro_batch is 2, but average_draws needs all draws of a batch in one call'):
+        extractor.extract_latents(torch.randn(1, 16, 8, 12))
+    assert extractor.fingerprint['average_draws'] is True

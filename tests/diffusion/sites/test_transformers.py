@@ -1,19 +1,20 @@
 """Sites of diffusion transformers: the published codes' values, and every site of every class by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_transformers
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
-from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_transformers import KINDS, inputs, transformer
 from torch import Tensor, nn
 from transformers_by_hand import by_hand
 
+from diffseg.diffusion.loading import load_parts
 from diffseg.diffusion.recorder import ActivationRecorder
 from diffseg.diffusion.sites import sites
 
@@ -75,7 +76,7 @@ def test_output_of_flux_double_blocks_is_the_modulated_norm_in_the_published_cod
 
 
 @pytest.fixture
-def ditf(reference, monkeypatch) -> tuple[nn.Module, dict, dict[str, Tensor]]:
+def ditf(reference, monkeypatch, pipeline_folder, tmp_path) -> tuple[nn.Module, dict, dict[str, Tensor]]:
     """The network from Black Forest Labs' single file, its arguments, and the published values."""
     folder = reference('ditf')
     config = json.loads((folder / 'config.json').read_text())
@@ -84,23 +85,23 @@ def ditf(reference, monkeypatch) -> tuple[nn.Module, dict, dict[str, Tensor]]:
     def split_in_proportion(tensor: Tensor, sizes: tuple[int, ...], dim: int = 0) -> tuple[Tensor, ...]:
         return split(tensor, [size * tensor.shape[dim] // sum(sizes) for size in sizes], dim)
 
+    model = Path(shutil.copytree(pipeline_folder('flux'), tmp_path / 'flux'))
+    described = {
+        '_class_name': 'FluxTransformer2DModel',
+        'in_channels': config['in_channels'],
+        'num_layers': config['depth'],
+        'num_single_layers': config['depth_single_blocks'],
+        'attention_head_dim': config['hidden_size'] // config['num_heads'],
+        'num_attention_heads': config['num_heads'],
+        'joint_attention_dim': config['context_in_dim'],
+        'pooled_projection_dim': config['vec_in_dim'],
+        'guidance_embeds': config['guidance_embed'],
+        'axes_dims_rope': config['axes_dim'],
+    }
+    (model / 'transformer' / 'config.json').write_text(json.dumps(described))
     with monkeypatch.context() as patch:  # diffusers' conversion knows the width of the released models alone
         patch.setattr(torch, 'split', split_in_proportion)
-        state = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(
-            load_file(folder / 'model.safetensors')
-        )
-    network = FluxTransformer2DModel(
-        in_channels=config['in_channels'],
-        num_layers=config['depth'],
-        num_single_layers=config['depth_single_blocks'],
-        attention_head_dim=config['hidden_size'] // config['num_heads'],
-        num_attention_heads=config['num_heads'],
-        joint_attention_dim=config['context_in_dim'],
-        pooled_projection_dim=config['vec_in_dim'],
-        guidance_embeds=config['guidance_embed'],
-        axes_dims_rope=config['axes_dim'],
-    )
-    network.load_state_dict(state)
+        network = load_parts(model, network_weights=folder / 'model.safetensors', vae=False).network
     values = load_file(folder / 'inputs.safetensors')
     given = {
         'x_t': values['img'],
@@ -112,7 +113,7 @@ def ditf(reference, monkeypatch) -> tuple[nn.Module, dict, dict[str, Tensor]]:
         'guidance': values['guidance'],
         'grid': (8, 8),
     }
-    return network.eval(), given, load_file(folder / 'activations.safetensors')
+    return network, given, load_file(folder / 'activations.safetensors')
 
 
 @torch.no_grad()
