@@ -40,33 +40,6 @@ def wait(session: Session, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def parts(sample: ToySample) -> np.ndarray:
-    """Four classes of a horse: background, trunk, head and legs."""
-    return np.array([0, 1, 1, 2, 2, 3, 3, 1], np.uint8)[sample.mask]
-
-
-CLASSES = [('background', '#767f89'), ('trunk', '#e8553a'), ('head', '#2f7de1'), ('legs', '#1f9d55')]
-
-
-def stroke_in(mask: np.ndarray) -> list[list[float]]:
-    """The longest straight stroke between pixels of a mask (H, W) that lie deepest in it, as a person would paint."""
-    depth = mask.astype(float)
-    inner = mask
-    while inner.any():
-        depth += inner
-        padded = np.pad(inner, 1)
-        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    rows, columns = np.nonzero(depth >= max(2, 0.6 * depth.max()))
-    points = np.stack([columns, rows], axis=1)
-    for start in points[np.argsort(-depth[rows, columns], kind='stable')][:1]:
-        reach = [
-            np.linalg.norm(end - start) * mask[tuple(np.linspace(start, end, 32).round().astype(int).T[::-1])].all()
-            for end in points
-        ]
-        return [start.astype(float).tolist(), points[int(np.argmax(reach))].astype(float).tolist()]
-    raise ValueError('nothing to paint')
-
-
 def mean_iou(predictions: list[np.ndarray], truths: list[np.ndarray], classes: int) -> float:
     scores = []
     for label in range(classes):

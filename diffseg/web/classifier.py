@@ -18,7 +18,7 @@ from .strokes import UNLABELLED, Annotations
 COMPONENTS = 64  # of descriptors that the classifier sees
 SAMPLED = 8192  # cells, of all pictures, from which components are computed
 MEMBERS = 5
-PENALTY = 0.1  # on the square of weights, where the mean cross-entropy counts 1
+PENALTY = 0.01  # on the square of weights, where the mean cross-entropy counts 1
 ITERATIONS = 30
 PIXELS = 400  # of a stroke that are fitted
 IMPORTED = 2000  # likewise of a picture whose labels were imported

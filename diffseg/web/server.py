@@ -2,12 +2,16 @@
 
 import json
 import logging
+import socket
 import struct
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -144,6 +148,21 @@ def create_app(session: Session, host: str = '127.0.0.1', token: str | None = No
         return FileResponse(STATIC / 'icon.svg', media_type='image/svg+xml')
 
     return Guard(app, host, token, MAX_BODY, session.folder.max_bytes)
+
+
+@contextmanager
+def serving(session: Session) -> Iterator[str]:
+    """Serve in a thread, at a free port of the loopback address; yields the page's address."""
+    with socket.create_server(('127.0.0.1', 0)) as connection:
+        config = uvicorn.Config(create_app(session), log_level='warning', ws='none')
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([connection],), daemon=True)
+        thread.start()
+        try:
+            yield f'http://127.0.0.1:{connection.getsockname()[1]}/'
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def _add_errors(app: FastAPI) -> None:

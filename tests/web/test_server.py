@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explorer import ADDRESS, CLASSES, parts, stroke_in
+from explorer import ADDRESS
 from fastapi.testclient import TestClient
 from PIL import Image
+from strokes import CLASSES, draw_stroke, merge_parts
 
 from diffseg.web.server import create_app
 
@@ -141,7 +142,12 @@ def test_strokes_are_painted_undone_and_shown_as_masks(client, horses, ids):
     assert client.post('/api/fit').json()['scores'] == {}
     assert 'at least two classes' in client.post('/api/masks', json={'pictures': ids}).json()['error']
     for label in range(4):
-        body = {'picture': ids[0], 'label': label, 'radius': 1.0, 'points': stroke_in(parts(horses[0]) == label)}
+        body = {
+            'picture': ids[0],
+            'label': label,
+            'radius': 1.0,
+            'points': draw_stroke(merge_parts(horses[0].mask) == label),
+        }
         number = client.post('/api/strokes', json=body).json()['id']
     fitted = client.post('/api/fit').json()
     assert set(fitted['scores']) == set(ids) and fitted['next'] in ids[1:]

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from explorer import CLASSES, mean_iou, open_session, parts, save, stroke_in
+from explorer import mean_iou, open_session, save
 from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 from PIL import Image
+from strokes import CLASSES, draw_stroke, merge_parts
 
 from diffseg.datasets import ScarceDataset
 from diffseg.datasets.toy import KEYPOINTS
@@ -28,7 +29,7 @@ def paint(session, horses) -> None:
     session.annotations.set_classes([Class(*entry) for entry in CLASSES], [None] * len(CLASSES))
     for number in range(PAINTED):
         for label in range(len(CLASSES)):
-            points = stroke_in(parts(horses[number]) == label)
+            points = draw_stroke(merge_parts(horses[number].mask) == label)
             session.annotations.add(f'horse_{number}.png', label, 1.0, points)
 
 
@@ -140,7 +141,7 @@ def test_twelve_strokes_on_three_pictures_segment_the_others(session, horses):
     assert fitted['next'] in [picture.id for picture in unseen]
     assert fitted['scores'][fitted['next']] == max(fitted['scores'][picture.id] for picture in unseen)
     predicted = [session._mask(picture) for picture in unseen]
-    truths = [parts(horse) for horse in horses[PAINTED:]]
+    truths = [merge_parts(horse.mask) for horse in horses[PAINTED:]]
     score = mean_iou(predicted, truths, 4)
     assert score > 40, score
     shown, uncertainty = session.masks(unseen[:1])[0]
@@ -197,7 +198,7 @@ def test_an_export_trains_with_mmseg_predicts_and_comes_back(session, horses):
     loaded = predictor.load(*names)
     assert loaded['classes'] == [name for name, _ in CLASSES] and loaded['palette'][1] == [0xE8, 0x55, 0x3A]
     predicted = [predictor.mask(picture) for picture in session.folder.usable()[PAINTED:]]
-    assert mean_iou(predicted, [parts(horse) for horse in horses[PAINTED:]], 4) > 33
+    assert mean_iou(predicted, [merge_parts(horse.mask) for horse in horses[PAINTED:]], 4) > 33
     expected = inference_model(predictor._model, horses[-1].image[..., ::-1].copy()).pred_sem_seg.data[0]
     assert np.array_equal(predicted[-1], expected)
     assert predictor._model.backbone.cache.counts.misses == 0  # the explorer's features were there

@@ -129,6 +129,7 @@ function pin(list) {
   points = list;
   pinned = true;
   stage.mark(points, 'pin');
+  $('match-summary').textContent = '';
   ask(points);
   guide();
 }

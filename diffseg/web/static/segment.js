@@ -212,10 +212,10 @@ function drawScores() {
     const score = fitted.scores[id];
     const painted = of(id).some((stroke) => stroke.label !== null) || imported.has(id);
     const suggested = id === fitted.next && !painted;
-    tile.score.textContent = `${painted ? '✎ ' : ''}${score === undefined ? '' : `±${score.toFixed(2)}`}`;
+    tile.score.textContent = `${painted ? '✎ ' : ''}${score === undefined ? '' : `±${score.toFixed(3)}`}`;
     tile.score.title = painted ? 'painted; uncertainty' : 'uncertainty';
     tile.button.classList.toggle('suggested', suggested);
-    const about = [painted ? 'painted' : 'not painted', score === undefined ? '' : `uncertainty ${score.toFixed(2)}`,
+    const about = [painted ? 'painted' : 'not painted', score === undefined ? '' : `uncertainty ${score.toFixed(3)}`,
       suggested ? 'paint this one next' : ''];
     tile.button.setAttribute('aria-label', `${byId(id).name}: ${about.filter(Boolean).join(', ')}`);
   }
