@@ -14,7 +14,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from diffseg.diffusion.layer_sets import LAYER_SETS, expand
-from diffseg.diffusion.loading import meta_unet
+from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import Site, sites
 from diffseg.inspection import available_sites
 from diffseg.visualization import pca_rgb
@@ -48,7 +48,7 @@ def recommended(model: str) -> tuple[list[str], list[int]]:
             return list(content['layers']), list(content['timesteps'])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} has no "layers" and "timesteps" ({error!r}); mend or delete it') from error
-    available = sites(meta_unet(model))
+    available = sites(meta_network(model))
     for name in LAYER_SETS:
         try:
             return expand([name], available), [TIMESTEP]
