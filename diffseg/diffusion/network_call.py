@@ -144,7 +144,8 @@ def _hunyuan(x: Inputs) -> dict[str, Any]:
     }
     if config.use_style_cond_and_image_meta_size:
         height, width = (side * PIXELS for side in x.latent.shape[2:])
-        kwargs['image_meta_size'] = x.numbers(height, width, height, width, 0, 0, dtype=torch.float32).to(x.text.dtype)
+        sizes = x.numbers(height, width, height, width, 0, 0)
+        kwargs['image_meta_size'] = sizes.to(x.text.dtype).contiguous()  # of which diffusers takes a view
         kwargs['style'] = x.numbers(0, dtype=torch.long)[:, 0]
     return kwargs
 

@@ -1,76 +1,22 @@
 """tools/train.py and tools/test.py, and mmseg's own unmodified scripts, on one tiny config."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import CheckpointLoader, Runner
-from PIL import Image
-from tiny_mmseg import CLASSES, segmentor_config
-
-ROOT = Path(__file__).parents[2]
-
-CONFIG = """
-_base_ = {base!r}
-
-model = {model!r}
-dataset = dict(
-    type='BaseSegDataset',
-    data_root={data_root!r},
-    data_prefix=dict(img_path='images', seg_map_path='labels'),
-    img_suffix='.png',
-    metainfo=dict(classes={classes!r}, palette={palette!r}),
-    pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')],
-)
-train_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type='InfiniteSampler'), dataset=dataset)
-val_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
-test_dataloader = val_dataloader
-val_evaluator = test_evaluator = dict(type='IoUMetric')
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
-param_scheduler = [dict(type='PolyLR', end=4, by_epoch=False)]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, save_best='mIoU'),
-)
-"""
+from tiny_mmseg import run_tool, segmentor_config, write_experiment
 
 
 @pytest.fixture(scope='module')
 def config(tiny_pipeline, tmp_path_factory) -> Path:
     """A config of a tiny segmentor and three images."""
     folder = tmp_path_factory.mktemp('train')
-    generator = np.random.default_rng(0)
-    for kind, shape, values in (('images', (64, 96, 3), 256), ('labels', (64, 96), CLASSES)):
-        (folder / kind).mkdir()
-        for index in range(3):
-            pixels = generator.integers(values, size=shape, dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / kind / f'{index}.png')
-    path = folder / 'tiny.py'
-    path.write_text(
-        CONFIG.format(
-            base=str(ROOT / 'configs' / '_base_' / 'default_runtime.py'),
-            model=segmentor_config(tiny_pipeline, backbone={'cache_dir': str(folder / 'prompts')}),
-            data_root=str(folder),
-            classes=[str(i) for i in range(CLASSES)],
-            palette=[[i, i, i] for i in range(CLASSES)],
-        )
-    )
-    return path
-
-
-def run_own(tool: str, *arguments: str | Path) -> dict[str, float] | None:
-    """Call main of tools/TOOL.py."""
-    main = runpy.run_path(str(ROOT / 'tools' / f'{tool}.py'))['main']
-    return main([str(argument) for argument in arguments])
+    return write_experiment(folder, segmentor_config(tiny_pipeline, backbone={'cache_dir': str(folder / 'prompts')}))
 
 
 RUN_SCRIPTS = """
@@ -106,13 +52,13 @@ def check_resumed(work_dir: Path) -> None:
 
 
 def test_train_resume_and_test(config, tmp_path):
-    run_own('train', config, '--work-dir', tmp_path)
+    run_tool('train', config, '--work-dir', tmp_path)
     resume = ('--resume', '--cfg-options', 'train_cfg.max_iters=4', 'load_from=elsewhere.pth')
-    run_own('train', config, '--work-dir', tmp_path, *resume)
+    run_tool('train', config, '--work-dir', tmp_path, *resume)
     check_resumed(tmp_path)
 
-    metrics = run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test')
-    assert run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'again') == metrics
+    metrics = run_tool('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test')
+    assert run_tool('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'again') == metrics
     assert 0 < metrics['mIoU'] < 100
 
 
@@ -120,10 +66,10 @@ def test_a_run_that_began_with_other_weights_is_resumed_from_its_own_checkpoint(
     configs = []
     monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: configs.append(cfg) or SimpleNamespace(train=lambda: None))
     arguments = config, '--work-dir', tmp_path, '--cfg-options', 'load_from=pretrained.pth'
-    run_own('train', *arguments, '--resume')  # nothing was saved yet
+    run_tool('train', *arguments, '--resume')  # nothing was saved yet
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
-    run_own('train', *arguments, '--resume')
-    run_own('train', *arguments, 'resume=True')  # what a config says keeps mmengine's meaning
+    run_tool('train', *arguments, '--resume')
+    run_tool('train', *arguments, 'resume=True')  # what a config says keeps mmengine's meaning
     choices = [(bool(cfg.get('resume')), cfg.load_from) for cfg in configs]
     assert choices == [(False, 'pretrained.pth'), (True, None), (True, 'pretrained.pth')]
 
@@ -141,7 +87,7 @@ def test_frozen_buffers_are_not_sent_around_unless_a_config_says_so(config, tmp_
     monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: configs.append(cfg) or SimpleNamespace(train=lambda: None))
     changed = tmp_path / 'wrapped.py'
     changed.write_text(f'{config.read_text()}\nmodel_wrapper_cfg = {wrapper!r}\n')
-    run_own('train', changed, '--work-dir', tmp_path)
+    run_tool('train', changed, '--work-dir', tmp_path)
     assert configs[0].model_wrapper_cfg.get('broadcast_buffers') == broadcast
 
 
@@ -149,7 +95,7 @@ def test_frozen_buffers_are_not_sent_around_unless_a_config_says_so(config, tmp_
     MODULE2PACKAGE['mmseg'] != 'mmsegmentation', reason='onedl-mmengine finds mmseg:: only once diffseg is imported'
 )
 def test_mmseg_scripts_resume_and_test(config, tmp_path):
-    run_own('train', config, '--work-dir', tmp_path)
+    run_tool('train', config, '--work-dir', tmp_path)
     run_mmseg(
         ('train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4'),
         ('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'test'),
@@ -157,5 +103,5 @@ def test_mmseg_scripts_resume_and_test(config, tmp_path):
     check_resumed(tmp_path)
 
     found = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
-    metrics = run_own('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'own')
+    metrics = run_tool('test', config, tmp_path / 'iter_4.pth', '--work-dir', tmp_path / 'own')
     assert {name: found[name] for name in metrics} == metrics

@@ -9,6 +9,7 @@ them. Beside GDF's there are
   the layer together.
 """
 
+from functools import partial
 from typing import Any
 
 from diffusers import (
@@ -197,6 +198,20 @@ def _call_zimage(network: nn.Module, x_t: Tensor, timestep: Tensor | float, **kw
     )
 
 
+def _call_auraflow(network: nn.Module, x_t: Tensor, timestep: Tensor | float, **kwargs: Any) -> Any:
+    """Call a network that computes in the dtype of its first parameter, also where its weights are buffers."""
+    call = partial(network, hidden_states=x_t, timestep=one_timestep_each(x_t, timestep), return_dict=False, **kwargs)
+    if (tokens := network._buffers.get('register_tokens')) is None:
+        return call()
+    del network.register_tokens
+    network.register_parameter('register_tokens', nn.Parameter(tokens, requires_grad=False))
+    try:
+        return call()
+    finally:
+        del network.register_tokens
+        network.register_buffer('register_tokens', tokens, persistent=False)
+
+
 def _call_hunyuan(network: nn.Module, x_t: Tensor, timestep: Tensor | float, **kwargs: Any) -> Any:
     """Call a network whose embeddings get the dtype of the timestep."""
     timesteps = one_timestep_each(x_t, timestep).to(x_t.dtype)
@@ -240,6 +255,7 @@ TRANSFORMERS = (
             Stack('joint_transformer_blocks', _double_block(('ff', 'out_projection'))),
             Stack('single_transformer_blocks', _single_block('attn', 'norm1', ('ff', 'out_projection')), 'text-image'),
         ),
+        call=_call_auraflow,
     ),
     transformer_kind(
         Lumina2Transformer2DModel,
