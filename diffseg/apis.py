@@ -11,7 +11,6 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
 from mmseg.registry import MODELS
 from safetensors import safe_open
 from torch import Tensor
@@ -20,6 +19,7 @@ from diffseg.diffusion.images import image_size
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
+from diffseg.inspection import load_weights
 from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
 
@@ -42,10 +42,7 @@ def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[di
         raise ValueError(f'{args.config}: its model is not a CorrespondenceModel')
     model = MODELS.build(cfg.model)
     if args.checkpoint is not None:
-        try:
-            load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True, logger='silent')
-        except RuntimeError as error:
-            raise ValueError(f'{args.checkpoint} does not fit {args.config}: {error}') from error
+        load_weights(model, args.checkpoint, args.config)
     if model.prompt is not None and '{category}' in model.prompt and args.category is None:
         raise ValueError(f'the prompt of {args.config} is {model.prompt!r}; give --category')
     return model, cfg.test_dataloader.dataset.pipeline

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
 
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.loading import load_config, meta_network, reason_of
@@ -84,6 +86,26 @@ def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise OSError(f'{path} is no checkpoint: it holds a {type(checkpoint).__name__} instead of a state dict')
     return checkpoint
+
+
+def load_weights(model: nn.Module, path: str | Path, config: str | Path) -> None:
+    """Load the weights of a checkpoint of mmengine into a model, strictly.
+
+    Args:
+        model: built from a config.
+        path: of the checkpoint.
+        config: path of the config, for errors.
+
+    Raises:
+        OSError: the file does not exist or is not a checkpoint.
+        ValueError: the weights do not fit the model.
+    """
+    checkpoint = read_training_checkpoint(path)
+    state = checkpoint.get('state_dict', checkpoint)
+    try:
+        load_state_dict(model, state, strict=True, logger='silent')
+    except (RuntimeError, AttributeError) as error:  # the second for values that are no tensors
+        raise ValueError(f'{path} does not fit {config}: {error}') from error
 
 
 def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

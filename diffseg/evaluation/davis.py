@@ -22,6 +22,8 @@ from prettytable import PrettyTable
 from diffseg.masks import VOID, read_mask
 from diffseg.structures import to_array
 
+from .common import check_results
+
 TOLERANCE = 0.008  # of the image's diagonal
 STATISTICS = ('Mean', 'Recall', 'Decay')
 
@@ -164,6 +166,7 @@ class DAVISMetric(BaseMetric):
 
     def compute_metrics(self, results: list[tuple[str, list[list[list[float]]]]]) -> dict[str, float]:
         """Average over objects, write the rows and log the table."""
+        check_results(results, 'video')
         columns = [f'{measure}-{statistic}' for measure in 'JF' for statistic in STATISTICS]
         rows = {
             f'{video}_{number}': dict(zip(columns, (100 * np.ravel(values)).tolist(), strict=True))

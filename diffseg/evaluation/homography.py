@@ -18,6 +18,7 @@ from prettytable import PrettyTable
 
 from diffseg.structures import to_array
 
+from .common import check_results
 from .pck import versions, write_result
 
 THRESHOLDS = (1, 3, 5)
@@ -185,6 +186,7 @@ class HomographyMetric(BaseMetric):
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """Score the records of all pairs, write the result and log the table."""
+        check_results(results, 'pair')
         figures = score(results, self.thresholds)
         columns = [f'@{threshold:g} px' for threshold in self.thresholds]
         table = PrettyTable(['accuracy', *columns, 'matches', 'failures'], align='r')

@@ -10,6 +10,8 @@ from mmseg.registry import METRICS
 
 from diffseg.structures import to_array
 
+from .common import check_results
+
 BOX_FRACTION = 0.6
 
 
@@ -87,6 +89,7 @@ class JHMDBMetric(BaseMetric):
 
     def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
         """Score all videos' joints together."""
+        check_results(results, 'video')
         distances = np.concatenate(results)
         figures = {f'PCK@{threshold:g}': joint_pck(distances, threshold) for threshold in self.thresholds}
         missed = 100 * float(np.isnan(distances).mean())

@@ -28,6 +28,8 @@ from torch import Tensor
 from diffseg import __version__
 from diffseg.files import whole_file
 
+from .common import check_results
+
 THRESHOLDS = (0.01, 0.05, 0.1, 0.15)
 BASES = ('bbox', 'img')
 PACKAGES = (diffusers, mmengine, mmseg, torch, transformers)
@@ -241,8 +243,7 @@ class PCKMetric(BaseMetric):
             results = [r for r in results if any(fnmatchcase(r['category'], pattern) for pattern in self.categories)]
             if not results:
                 raise ValueError(f'no pair has a category that matches {self.categories}')
-        if not results:
-            raise ValueError('there is no pair to evaluate: the test data set is empty')
+        check_results(results, 'pair')
         damaged = [record['damaged'] for record in results if 'damaged' in record]
         if len(damaged) == len(results):
             raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')

@@ -7,6 +7,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from torch import Tensor
 
+from .common import check_results
+
 
 def areas(prediction: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     """Intersection and union of every class in one picture.
@@ -63,6 +65,8 @@ class ScarceIoUMetric(IoUMetric):
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
         """Results of `IoUMetric`, and the mean over classes."""
+        if not self.format_only:
+            check_results(results, 'picture')
         metrics = super().compute_metrics([areas_of_mmseg for *areas_of_mmseg, _ in results])
         if self.format_only:
             return metrics

@@ -41,7 +41,6 @@ from mmengine.config import Config, DictAction
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
 from mmseg.registry import DATASETS, MODELS
 from torch import nn
 from tqdm import tqdm
@@ -54,6 +53,7 @@ from diffseg.diffusion.loading import load_vae, meta_network
 from diffseg.diffusion.options import group_options
 from diffseg.diffusion.sites import sites
 from diffseg.feature_files import check_configuration
+from diffseg.inspection import load_weights
 from diffseg.models.decode_heads.pixel_classifier import js_uncertainty, most_uncertain, vote
 from diffseg.visualization import colour_labels, grid, to_picture, to_pil
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     kept_range(expected, args.drop, args.drop_certain)  # raises before the work is done
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model)
-    load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True, logger='silent')
+    load_weights(model, args.checkpoint, args.config)
     model.eval().to(args.device)
 
     paths = generate(cfg.model.backbone, args) if args.images is None else find_pictures(args.images)

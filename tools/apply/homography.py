@@ -20,7 +20,6 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
 from mmseg.registry import MODELS
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
@@ -28,6 +27,7 @@ from diffseg.command_line import default_device
 from diffseg.datasets.hpatches import read_homography
 from diffseg.diffusion.images import read_image
 from diffseg.evaluation.homography import METHODS, corner_error, estimate_homography, image_corners, transform
+from diffseg.inspection import load_weights
 from diffseg.keypoints import read_keypoints
 from diffseg.structures import HomographySample
 from diffseg.visualization import match_lines, outline, to_picture
@@ -55,10 +55,7 @@ def match(cfg: Config, args: argparse.Namespace) -> HomographySample:
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model)
     if args.checkpoint is not None:
-        try:
-            load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True, logger='silent')
-        except RuntimeError as error:
-            raise ValueError(f'{args.checkpoint} does not fit {args.config}: {error}') from error
+        load_weights(model, args.checkpoint, args.config)
     results: dict[str, Any] = {'pair_id': '0', 'sequence': '', 'img_path0': str(args.source)}
     results['img_path1'] = str(args.target)
     if args.keypoints is not None:
