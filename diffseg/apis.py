@@ -1,6 +1,5 @@
 """Matching of two image files outside of a data set, for the tools in `tools/apply`."""
 
-import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from diffseg.diffusion.images import image_size
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.sites import sites
 from diffseg.inspection import load_weights
 from diffseg.models import CorrespondenceModel
@@ -26,50 +26,70 @@ from diffseg.structures import PairSample
 logger = logging.getLogger(__name__)
 
 
-def load_matcher(args: argparse.Namespace) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
-    """Build the model for the options of `command_line.add_model_arguments`, and the pipeline that prepares its images.
+def load_matcher(
+    config: str | Path, checkpoint: str | Path | None = None, category: str | None = None
+) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
+    """Build the `CorrespondenceModel` of a config, and the pipeline that prepares its images.
+
+    Args:
+        config: path of the config.
+        checkpoint: of the model; None for zero-shot configs.
+        category: of the objects, which the prompt may name.
 
     Raises:
-        ValueError: the config has another model, the checkpoint does not fit, or `--category` is missing for the
-            prompt.
+        OSError: the checkpoint does not exist or is none.
+        ValueError: the config has another model, the checkpoint does not fit, or the prompt names a category, which is
+            not given.
     """
     init_default_scope('mmseg')
-    if args.config is None:
-        resize = [] if args.size is None else [{'type': 'ResizePair', 'size': args.size}]
-        return MODELS.build(zero_shot_config(args)), [{'type': 'LoadPair'}, *resize, {'type': 'PackPair'}]
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(config)
     if cfg.get('model', {}).get('type') != 'CorrespondenceModel':
-        raise ValueError(f'{args.config}: its model is not a CorrespondenceModel')
+        raise ValueError(f'{config}: its model is not a CorrespondenceModel')
     model = MODELS.build(cfg.model)
-    if args.checkpoint is not None:
-        load_weights(model, args.checkpoint, args.config)
-    if model.prompt is not None and '{category}' in model.prompt and args.category is None:
-        raise ValueError(f'the prompt of {args.config} is {model.prompt!r}; give --category')
+    if checkpoint is not None:
+        load_weights(model, checkpoint, config)
+    if model.prompt is not None and '{category}' in model.prompt and category is None:
+        raise ValueError(f'the prompt of {config} is {model.prompt!r}; give --category')
     return model, cfg.test_dataloader.dataset.pipeline
 
 
-def zero_shot_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Config of a zero-shot model that matches activations."""
-    available = sites(meta_network(args.model))
-    layers = expand(args.layers, available)
-    return {
+def zero_shot_matcher(
+    model: str,
+    layers: Sequence[str],
+    timesteps: Sequence[Timestep],
+    *,
+    size: tuple[int, int] | None = None,
+    **backbone: Any,
+) -> tuple[CorrespondenceModel, list[dict[str, Any]]]:
+    """Build a model that matches activations, and the pipeline that prepares its images.
+
+    Args:
+        model: preset, hub id, diffusers folder or checkpoint file.
+        layers: names, aliases, patterns or names of sets.
+        timesteps: at which they are read.
+        size: height and width to which images are resized; None keeps the size of each image.
+        **backbone: further options of `DiffusionBackbone`: `trajectory`, `prompt`, `ensemble`, `dtype`, ...
+
+    Raises:
+        ValueError: unknown layers or options.
+    """
+    init_default_scope('mmseg')
+    available = sites(meta_network(model))
+    layers = expand(layers, available)
+    levels = [[available[layer].channels for layer in layers]]
+    config = {
         'type': 'CorrespondenceModel',
         'backbone': {
             'type': 'DiffusionBackbone',
-            'model': args.model,
+            'model': model,
             'layers': layers,
-            'timesteps': args.timesteps,
-            'trajectory': args.trajectory,
-            'prompt': args.prompt,
-            'ensemble': args.ensemble,
-            'dtype': args.dtype,
+            'timesteps': timesteps,
+            **backbone,
         },
-        'neck': {
-            'type': 'ConcatNeck',
-            'levels': [[available[layer].channels for layer in layers]],
-            'timesteps': len(args.timesteps),
-        },
+        'neck': {'type': 'ConcatNeck', 'levels': levels, 'timesteps': len(timesteps)},
     }
+    resize = [] if size is None else [{'type': 'ResizePair', 'size': size}]
+    return MODELS.build(config), [{'type': 'LoadPair'}, *resize, {'type': 'PackPair'}]
 
 
 def prepare_pair(

@@ -1,8 +1,12 @@
 """Arguments that several tools share."""
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from diffseg.models import CorrespondenceModel
 
 
 def default_device() -> str:
@@ -17,7 +21,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the model that matches images, for `load_matcher`."""
+    """Add the options of the model that matches images, see `matcher_of`."""
     parser.add_argument('--config', help='of a CorrespondenceModel')
     parser.add_argument('--checkpoint', help='of that model (default: none, as for zero-shot configs)')
     parser.add_argument('--category', help="of the objects, where the config's prompt names it")
@@ -43,3 +47,13 @@ def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
     args.size = tuple(args.size * 2)[:2] if args.size else None
+
+
+def matcher_of(args: argparse.Namespace) -> tuple['CorrespondenceModel', list[dict[str, Any]]]:
+    """The model of checked options, and the pipeline that prepares its images. Raises what `load_matcher` does."""
+    from diffseg.apis import load_matcher, zero_shot_matcher  # import mmseg, which other tools do without
+
+    if args.config is not None:
+        return load_matcher(args.config, args.checkpoint, args.category)
+    options = {name: getattr(args, name) for name in ('size', 'trajectory', 'prompt', 'ensemble', 'dtype')}
+    return zero_shot_matcher(args.model, args.layers, args.timesteps, **options)

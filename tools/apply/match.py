@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.apis import descriptors_of, load_matcher, prepare_pair
-from diffseg.command_line import add_model_arguments, check_model_arguments
+from diffseg.apis import descriptors_of, prepare_pair
+from diffseg.command_line import add_model_arguments, check_model_arguments, matcher_of
 from diffseg.diffusion.images import read_image
 from diffseg.keypoints import read_keypoints
 from diffseg.models.correspondence import UpsampledSimilarity, descriptors_at
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     paths = args.source, args.target
     points = read_points(args.points)
     pictures = [to_picture(read_image(path)) for path in paths]
-    model, pipeline = load_matcher(args)
+    model, pipeline = matcher_of(args)
     model.to(args.device).eval()
     data = model.data_preprocessor(prepare_pair(paths, points, pipeline, args.category))
     (sample,) = data['data_samples']

@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.apis import load_matcher, prepare_pair
-from diffseg.command_line import add_model_arguments, check_model_arguments
+from diffseg.apis import prepare_pair
+from diffseg.command_line import add_model_arguments, check_model_arguments, matcher_of
 from diffseg.diffusion.images import open_image
 from diffseg.edits import (
     composite,
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> list[str]:
     image = np.array(open_image(args.source))
     sticker = read_sticker(args.sticker, image.shape[:2])
     points = sample_points(sticker, args.samples, args.seed)
-    model, pipeline = load_matcher(args)
+    model, pipeline = matcher_of(args)
     model.to(args.device).eval()
     edited = composite(image, warp_homography(sticker, np.eye(3), image.shape[:2]))
     source = outlined(to_picture(edited), sticker)
