@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -69,6 +69,8 @@ _CLASSES: dict[str, tuple[type, ...]] = {
     'vae': VAES,
     'scheduler': (DDIMScheduler,),
 }
+# `Transformer2DModel` was the class of DiT and PixArt, whose repositories still name it; `norm_type` tells them apart.
+_TRANSFORMERS_OF_NORMS = {'ada_norm_zero': 'DiTTransformer2DModel', 'ada_norm_single': 'PixArtTransformer2DModel'}
 _CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     'unet': lambda state, config: convert_ldm_unet_checkpoint(state, config, extract_ema=True),
     'vae': convert_ldm_vae_checkpoint,
@@ -380,20 +382,32 @@ def explain(source: ModelSource, part: str, error: Exception) -> OSError:
         parts.append('This repository was removed from the hub.')
     if preset and (others := [i for i in (preset.repo_id, *preset.mirrors) if i not in (source.location, *gone)]):
         parts.append(f'Mirrors of the same weights: {", ".join(others)}.')
+    if (preset and preset.gated) or any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
+        licence = f' ({preset.license})' if preset else ''
+        parts.append(
+            f'The repository is gated: accept its licence{licence} at https://huggingface.co/{source.location}, and '
+            'log in with an access token (hf auth login, or HF_TOKEN in the environment).'
+        )
     parts.append(f'Without network, or to use a copy, give {FOLDER_LAYOUT} or a checkpoint file as the model.')
     return OSError(' '.join(parts))
 
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error, or its cause if that is a hub that cannot be reached or an object of a class."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, LocalEntryNotFoundError):
             return 'the hub cannot be reached, and the file has not been downloaded before'
         if isinstance(cause, pickle.UnpicklingError) and (match := REFUSED_CLASS.search(str(cause))):
             return f'it holds an object of the class {match[1].rstrip(".")}, and only tensors are loaded'
-        cause = cause.__cause__ or cause.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _load_config(source: ModelSource, checkpoint: Mapping[str, Tensor] | None = None) -> ModelConfig:
@@ -481,6 +495,11 @@ def _read_config(source: ModelSource, part: str) -> dict[str, Any]:
         config = _CLASSES[part][0].load_config(source.location, subfolder=part, revision=source.revision)
     except (OSError, ValueError, HFValidationError) as error:
         raise explain(source, part, error) from error
+    if config.get('_class_name') == 'Transformer2DModel' and config.get('norm_type') in _TRANSFORMERS_OF_NORMS:
+        config['_class_name'] = _TRANSFORMERS_OF_NORMS[config['norm_type']]
+        config = {
+            name: value for name, value in config.items() if name in _parameters_of(part, config) or name[0] == '_'
+        }
     supported = [cls.__name__ for cls in _CLASSES[part]]
     if part != 'scheduler' and (name := config.get('_class_name', supported[0])) not in supported:
         raise ValueError(f'the {part} of {source.location} is a {name}; supported: {", ".join(supported)}')
@@ -491,13 +510,17 @@ def _class_of(part: str, config: Mapping[str, Any]) -> type:
     return next((cls for cls in _CLASSES[part] if cls.__name__ == config.get('_class_name')), _CLASSES[part][0])
 
 
+def _parameters_of(part: str, config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_class_of(part, config).__init__).parameters
+
+
 def _complete(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Add the defaults of diffusers' class.
 
     A missing `force_upcast` is False, although the default of `AutoencoderKL` is True: files without the key are those
     of SD 1.x and 2.x, whose VAEs do not overflow in float16.
     """
-    parameters = inspect.signature(_class_of(part, config).__init__).parameters.values()
+    parameters = _parameters_of(part, config).values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return {**defaults, **({'force_upcast': False} if part == 'vae' else {}), **config}
 

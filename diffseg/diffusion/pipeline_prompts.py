@@ -127,9 +127,9 @@ ENCODINGS = {
 def find_pipeline(source: ModelSource, network: str | None = None) -> str:
     """Name of the pipeline that encodes the prompts of a model, one of `ENCODINGS`.
 
-    It is that of `model_index.json`, if the table has it, else the one with the model's class of transformers. Of a hub
-    id, only those of the transformer's class are considered if `network` is given, so that the hub is not needed unless
-    there are several.
+    It is that of the model's preset, or that of `model_index.json`, if the table has it, else the one with the model's
+    class of transformers. Of a hub id, only those of the transformer's class are considered if `network` is given, so
+    that the hub is not needed unless there are several.
 
     Args:
         source: Of kind 'folder' or 'hub'.
@@ -139,6 +139,8 @@ def find_pipeline(source: ModelSource, network: str | None = None) -> str:
         OSError: The model does not describe its transformer.
         ValueError: The class of the transformer belongs to none of the pipelines, or to several.
     """
+    if source.preset is not None and source.preset.pipeline is not None:
+        return source.preset.pipeline
     index = {}
     candidates = _pipelines_with(network)
     if source.kind != 'hub' or len(candidates) != 1:

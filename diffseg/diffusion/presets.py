@@ -60,6 +60,68 @@ ADM_UNET = {
     'attn_norm_num_groups': 32,
 }
 
+# Transformers
+SD3_TRANSFORMER = {
+    '_class_name': 'SD3Transformer2DModel',
+    'num_layers': 24,
+    'num_attention_heads': 24,
+    'caption_projection_dim': 1536,
+    'pos_embed_max_size': 192,
+}
+SD35_LARGE_TRANSFORMER = {
+    **SD3_TRANSFORMER,
+    'num_layers': 38,
+    'num_attention_heads': 38,
+    'caption_projection_dim': 2432,
+    'qk_norm': 'rms_norm',
+}
+SD35_MEDIUM_TRANSFORMER = {
+    **SD3_TRANSFORMER,
+    'pos_embed_max_size': 384,
+    'qk_norm': 'rms_norm',
+    'dual_attention_layers': tuple(range(13)),
+}
+FLUX_TRANSFORMER = {'_class_name': 'FluxTransformer2DModel', 'guidance_embeds': True}
+PIXART_TRANSFORMER = {
+    '_class_name': 'PixArtTransformer2DModel',
+    'caption_channels': 4096,
+    'interpolation_scale': 2,
+    'use_additional_conditions': False,
+}
+SANA_TRANSFORMER = {'_class_name': 'SanaTransformer2DModel'}  # the defaults of the class
+HUNYUAN_TRANSFORMER = {
+    '_class_name': 'HunyuanDiT2DModel',
+    'in_channels': 4,
+    'patch_size': 2,
+    'sample_size': 128,
+    'hidden_size': 1408,
+    'num_layers': 40,
+    'mlp_ratio': 4.3637,
+    'use_style_cond_and_image_meta_size': False,
+}
+DIT_TRANSFORMER = {'_class_name': 'DiTTransformer2DModel', 'out_channels': 8}
+
+SD3_VAE = {
+    **SD_VAE,
+    'sample_size': 1024,
+    'latent_channels': 16,
+    'scaling_factor': 1.5305,
+    'shift_factor': 0.0609,
+    'force_upcast': True,
+    'use_quant_conv': False,
+    'use_post_quant_conv': False,
+}
+FLUX_VAE = {**SD3_VAE, 'scaling_factor': 0.3611, 'shift_factor': 0.1159}
+_DC_BLOCKS = (*('ResBlock',) * 3, *('EfficientViTBlock',) * 3)
+SANA_VAE = {  # DC-AE, f32c32
+    '_class_name': 'AutoencoderDC',
+    'encoder_block_types': _DC_BLOCKS,
+    'decoder_block_types': _DC_BLOCKS,
+    'downsample_block_type': 'conv',
+    'upsample_block_type': 'interpolate',
+    'scaling_factor': 0.41407,
+}
+
 SCHEDULER = {
     'beta_schedule': 'scaled_linear',
     'beta_start': 0.00085,
@@ -77,6 +139,25 @@ ADM_SCHEDULER = {
     'num_train_timesteps': 1000,
     'prediction_type': 'epsilon',
     'variance_type': 'learned_range',
+}
+# noise levels of DDPM, with which DiT and PixArt were trained, too
+LINEAR_SCHEDULER = {key: value for key, value in ADM_SCHEDULER.items() if key != 'variance_type'}
+HUNYUAN_SCHEDULER = {**SCHEDULER, 'beta_end': 0.018, 'prediction_type': 'v_prediction'}
+SD3_SCHEDULER = {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'shift': 3.0}
+FLUX_SCHEDULER = {
+    **SD3_SCHEDULER,
+    'use_dynamic_shifting': True,
+    'base_shift': 0.5,
+    'max_shift': 1.15,
+    'base_image_seq_len': 256,
+    'max_image_seq_len': 4096,
+}
+SCHNELL_SCHEDULER = {**FLUX_SCHEDULER, 'shift': 1.0, 'use_dynamic_shifting': False}
+SANA_SCHEDULER = {
+    '_class_name': 'DPMSolverMultistepScheduler',
+    'prediction_type': 'flow_prediction',
+    'use_flow_sigmas': True,
+    'flow_shift': 3.0,
 }
 
 
@@ -100,6 +181,9 @@ class Preset:
             UNet in `repo_id`.
         checkpoint: Without repository: the published file and its author.
         clean_timestep: Timestep of UNets that were trained on latents without noise.
+        gated: The hub hands the weights out only after their licence has been accepted there.
+        pipeline: Name of diffusers' pipeline, whose `encode_prompt` encodes the prompts of a transformer; None for
+            transformers without text, and for UNets.
     """
 
     name: str
@@ -116,6 +200,8 @@ class Preset:
     network_weights: tuple[str, str] | None = None
     checkpoint: str | None = None
     clean_timestep: int | None = None
+    gated: bool = False
+    pipeline: str | None = None
 
 
 _SD15 = Preset(
@@ -176,6 +262,109 @@ _ADM = Preset(
     scheduler_config=ADM_SCHEDULER,
 )
 _DDPM = replace(_ADM, network_config={**ADM_UNET, 'dropout': 0.1})  # what DDPM-seg reads
+_SD3 = Preset(
+    name='sd3-medium',
+    repo_id='stabilityai/stable-diffusion-3-medium-diffusers',
+    license='Stability AI Community License',
+    image_size=1024,
+    network_config=SD3_TRANSFORMER,
+    vae_config=SD3_VAE,
+    scheduler_config=SD3_SCHEDULER,
+    gated=True,
+    pipeline='StableDiffusion3Pipeline',
+)
+_FLUX = Preset(
+    name='flux-dev',
+    repo_id='black-forest-labs/FLUX.1-dev',
+    license='FLUX.1 [dev] Non-Commercial License',
+    image_size=1024,
+    network_config=FLUX_TRANSFORMER,
+    vae_config=FLUX_VAE,
+    scheduler_config=FLUX_SCHEDULER,
+    gated=True,
+    pipeline='FluxPipeline',
+)
+_PIXART = Preset(
+    name='pixart-sigma',
+    repo_id='PixArt-alpha/PixArt-Sigma-XL-2-1024-MS',
+    license='CreativeML Open RAIL++-M',
+    image_size=1024,
+    network_config=PIXART_TRANSFORMER,
+    vae_config=SDXL_VAE,
+    scheduler_config=LINEAR_SCHEDULER,
+    pipeline='PixArtSigmaPipeline',
+)
+_DIT = Preset(
+    name='dit-xl-2-256',
+    repo_id='facebook/DiT-XL-2-256',
+    license='CC BY-NC 4.0',
+    image_size=256,
+    network_config=DIT_TRANSFORMER,
+    vae_config={**SD_VAE, 'sample_size': 256},
+    scheduler_config=LINEAR_SCHEDULER,
+)
+_TRANSFORMERS = (
+    _SD3,
+    replace(
+        _SD3,
+        name='sd35-medium',
+        repo_id='stabilityai/stable-diffusion-3.5-medium',
+        network_config=SD35_MEDIUM_TRANSFORMER,
+    ),
+    replace(
+        _SD3,
+        name='sd35-large',
+        repo_id='stabilityai/stable-diffusion-3.5-large',
+        network_config=SD35_LARGE_TRANSFORMER,
+    ),
+    _FLUX,
+    replace(
+        _FLUX,
+        name='flux-schnell',
+        repo_id='black-forest-labs/FLUX.1-schnell',
+        license='Apache-2.0',
+        network_config={**FLUX_TRANSFORMER, 'guidance_embeds': False},
+        scheduler_config=SCHNELL_SCHEDULER,
+        gated=False,
+    ),
+    _PIXART,
+    replace(
+        _PIXART,
+        name='pixart-alpha',
+        repo_id='PixArt-alpha/PixArt-XL-2-1024-MS',
+        network_config={**PIXART_TRANSFORMER, 'use_additional_conditions': True},
+        vae_config={**SD_VAE, 'sample_size': 256},
+        pipeline='PixArtAlphaPipeline',
+    ),
+    Preset(
+        name='sana-1.6b',
+        repo_id='Efficient-Large-Model/Sana_1600M_1024px_diffusers',
+        license="NVIDIA's, see the model card; the text encoder: Gemma Terms of Use",
+        image_size=1024,
+        network_config=SANA_TRANSFORMER,
+        vae_config=SANA_VAE,
+        scheduler_config=SANA_SCHEDULER,
+        pipeline='SanaPipeline',
+    ),
+    Preset(
+        name='hunyuan-dit',
+        repo_id='Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers',
+        license='Tencent Hunyuan Community License',
+        image_size=1024,
+        network_config=HUNYUAN_TRANSFORMER,
+        vae_config={**SDXL_VAE, 'force_upcast': False},  # madebyollin/sdxl-vae-fp16-fix
+        scheduler_config=HUNYUAN_SCHEDULER,
+        pipeline='HunyuanDiTPipeline',
+    ),
+    _DIT,
+    replace(
+        _DIT,
+        name='dit-xl-2-512',
+        repo_id='facebook/DiT-XL-2-512',
+        image_size=512,
+        network_config={**DIT_TRANSFORMER, 'sample_size': 64},
+    ),
+)
 _PRESETS = (
     _SD15,
     _SD21,
@@ -236,6 +425,7 @@ _PRESETS = (
         checkpoint='ffhq.pt of yandex-research/ddpm-segmentation',
         license='MIT; its training images: CC BY-NC-SA 4.0',
     ),
+    *_TRANSFORMERS,
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
 

@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import adm
+import httpx
 import huggingface_hub
 import ldm
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from diffseg.diffusion import loading
@@ -263,6 +265,41 @@ def test_hub_ids_that_cannot_be_had_name_the_mirrors_and_the_folder_form(offline
         load_parts('somebody/else')
     with pytest.raises(OSError, match=r'cleandift_sd21_unet.safetensors.*network_weights=PATH'):
         load_parts('cleandift-sd21')
+
+
+def test_gated_repositories_name_licence_and_token(offline, monkeypatch):
+    remedy = r'gated: accept its licence \(FLUX.1 .*\) at https://huggingface.co/black-forest-labs/FLUX.1-dev.*token'
+    with pytest.raises(OSError, match=remedy):
+        load_parts('flux-dev')
+    with pytest.raises(OSError, match=r'FLUX.1-schnell') as info:
+        load_parts('flux-schnell')
+    assert 'gated' not in str(info.value)
+
+    def refuse(*args, **kwargs):
+        raise OSError('401') from GatedRepoError(
+            'Cannot access gated repo', response=httpx.Response(401, request=request)
+        )
+
+    request = httpx.Request('GET', 'https://huggingface.co')
+    monkeypatch.setattr(FluxTransformer2DModel, 'from_pretrained', refuse)
+    with pytest.raises(
+        OSError, match=r'gated: accept its licence .*https://huggingface.co/black-forest-labs/FLUX.1-schnell'
+    ):
+        load_parts('flux-schnell')
+
+
+@pytest.mark.parametrize('kind', ['pixart-sigma', 'dit'])
+def test_transformers_of_the_older_class(kind, pipeline_folder, tmp_path):
+    """The repositories of DiT and PixArt name the class that was both, with further arguments."""
+    folder = Path(shutil.copytree(pipeline_folder(kind), tmp_path / 'model'))
+    edit(folder / 'transformer/config.json', _class_name='Transformer2DModel', use_linear_projection=False)
+    for ours, expected in zip(load_config(folder), load_config(pipeline_folder(kind)), strict=True):
+        assert {k: v for k, v in ours.items() if k[0] != '_'} == {k: v for k, v in expected.items() if k[0] != '_'}
+    parts, expected = load_parts(folder), load_parts(pipeline_folder(kind))
+    assert same(parts.network, expected.network) and type(parts.network) is type(expected.network)
+    edit(folder / 'transformer/config.json', norm_type='layer_norm')
+    with pytest.raises(ValueError, match=r'is a Transformer2DModel; supported: PixArtTransformer2DModel'):
+        load_parts(folder)
 
 
 def test_revision_and_variant_reach_the_hub(monkeypatch):
