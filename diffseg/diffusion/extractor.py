@@ -70,9 +70,9 @@ class DiffusionExtractor(nn.Module):
         timesteps: Timesteps of the network, which must be on the trajectory; those of rectified flow (SD3, Flux, Sana)
             are sigmas between 0 and 1 or indices above 1, see `FlowSchedule`.
         trajectory: 'noise', 'clean', 'inversion', 'generation' or 'refinement', or a dict with `type` and the
-            trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance; there is none
-            by default in pixel space. A prompt that is the negative prompt itself is not guided, which would change
-            nothing and take twice as long.
+            trajectory's options, to which belongs `negative_prompt` (default '') where there is guidance. By default
+            there is none in pixel space, and its scale is the pipeline's for transformers. A prompt that is the
+            negative prompt itself is not guided, which would change nothing and take twice as long.
         prompt: The prompt of all images; or several that are encoded beforehand, of which each call then chooses; or an
             embedding; or None, if each call passes prompts. Of class-conditional transformers (DiT) it is empty or the
             number of a class, see `ClassLabelEncoder`.
@@ -89,7 +89,8 @@ class DiffusionExtractor(nn.Module):
             do not.
         truncate_prompts: Cut long prompts off instead of into chunks, see `PromptEncoder`.
         max_sequence_length: Tokens of prompts of transformers, where it is not that of the pipeline.
-        embedded_guidance: Scale of guidance for networks that take it as an input (Flux-dev); None is 3.5 there.
+        embedded_guidance: Scale of guidance for networks that take it as an input (Flux-dev: 3.5); None is their
+            pipeline's.
         discard: Channels of a transformer's raw features that are set to zero before they are modulated for `-mod`
             activations, see `ActivationRecorder`.
         average_draws: Average the ensemble of `-mod` activations before they are normalised and modulated, as DiTF's
@@ -170,7 +171,10 @@ class DiffusionExtractor(nn.Module):
             prompt = '' if prompt is None else prompt
             if options.get('type') == 'generation':
                 options.setdefault('guidance', 1.0)
-        self._is_transformer = transformer_call(self.network) is not None
+        call = transformer_call(self.network)
+        self._is_transformer = call is not None
+        if self._is_transformer and options.get('type') == 'generation':
+            options.setdefault('guidance', call.guidance)
         self._has_labels = isinstance(self.network, DiTTransformer2DModel)
         if self._is_transformer:
             _refuse_for_transformer(

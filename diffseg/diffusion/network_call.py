@@ -33,7 +33,6 @@ from diffseg.diffusion.recorder import ActivationRecorder
 from diffseg.diffusion.sites import Network, kind_of
 
 STEPS = 1000  # the model's index of pure noise, or the number of its timesteps
-EMBEDDED_GUIDANCE = 3.5  # of networks that take the scale of guidance as an input
 PIXELS = 8  # per cell of Hunyuan-DiT's and PixArt's latents
 
 
@@ -171,6 +170,8 @@ class TransformerCall:
         time: What they take as time: the model's 'index', the share of noise ('sigma') or that of signal ('signal').
         sign: -1 where the negative prediction is returned.
         even_steps: As in `FlowSchedule`.
+        guidance: Scale of classifier-free guidance that its pipeline generates with; 1 is none.
+        embedded_guidance: Scale of guidance that its pipeline passes to networks that take it as an input.
     """
 
     network: type[nn.Module]
@@ -178,20 +179,22 @@ class TransformerCall:
     time: Literal['index', 'sigma', 'signal'] = 'index'
     sign: int = 1
     even_steps: bool = True
+    guidance: float = 1.0
+    embedded_guidance: float = 3.5
 
 
 TRANSFORMER_CALLS = (
-    TransformerCall(PixArtTransformer2DModel, _pixart),
-    TransformerCall(DiTTransformer2DModel, _dit),
-    TransformerCall(SD3Transformer2DModel, _sd3, even_steps=False),
+    TransformerCall(PixArtTransformer2DModel, _pixart, guidance=4.5),
+    TransformerCall(DiTTransformer2DModel, _dit, guidance=4.0),
+    TransformerCall(SD3Transformer2DModel, _sd3, even_steps=False, guidance=7.0),
     TransformerCall(FluxTransformer2DModel, _flux, 'sigma'),
-    TransformerCall(Flux2Transformer2DModel, _flux2, 'sigma'),
-    TransformerCall(QwenImageTransformer2DModel, _qwen_image, 'sigma'),
-    TransformerCall(SanaTransformer2DModel, _masked),
-    TransformerCall(HunyuanDiT2DModel, _hunyuan),
-    TransformerCall(AuraFlowTransformer2DModel, _auraflow, 'sigma', even_steps=False),
-    TransformerCall(Lumina2Transformer2DModel, _masked, 'signal', sign=-1),
-    TransformerCall(ZImageTransformer2DModel, _z_image, 'signal', sign=-1),
+    TransformerCall(Flux2Transformer2DModel, _flux2, 'sigma', embedded_guidance=4.0),
+    TransformerCall(QwenImageTransformer2DModel, _qwen_image, 'sigma', guidance=4.0),
+    TransformerCall(SanaTransformer2DModel, _masked, guidance=4.5),
+    TransformerCall(HunyuanDiT2DModel, _hunyuan, guidance=5.0),
+    TransformerCall(AuraFlowTransformer2DModel, _auraflow, 'sigma', even_steps=False, guidance=3.5),
+    TransformerCall(Lumina2Transformer2DModel, _masked, 'signal', sign=-1, guidance=4.0),
+    TransformerCall(ZImageTransformer2DModel, _z_image, 'signal', sign=-1, guidance=5.0),
 )
 
 
@@ -210,7 +213,7 @@ class NetworkCall:
 
     Args:
         network: The network.
-        embedded_guidance: Scale of guidance for networks that take it as an input (Flux-dev); None is 3.5 there.
+        embedded_guidance: Scale of guidance for networks that take it as an input (Flux-dev); None is their pipeline's.
 
     Attributes:
         prediction_site: The site where the prediction is read.
@@ -231,7 +234,8 @@ class NetworkCall:
         self.prediction_site = f'{self.kind.part}-out'
         self.embedded_guidance = None
         if takes_guidance(network):
-            self.embedded_guidance = EMBEDDED_GUIDANCE if embedded_guidance is None else float(embedded_guidance)
+            scale = self.call.embedded_guidance if embedded_guidance is None else embedded_guidance
+            self.embedded_guidance = float(scale)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,12 +20,11 @@ SIZE = 64, 96
 UNGUIDED = {'guidance_scale': 1.0}
 OPTIONS = {
     'flux': {'guidance_scale': 3.5},
-    'flux2': {'guidance_scale': 3.5},
+    'flux2': {'guidance_scale': 4.0},
     'qwen-image': {},
     'hunyuan-dit': {**UNGUIDED, 'original_size': SIZE},
     'z-image': {'guidance_scale': 0.0},
 }
-EMBEDDED = ('flux', 'flux2')  # whose scale of guidance is an input
 FIELDS = {  # arguments of transformers that hold prompts, and the fields of `Conditioning`
     'encoder_hidden_states': 'embeds',
     'pooled_projections': 'pooled',
@@ -100,7 +99,7 @@ def test_called_as_by_the_pipeline(kind, pipeline_folder):
         latent = torch.stack(latent)[:, :, 0]
     x_t = unpacked(latent) if packed else latent
     recorder = ActivationRecorder(network, ['transformer-out'])
-    call = NetworkCall(network, 3.5 if kind in EMBEDDED else None)
+    call = NetworkCall(network)
     with torch.no_grad():
         prompt = conditioning_of(first).rows([0] * len(x_t))
         call(recorder, x_t, indices[:1].expand(len(x_t)), prompt)
@@ -136,6 +135,19 @@ def test_generates_what_the_pipeline_does(kind, pipeline_folder, monkeypatch):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
     (x,) = activations.values()
     assert x.shape[:2] == (1, 1) and x.shape[-2:] == (4, 6)
+
+
+def test_guidance_is_the_pipelines_unless_it_is_set(pipeline_folder):
+    def guidance(kind: str, **options) -> tuple[float, float | None]:
+        extractor = DiffusionExtractor(
+            pipeline_folder(kind), ['transformer-out'], [1000], prompt='a horse', trajectory='generation', **options
+        )
+        return extractor.trajectory.guidance, extractor.fingerprint.get('embedded_guidance')
+
+    assert guidance('sd3') == (7.0, None)
+    assert guidance('flux') == (1.0, 3.5) and guidance('flux', embedded_guidance=2) == (1.0, 2.0)
+    with pytest.raises(ValueError, match=r'embedded_guidance is 2\.0, but a SD3Transformer2DModel .* takes none'):
+        guidance('sd3', embedded_guidance=2.0)
 
 
 def _flux2_shift(tokens: int, steps: int) -> float:
