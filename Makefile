@@ -37,6 +37,7 @@ lint: install
 	$(BIN)/ruff check .
 
 docs: $(DOCS_STAMP)
+	rm -rf docs/api  # pages of modules that are gone
 	$(SPHINX) --builder html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 
