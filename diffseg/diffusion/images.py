@@ -1,5 +1,6 @@
 """Reading of image files as tensors, and checks of such tensors."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,14 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     if size is not None and size != (image.height, image.width):
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
+
+
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """Replace each folder by the image files directly in it, sorted."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    return files
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.loading import load_config, meta_network
+from diffseg.diffusion.schedules import parse_timestep
 from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.feature_files import DTYPES
@@ -38,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('data', type=Path, help='folder with JPEGImages, PairAnnotation and so on')
     parser.add_argument('--split', default='test', choices=['trn', 'val', 'test'])
     parser.add_argument('--layers', nargs='+', help='names, patterns and sets (default: all but attention maps)')
-    parser.add_argument('--timestep', type=int, nargs='+', default=[50], help='one or several (default: 50)')
+    parser.add_argument(
+        '--timestep', type=parse_timestep, nargs='+', default=[50], help='one or several (default: 50)'
+    )
     parser.add_argument('--size', type=int, help='resize images to SIZE x SIZE (default: as they are)')
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1)
+    parser.add_argument('--discard', type=int, nargs='+', default=(), help='channels left out of `-mod` activations')
     parser.add_argument('--seeds', type=int, default=1, help='number of noise seeds; figures are means')
-    parser.add_argument('--random', action='store_true', help='use random weights in the UNet')
+    parser.add_argument('--random', action='store_true', help='use random weights in the network')
     parser.add_argument('--store-gb', type=float, default=8, help='activations to keep between pairs (default: 8)')
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the UNet (default: float32)')
     parser.add_argument('--device', default=get_device(), help='(default: %(default)s)')
@@ -66,7 +70,8 @@ def score(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         ensemble=args.ensemble,
         dtype=args.dtype,
-        weights={'random': ['unet'] if args.random else []},
+        discard=args.discard,
+        weights={'random': [load_config(args.model).part] if args.random else []},
     ).to(args.device)
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:

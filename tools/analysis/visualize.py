@@ -15,7 +15,7 @@ import torch
 
 from diffseg.command_line import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import SUFFIXES, read_image
+from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.sites import sites
@@ -45,16 +45,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Replace each folder by the images directly in it, sorted."""
-    files: list[Path] = []
-    for path in paths:
-        files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    return files
-
-
 def run(args: argparse.Namespace) -> None:
-    paths = find_images(args.images)
+    paths = list_images(args.images)
     images = [read_image(path, args.size) for path in paths]
     layers = expand(args.layers, sites(meta_network(args.model)))
     extractor = DiffusionExtractor(
