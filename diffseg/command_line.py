@@ -20,12 +20,20 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
+def add_vae_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--vae`, which is `Weights.vae`."""
+    parser.add_argument(
+        '--vae', help="AutoencoderTiny in place of the model's VAE: hub id such as madebyollin/taesd, folder or file"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the model that matches images, see `matcher_of`."""
     parser.add_argument('--config', help='of a CorrespondenceModel')
     parser.add_argument('--checkpoint', help='of that model (default: none, as for zero-shot configs)')
     parser.add_argument('--category', help="of the objects, where the config's prompt names it")
     parser.add_argument('--model', help='preset, hub id, diffusers folder or checkpoint file, instead of a config')
+    add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', help='layer names, aliases, patterns or set names')
     parser.add_argument('--timesteps', nargs='+', type=int)
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
@@ -44,6 +52,8 @@ def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error('give either --config or --model')
     if args.model is not None and (not args.layers or not args.timesteps):
         parser.error('--model needs --layers and --timesteps')
+    if args.model is None and args.vae is not None:
+        parser.error('--vae goes with --model; a config has vae= in its backbone')
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
     args.size = tuple(args.size * 2)[:2] if args.size else None
@@ -55,5 +65,5 @@ def matcher_of(args: argparse.Namespace) -> tuple['CorrespondenceModel', list[di
 
     if args.config is not None:
         return load_matcher(args.config, args.checkpoint, args.category)
-    options = {name: getattr(args, name) for name in ('size', 'trajectory', 'prompt', 'ensemble', 'dtype')}
+    options = {name: getattr(args, name) for name in ('vae', 'size', 'trajectory', 'prompt', 'ensemble', 'dtype')}
     return zero_shot_matcher(args.model, args.layers, args.timesteps, **options)

@@ -117,6 +117,14 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
+def tiny_taesd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small `AutoencoderTiny` in diffusers' layout, that fits `tiny_pipeline`. Read only."""
+    folder = tmp_path_factory.mktemp('models') / 'tiny-taesd'
+    tiny.taesd(seed=7).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
 def shallow_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like `tiny_pipeline`, with a UNet of two levels, for fake tensors, whose operations take half a millisecond."""
     folder = tiny.save_sd15(tmp_path_factory.mktemp('models') / 'shallow-sd15')

@@ -465,7 +465,8 @@ def test_what_no_weight_tells_has_entries_of_its_own(make: Callable):
 def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Callable):
     options = set(inspect.signature(DiffusionExtractor.__init__).parameters) - {'self', *GROUPS}
     options |= {field.name for group in GROUPS.values() for field in fields(group)}
-    weights = {'model', 'revision', 'variant', 'config', 'network_weights', 'random'}  # whose values are fingerprinted
+    # the values of the weights are fingerprinted
+    weights = {'model', 'revision', 'variant', 'config', 'network_weights', 'vae', 'random'}
     speed = {'attention', 'vae_slicing', 'micro_batch', 'channels_last', 'compile', 'gradient_checkpointing'}
     recorded = {*make()._cache_context(), 'label', 'max_sequence_length'}  # the last two as what is made of prompts
     recorded |= {'transform', 'embedded_guidance', 'discard', 'average_draws'}  # which are recorded if there are such

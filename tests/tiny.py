@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -103,6 +104,14 @@ def vae(seed: int = 0, **config) -> AutoencoderKL:
         'sample_size': 64,
     }
     return AutoencoderKL(**{**defaults, **config}).eval()
+
+
+def taesd(seed: int = 0, **config) -> AutoencoderTiny:
+    """An `AutoencoderTiny`, of 8 channels unless there is a config."""
+    widths = {f'{part}_block_out_channels': (8, 8, 8, 8) for part in ('encoder', 'decoder')}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderTiny(**(config or widths)).eval()
 
 
 def tokenizer(pad_token: str = EOS) -> CLIPTokenizer:

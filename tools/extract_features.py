@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.command_line import default_device
+from diffseg.command_line import add_vae_argument, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import image_size, read_image
 from diffseg.diffusion.layer_sets import expand
@@ -50,6 +50,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('input', type=Path, help='a folder (searched in depth), a .txt file of paths, or one image')
     parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
+    add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
     parser.add_argument('--timesteps', nargs='+', type=int, required=True)
     parser.add_argument('--out', type=Path, required=True)
@@ -177,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
         ensemble=args.ensemble,
         seed=args.seed,
         dtype=args.dtype,
+        weights={'vae': args.vae},
     ).to(args.device)
     configuration = {
         **extractor.fingerprint,

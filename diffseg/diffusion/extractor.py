@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderTiny, DiTTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
@@ -149,6 +149,7 @@ class DiffusionExtractor(nn.Module):
             model,
             **source,
             network_weights=weights.network_weights,
+            vae=True if weights.vae is None else weights.vae,
             dtype=_dtype(dtype),
             attention=runtime.attention,
             random=weights.random,
@@ -171,6 +172,8 @@ class DiffusionExtractor(nn.Module):
             prompt = '' if prompt is None else prompt
             if options.get('type') == 'generation':
                 options.setdefault('guidance', 1.0)
+        if isinstance(self.vae, AutoencoderTiny):
+            _check_tiny(self.vae, scale_latent, runtime.vae_tiling)
         call = transformer_call(self.network)
         self._is_transformer = call is not None
         if self._is_transformer and options.get('type') == 'generation':
@@ -614,6 +617,17 @@ def _refuse(model: str | Path, **options: Any) -> None:
     """Raise a ValueError for options that have no effect, or none that could be meant, in pixel space."""
     if unsupported := [name for name, value in options.items() if value]:
         raise ValueError(f'{model} works on pixels, without VAE and text encoder; leave out {", ".join(unsupported)}')
+
+
+def _check_tiny(vae: AutoencoderTiny, scale_latent: bool, vae_tiling: bool) -> None:
+    """Raise a ValueError for options that an `AutoencoderTiny` does not have."""
+    if not scale_latent:
+        raise ValueError('scale_latent=False needs the VAE of the model; the latents of an AutoencoderTiny come scaled')
+    if vae_tiling and vae.config.latent_channels != 4:
+        raise ValueError(
+            f'vae_tiling: diffusers encodes tiles only to 4 channels, not {vae.config.latent_channels}; leave it out, '
+            'an AutoencoderTiny needs little memory'
+        )
 
 
 def _refuse_for_transformer(model: str | Path, **options: Any) -> None:

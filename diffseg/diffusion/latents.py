@@ -3,7 +3,9 @@
 Latents are scaled as the network that reads them expects. Each class of VAEs has its way:
 
 * `AutoencoderKL` (Stable Diffusion, SD3, Flux): (z - shift) * factor
-* `AutoencoderDC` (Sana's DC-AE): z * factor; there is no posterior to sample from
+* `AutoencoderTiny` (TAESD): the same; latents of those that were published come scaled, so that the factor is 1; there
+  is no posterior to sample from
+* `AutoencoderDC` (Sana's DC-AE): z * factor; no posterior either
 * `AutoencoderKLQwenImage`: (z - mean) / std for every channel; it encodes videos, here of one frame
 * `AutoencoderKLFlux2`: the same with the statistics of a batch norm, for every channel of patches of 2 x 2 cells
 """
@@ -12,7 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, ModelMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderTiny,
+    ModelMixin,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +71,7 @@ def _gaussian_of_frame(vae: AutoencoderKLQwenImage, images: Tensor) -> Posterior
     return Posterior(distribution.mean.squeeze(2), distribution.std.squeeze(2))
 
 
-def _of_config(vae: AutoencoderKL, device: torch.device) -> tuple[float, float]:
+def _of_config(vae: AutoencoderKL | AutoencoderTiny, device: torch.device) -> tuple[float, float]:
     return vae.config.shift_factor or 0, vae.config.scaling_factor
 
 
@@ -84,6 +93,14 @@ LATENT_SPACES = (
         factor=_halvings('block_out_channels'),
         channels=lambda config: config['latent_channels'],
         encode=_gaussian,
+        decode=lambda vae, z: vae.decode(z).sample,
+        statistics=_of_config,
+    ),
+    LatentSpace(
+        AutoencoderTiny,
+        factor=_halvings('encoder_block_out_channels'),
+        channels=lambda config: config['latent_channels'],
+        encode=lambda vae, images: Posterior(vae.encode(images).latents, None),
         decode=lambda vae, z: vae.decode(z).sample,
         statistics=_of_config,
     ),
@@ -114,7 +131,7 @@ LATENT_SPACES = (
     ),
 )
 VAES = tuple(space.vae for space in LATENT_SPACES)
-VAE = AutoencoderKL | AutoencoderDC | AutoencoderKLQwenImage | AutoencoderKLFlux2
+VAE = AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderKLQwenImage | AutoencoderKLFlux2
 
 
 def latent_space(vae: VAE | Mapping[str, Any]) -> LatentSpace:

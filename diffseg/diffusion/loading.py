@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
@@ -39,6 +39,14 @@ from diffseg.diffusion.network_call import transformer_call
 from diffseg.diffusion.presets import PRESETS, Preset, get_preset, preset_of_repo
 from diffseg.diffusion.schedules import FlowSchedule, NoiseSchedule, build_schedule
 from diffseg.diffusion.sites import KINDS, Network
+from diffseg.diffusion.taesd import (
+    convert_decoder,
+    convert_encoder,
+    decoder_of,
+    find_encoder,
+    has_published_names,
+    latent_channels,
+)
 
 CHECKPOINT_SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
 FOLDER_LAYOUT = (
@@ -57,6 +65,7 @@ SINGLE_FILE_PRESETS = {
     'flux-dev': ('flux-dev',),
     'flux-schnell': ('flux-schnell',),
 }
+TINY_REPLACES = (AutoencoderKL.__name__, AutoencoderTiny.__name__)  # VAEs that an AutoencoderTiny can replace
 FINGERPRINT_SAMPLES = 64
 REFUSED_CLASS = re.compile(r'unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)', re.IGNORECASE)  # in torch's errors
 VARIANT = re.compile(r'\w+\.(?P<variant>[\w-]+?)(-\d+-of-\d+)?\.(safetensors|bin)')  # of a file of weights
@@ -234,7 +243,7 @@ def load_parts(
     network_weights: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     attention: str = 'auto',
-    vae: bool = True,
+    vae: bool | str | Path = True,
     random: Sequence[str] = (),
     seed: int = 0,
 ) -> DiffusionParts:
@@ -252,7 +261,9 @@ def load_parts(
             would overflow.
         attention: 'sdpa' (torch's fused attention), 'eager' (plain matrix products), 'xformers' (needs a GPU), or
             'auto', which is 'sdpa'.
-        vae: Whether the VAE is loaded, if there is one.
+        vae: Whether the VAE is loaded, if there is one; or the hub id, folder or file of an `AutoencoderTiny` to load
+            in its place, in the names of diffusers or of its authors, see `taesd`. It must have as many latent channels
+            and the same factor as the model's VAE, which must be an `AutoencoderKL`.
         random: Parts ('unet', 'transformer', 'vae') with random weights; those of the model are not read.
         seed: Of the random weights.
 
@@ -287,20 +298,23 @@ def load_parts(
             return _fill(part, part_config, weights, str(network_weights), dtype)
         return _load(part, part_config, source, checkpoint, dtype)
 
+    encoder, vae_config = None, configs.vae
+    if not isinstance(vae, bool):
+        encoder = _load_tiny(vae, configs, source, dtype, decoder=False, seed=seed if 'vae' in random else None)
+        _remove_decoder(encoder)
+        vae_config = {**encoder.config, '_class_name': AutoencoderTiny.__name__}
     network = load(configs.part, dtype)
-    encoder = None
-    if vae and not configs.pixel_space:
+    if vae is True and not configs.pixel_space:
         overflows = dtype == torch.float16 and configs.vae.get('force_upcast', False)
         encoder = load('vae', torch.float32 if overflows else dtype)
-        for name in DECODER_PARTS:
-            setattr(encoder, name, nn.Identity())  # some VAEs look for it when they encode
+        _remove_decoder(encoder)
     parts = {configs.part: network} if encoder is None else {configs.part: network, 'vae': encoder}
     for part in parts.values():
         set_attention(part, attention)
     return DiffusionParts(
         network=network,
         vae=encoder,
-        vae_config=configs.vae,
+        vae_config=vae_config,
         scheduler_config=configs.scheduler,
         source=source,
         fingerprint='+'.join(f'{name}-{fingerprint(part.state_dict())}' for name, part in parts.items()),
@@ -313,18 +327,110 @@ def load_vae(
     revision: str | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
+    vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> VAE:
-    """Load a model's whole VAE, with the decoder that `load_parts` leaves out, on the CPU.
+    """Load a model's whole VAE, or an `AutoencoderTiny` in its place, with the decoder that `load_parts` leaves out.
 
-    Arguments and errors are those of `load_parts`.
+    Arguments and errors are those of `load_parts`; `vae` is None for the VAE of the model.
     """
     source = find_source(model, revision=revision, variant=variant, config=config)
     checkpoint = read_checkpoint(source.location) if source.kind == 'file' else None
     configs = _load_config(source, checkpoint)
     if configs.vae is None:
         raise FileNotFoundError(f'{source.location} has no vae/ with a configuration; expected {FOLDER_LAYOUT}')
+    if vae is not None:
+        return _load_tiny(vae, configs, source, dtype, decoder=True)
     return _load('vae', configs.vae, source, checkpoint, dtype)
+
+
+def _load_tiny(
+    location: str | Path,
+    configs: ModelConfig,
+    source: ModelSource,
+    dtype: torch.dtype,
+    *,
+    decoder: bool,
+    seed: int | None = None,
+) -> AutoencoderTiny:
+    """An `AutoencoderTiny` in place of a model's VAE, see `load_parts`.
+
+    Args:
+        location: Hub id, folder or file.
+        configs: Of the model.
+        source: Of the model.
+        dtype: Of the weights.
+        decoder: Whether the weights of the decoder are needed.
+        seed: Of random weights in place of those of a location, whose configuration is read if it is a folder's.
+    """
+    if configs.vae is None:
+        raise ValueError(f'{source.location} works on pixels, without VAE; leave out vae={str(location)!r}')
+    if (kind := configs.vae.get('_class_name', AutoencoderKL.__name__)) not in TINY_REPLACES:
+        raise ValueError(
+            f'the VAE of {source.location} is a {kind}; an AutoencoderTiny replaces only {" or ".join(TINY_REPLACES)}. '
+            f'Leave out vae={str(location)!r}'
+        )
+    vae = _read_tiny(location, configs.vae['latent_channels'], dtype, decoder, seed)
+    expected, theirs = (
+        {'latent channels': space.channels(config), 'image pixels per latent cell': space.factor(config)}
+        for space, config in ((latent_space(configs.vae), configs.vae), (latent_space(vae), vae.config))
+    )
+    if expected != theirs:
+        has, needs = (' and '.join(f'{n} {what}' for what, n in x.items()) for x in (theirs, expected))
+        raise ValueError(
+            f'the AutoencoderTiny {location} has {has}; {source.location} needs {needs}. TAESD (madebyollin/taesd) is '
+            'for Stable Diffusion 1 and 2, taesdxl for SDXL, taesd3 for SD3, taef1 for Flux'
+        )
+    return vae
+
+
+def _read_tiny(
+    location: str | Path, channels: int, dtype: torch.dtype, decoder: bool, seed: int | None
+) -> AutoencoderTiny:
+    """An `AutoencoderTiny` of any number of latent channels; those of a random one are `channels`."""
+    name = AutoencoderTiny.__name__
+    path = Path(location).expanduser()
+    has_config = (path / 'config.json').is_file()
+    if not path.exists() and (str(location).count('/') != 1 or path.suffix.lower() in CHECKPOINT_SUFFIXES):
+        raise FileNotFoundError(f'no {name} at {path}; give a hub id such as madebyollin/taesd, a folder or a file')
+    if seed is not None and not has_config:
+        return _initialise('vae', _complete('vae', {'_class_name': name, 'latent_channels': channels}), seed, dtype)
+    if path.exists() and not has_config:
+        return _read_tiny_file(find_encoder(path) if path.is_dir() else path, dtype, decoder)
+    text = str(path) if has_config else str(location)
+    try:
+        config = AutoencoderTiny.load_config(text)
+        if config.get('_class_name') != name:
+            raise ValueError(f'{location} is a {config.get("_class_name")}, not an {name}')
+        if seed is not None:
+            return _initialise('vae', _complete('vae', config), seed, dtype)
+        return _read_pretrained(AutoencoderTiny, 'vae', text, text, dtype)
+    except (OSError, HFValidationError) as error:
+        raise OSError(
+            f'cannot read the {name} {location}: {reason_of(error)}. Without network, give a folder (config.json and '
+            'weights, or taesd_encoder.safetensors) or a file'
+        ) from error
+
+
+def _read_tiny_file(path: Path, dtype: torch.dtype, decoder: bool) -> AutoencoderTiny:
+    """An `AutoencoderTiny` of the published sizes, in diffusers' names or as the file of an encoder of its authors."""
+    state = read_checkpoint(path)
+    if has_published_names(state):
+        try:
+            state = convert_encoder(state)
+        except ValueError as error:
+            raise ValueError(f'{path} is not the encoder of an AutoencoderTiny: {error}') from error
+        if decoder:
+            state |= convert_decoder(read_checkpoint(decoder_of(path)))
+    config = {'_class_name': AutoencoderTiny.__name__, 'latent_channels': latent_channels(state)}
+    if not decoder:
+        state = {name: x for name, x in state.items() if not name.startswith('decoder.')}
+    return _fill('vae', _complete('vae', config), state, str(path), dtype, decoder=decoder)
+
+
+def _remove_decoder(vae: VAE) -> None:
+    for name in DECODER_PARTS:
+        setattr(vae, name, nn.Identity())  # some VAEs look for it when they encode
 
 
 @torch.no_grad()
@@ -557,28 +663,39 @@ def _load(
 
 
 def _from_pretrained(cls: type, part: str, source: ModelSource, dtype: torch.dtype) -> ModelMixin:
+    where = {'subfolder': part, 'revision': source.revision, 'variant': source.variant}
     try:
-        model, info = cls.from_pretrained(
-            source.location,
-            subfolder=part,
-            revision=source.revision,
-            variant=source.variant,
-            torch_dtype=dtype,
-            output_loading_info=True,
-        )
+        return _read_pretrained(cls, part, source.location, f'{source.location}/{part}', dtype, **where)
     except (OSError, HFValidationError) as error:
         raise explain(source, part, error) from error
+
+
+def _read_pretrained(
+    cls: type, part: str, location: str, path: str, dtype: torch.dtype, **where: str | None
+) -> ModelMixin:
+    """A model of diffusers, strictly. Raises an OSError or `HFValidationError` if it cannot be read."""
+    try:
+        model, info = cls.from_pretrained(location, torch_dtype=dtype, output_loading_info=True, **where)
+    except HFValidationError:
+        raise
     except (ValueError, RuntimeError) as error:  # different shapes
-        raise _misfit(part, f'{source.location}/{part}', str(error).split('. If you want')[0]) from error
-    _check_keys(part, f'{source.location}/{part}', info['missing_keys'], info['unexpected_keys'])
+        raise _misfit(part, path, str(error).split('. If you want')[0]) from error
+    _check_keys(part, path, info['missing_keys'], info['unexpected_keys'])
     return model.eval()
 
 
 def _fill(
-    part: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str, dtype: torch.dtype
+    part: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: str,
+    dtype: torch.dtype,
+    decoder: bool = True,
 ) -> ModelMixin:
-    """Build a part with the weights of a state dict, strictly."""
+    """Build a part with the weights of a state dict, strictly; without `decoder` a VAE has none."""
     model = _on_meta(part, config)
+    if not decoder:
+        _remove_decoder(model)
     expected = model.state_dict()
     _check_keys(part, path, expected.keys() - state.keys(), state.keys() - expected.keys())
     for name, tensor in expected.items():

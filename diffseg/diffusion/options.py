@@ -19,6 +19,8 @@ class Weights:
         config: Preset or folder that describes a single checkpoint file, see `load_parts`.
         random: Parts ('unet', 'vae') that are initialised at random instead of loaded.
         network_weights: File with other weights for the UNet, see `load_parts`.
+        vae: An `AutoencoderTiny` (TAESD) in place of the model's VAE, with a small part of its operations: a hub id
+            such as 'madebyollin/taesd', a folder or a file, see `load_parts`.
         lora_weights: Ready-made weights of low rank to add to those of the UNet and, for prompts, of the text encoders:
             files, folders or hub ids, see `read_lora`, each alone or with a scale, as `('file.safetensors', 0.8)`.
         controlnet: A ControlNet, or several whose effects add up, that condition the UNet: `dict(model=...)` with a
@@ -31,6 +33,7 @@ class Weights:
     config: str | Path | None = None
     random: Sequence[str] = ()
     network_weights: str | Path | None = None
+    vae: str | Path | None = None
     lora_weights: Sequence[LoraSource] = ()
     controlnet: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
     textual_inversion: Sequence[str | Path] = ()

@@ -143,6 +143,17 @@ def test_another_text_encoder_is_another_configuration(run, tiny_pipeline, tmp_p
     assert 'another configuration (text_encoder: ' in capsys.readouterr().err
 
 
+def test_a_tiny_vae_in_place_of_the_models(run, photos, tiny_pipeline, tiny_taesd, tmp_path, capsys):
+    assert run('--vae', tiny_taesd, '--save-dtype', 'float32') == 0
+    extractor = DiffusionExtractor(tiny_pipeline, LAYERS, [50, 300], weights={'vae': tiny_taesd})
+    with torch.no_grad():
+        expected = extractor(read_image(photos / 'b/x.png')[None])
+    stored = load_file(tmp_path / 'out' / 'b/x.png.safetensors')
+    assert all(torch.equal(stored[name], x[0]) for name, x in expected.items())
+    assert run('--save-dtype', 'float32') == 2
+    assert 'another configuration (weights: ' in capsys.readouterr().err
+
+
 def test_shards_share_the_work(run, tmp_path):
     for shard, count in (('0/3', 2), ('2/3', 3), ('1/3', 5)):
         assert run('--shard', shard) == 0

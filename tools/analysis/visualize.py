@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from diffseg.command_line import default_device
+from diffseg.command_line import add_vae_argument, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand
@@ -26,6 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', type=Path, help='image files, or folders of them')
     parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
+    add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
     parser.add_argument('--timesteps', nargs='+', type=int, required=True)
     parser.add_argument('--out', type=Path, required=True, help='the PNG to write')
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         ensemble=args.ensemble,
         seed=args.seed,
         dtype=args.dtype,
+        weights={'vae': args.vae},
     ).to(args.device)
     rows = [[to_picture(image)] for image in images]
     with torch.inference_mode():

@@ -59,7 +59,7 @@ from diffseg.visualization import colour_labels, grid, to_picture, to_pil
 
 SHOWN = 8  # images on the overview
 FILES = 'revision', 'variant', 'config'  # options of a backbone: the files of its parts,
-CHANGES = 'network_weights', 'lora_weights', 'textual_inversion', 'random'  # changes of their weights,
+CHANGES = 'network_weights', 'vae', 'lora_weights', 'textual_inversion', 'random'  # changes of their weights,
 RUNNING = 'dtype', 'attention', 'micro_batch', 'channels_last', 'cache_dir'  # and how they are run
 
 
@@ -150,7 +150,7 @@ def generate(backbone: dict, args: argparse.Namespace) -> list[Path]:
     ).to(args.device)
     vae = None
     if extractor.vae is not None:
-        vae = load_vae(backbone.model, **files, dtype=extractor.vae.dtype).to(args.device)
+        vae = load_vae(backbone.model, **files, vae=backbone.get('vae'), dtype=extractor.vae.dtype).to(args.device)
     side = args.size or unet.config.sample_size * extractor.parts.vae_scale_factor
     folder = args.out / 'all'
     folder.mkdir(parents=True, exist_ok=True)

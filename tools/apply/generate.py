@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffseg.command_line import default_device
+from diffseg.command_line import add_vae_argument, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import decode
 from diffseg.diffusion.layer_sets import expand
@@ -41,6 +41,7 @@ from diffseg.visualization import to_picture, to_pil
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='preset, hub id, diffusers folder or checkpoint file')
+    add_vae_argument(parser)
     parser.add_argument('--prompt', nargs='+', default=[''])
     parser.add_argument('--seed', nargs='+', type=int, default=[0], help='one image per prompt and seed')
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
@@ -89,8 +90,11 @@ def run(args: argparse.Namespace) -> None:
         },
         prompt=args.prompt,
         dtype=args.dtype,
+        weights={'vae': args.vae},
     ).to(args.device)
-    vae = None if extractor.vae is None else load_vae(args.model, dtype=extractor.vae.dtype).to(args.device)
+    vae = None
+    if extractor.vae is not None:
+        vae = load_vae(args.model, vae=args.vae, dtype=extractor.vae.dtype).to(args.device)
     size = args.size or (unet.config.sample_size * extractor.parts.vae_scale_factor,) * 2
     per_image = ('prompt', 'seed')
     configuration = {key: value for key, value in extractor.fingerprint.items() if key not in per_image}

@@ -109,7 +109,7 @@ def test_goes_on_where_it_was_and_takes_images_that_are_given(run, tmp_path):
     assert (tmp_path / 'c/uncertainty.csv').read_text() == (tmp_path / 'a/uncertainty.csv').read_text()
 
 
-def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained, tiny_pipeline, tmp_path, monkeypatch):
+def test_images_are_generated_by_the_network_that_reads_them(tool, tiny_pipeline, tiny_taesd, tmp_path, monkeypatch):
     """Weights, adapters, revision and dtype are the config's, also those of the decoder."""
     seen = []
 
@@ -125,7 +125,7 @@ def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained,
     weights = tmp_path / 'unet.safetensors'
     unet = load_parts(tiny_pipeline, vae=False).network
     save_file({name: 2 * x for name, x in unet.state_dict().items()}, weights)
-    read = dict(revision='main', network_weights=str(weights), dtype='bfloat16')
+    read = dict(revision='main', network_weights=str(weights), vae=str(tiny_taesd), dtype='bfloat16')
     options = Config(
         {'model': str(tiny_pipeline), 'layers': ['dift-1'], 'timesteps': [50], 'prompt': 'a horse', **read}
     )
@@ -134,9 +134,9 @@ def test_images_are_generated_by_the_network_that_reads_them(tool, run, trained,
     assert Image.open(path).size == (64, 64)
     network, extractor, decoder = seen
     assert network == {'revision': 'main'}
-    assert extractor['weights'] == Weights(revision='main', network_weights=str(weights))
+    assert extractor['weights'] == Weights(revision='main', network_weights=str(weights), vae=str(tiny_taesd))
     assert extractor['dtype'] == 'bfloat16' and extractor['prompt'] == ['']
-    assert decoder == {'revision': 'main', 'dtype': torch.bfloat16}
+    assert decoder == {'revision': 'main', 'vae': str(tiny_taesd), 'dtype': torch.bfloat16}
 
 
 def test_ancestral_samples_are_those_of_the_learned_variance(tool, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -76,6 +77,19 @@ def test_spacing_and_offset(run: Callable, tmp_path: Path, capsys):
     assert (trajectory['spacing'], trajectory['steps_offset']) == ('trailing', 1)
     assert run('--steps-offset', '0') == 2
     assert 'generation trajectory, which has 800, 600, ..., 0' in capsys.readouterr().err
+
+
+def test_latents_are_decoded_by_the_vae_that_is_given(
+    run: Callable, tiny_pipeline: Path, tiny_taesd: Path, tmp_path: Path
+):
+    assert run('--vae', str(tiny_taesd), '--size', '64') == 0
+    options = {'trajectory': {'type': 'generation', 'steps': 5}, 'prompt': 'A horse, red!'}
+    extractor = DiffusionExtractor(tiny_pipeline, ['dhf-1-1'], TIMESTEPS, **options)
+    with torch.no_grad():
+        _, latent = extractor.generate((64, 64))
+        pixels = (decode(AutoencoderTiny.from_pretrained(tiny_taesd), latent)[0].permute(1, 2, 0) / 2 + 0.5) * 255
+    image = np.asarray(Image.open(tmp_path / 'out' / 'a-horse-red-0.png'))
+    assert np.abs(image - pixels.numpy()).max() < 0.6
 
 
 def test_errors(run: Callable, capsys):

@@ -87,6 +87,12 @@ def test_an_image_matches_itself(run: Callable, tiny_pipeline: Path, tmp_path: P
     assert pictures[1].height > 4 * 150 and all(np.asarray(picture).std() > 20 for picture in pictures)
 
 
+def test_similarities_are_those_of_the_vae_that_is_given(run: Callable, tiny_pipeline: Path, tiny_taesd: Path):
+    options = '--points', '3,4', '50.5,60', '--model', tiny_pipeline, *ZERO_SHOT
+    printed = [run(*options, *vae, files=('a.png', 'b.png')) for vae in ((), ('--vae', tiny_taesd))]
+    assert not np.allclose(*(table(text)[:, 4] for text in printed))
+
+
 def test_points_from_files_and_json(run: Callable, tiny_pipeline: Path, tmp_path: Path):
     (tmp_path / 'points.csv').write_text('3,4\n\n50.5 60\n')
     (tmp_path / 'points.json').write_text('[[3, 4], [50.5, 60]]')

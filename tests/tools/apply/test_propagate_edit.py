@@ -121,6 +121,7 @@ def test_errors(run, tool, folder, tmp_path, capsys):
         (['x.png', '--samples', '0'], '--samples takes a number above 0'),
         (['x.png', '--threshold', '0'], '--threshold takes a number above 0'),
         (['x.png', '--config', 'c', '--model', 'm'], 'give either --config or --model'),
+        (['x.png', '--config', 'c', '--vae', 'v'], '--vae goes with --model'),
     ):
         with pytest.raises(SystemExit):
             tool.main(['source.png', 'sticker.png', *given, '--out', str(tmp_path / 'out')])
