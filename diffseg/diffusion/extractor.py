@@ -25,7 +25,7 @@ from diffseg.diffusion.network_call import network_dtype, transformer_call
 from diffseg.diffusion.options import LoraSource, Runtime, Weights, as_group
 from diffseg.diffusion.pipeline_prompts import prompt_encoder
 from diffseg.diffusion.schedules import Timestep
-from diffseg.diffusion.sites import AttentionMode, Site, aggregates, resolve, sites
+from diffseg.diffusion.sites import AttentionMode, Site, aggregates, kind_of, resolve, sites
 from diffseg.diffusion.trajectories import (
     Activations,
     Condition,
@@ -182,7 +182,6 @@ class DiffusionExtractor(nn.Module):
         if self._is_transformer:
             _refuse_for_transformer(
                 model,
-                lora_weights=weights.lora_weights,
                 controlnet=weights.controlnet,
                 textual_inversion=weights.textual_inversion,
                 attention_maps=attention_maps,
@@ -194,9 +193,9 @@ class DiffusionExtractor(nn.Module):
             prompt = str(label)
         self._lora = []
         for path, scale in map(_scaled, weights.lora_weights):
-            lora = read_lora(path, self.network.config, scale)
+            lora = read_lora(path, self.network, scale)
             fuse_lora(self.network, lora)
-            self._lora.append(lora.without('unet'))  # what is left is for text encoders
+            self._lora.append(lora.without(kind_of(self.network).part))  # what is left is for text encoders
         controlnets = [weights.controlnet] if isinstance(weights.controlnet, Mapping) else weights.controlnet
         self.controls = nn.ModuleList(
             load_control(self.network, **control, attention=runtime.attention) for control in controlnets
@@ -227,6 +226,11 @@ class DiffusionExtractor(nn.Module):
         if runtime.vae_tiling:
             self.vae.enable_tiling()
         if runtime.gradient_checkpointing:
+            if not self.network._supports_gradient_checkpointing:
+                raise ValueError(
+                    f'diffusers has no gradient checkpointing for a {type(self.network).__name__}; leave out '
+                    'gradient_checkpointing'
+                )
             self.network.enable_gradient_checkpointing()
         self._denoiser = Denoiser(
             self.network,

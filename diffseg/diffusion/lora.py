@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders import (
+    AuraFlowLoraLoaderMixin,
+    Flux2LoraLoaderMixin,
+    FluxLoraLoaderMixin,
+    Lumina2LoraLoaderMixin,
+    QwenImageLoraLoaderMixin,
+    SanaLoraLoaderMixin,
+    SD3LoraLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+    ZImageLoraLoaderMixin,
+)
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffseg.diffusion.loading import read_checkpoint, reason_of
+from diffseg.diffusion.sites import Network, kind_of
 
 FILE_NAME = 'pytorch_lora_weights.safetensors'  # diffusers'
 DOWN, UP = r'(lora_A|lora_down|\w+\.down)', r'(lora_B|lora_up|\w+\.up)'  # the two matrices of a module
@@ -34,7 +43,7 @@ def require_peft() -> None:
 
 
 def add_lora(
-    unet: UNet2DConditionModel,
+    network: Network,
     modules: Collection[str],
     *,
     r: int = 8,
@@ -46,7 +55,7 @@ def add_lora(
     Their weights are in float32, also with a UNet in half precision.
 
     Args:
-        unet: The network; changed in place.
+        network: The UNet or transformer; changed in place.
         modules: Names of the candidate modules.
         r: Rank.
         lora_alpha: The layers' output is multiplied by this over `r`; None is `r`.
@@ -60,23 +69,22 @@ def add_lora(
         ValueError: The rank is below 1, or a target matches no candidate.
     """
     require_peft()
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    if not hasattr(unet, 'add_adapter'):
-        raise ValueError(f'diffusers has no LoRA for a {type(unet).__name__}; train parts of it with `trainable`')
     if r < 1:
         raise ValueError(f'the rank r of LoRA is {r}; it is 1 or more')
-    candidates = [name for name in modules if isinstance(unet.get_submodule(name), nn.Linear | nn.Conv2d)]
+    candidates = [name for name in modules if isinstance(network.get_submodule(name), nn.Linear | nn.Conv2d)]
     chosen = {end: [name for name in candidates if fnmatchcase(f'.{name}', f'*.{end}')] for end in target_modules}
     if void := [end for end, names in chosen.items() if not names]:
         raise ValueError(
-            f'target_modules {void} of LoRA name no linear layer or convolution of the UNet that the chosen layers '
+            f'target_modules {void} of LoRA name no linear layer or convolution of the network that the chosen layers '
             f'depend on; such are {", ".join(candidates[:3])}, ...'
         )
     names = sorted({name for matches in chosen.values() for name in matches})
     # peft matches them as ends of names; none is the end of another
-    unet.add_adapter(LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=names))
-    added = {name: parameter for name, parameter in unet.named_parameters() if '.lora_' in name}
+    config = LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=names)
+    inject_adapter_in_model(config, network)
+    added = {name: parameter for name, parameter in network.named_parameters() if '.lora_' in name}
     for parameter in added.values():
         parameter.data = parameter.data.to(torch.float32)
     return list(added)
@@ -90,7 +98,8 @@ class LoraWeights:
         path: The file.
         scale: Factor of the change of the weights.
         digest: Of the file's content.
-        state: Tensors in diffusers' names, those of the UNet after 'unet.', others after 'text_encoder.' and so on.
+        state: Tensors in diffusers' names, those of the network after 'unet.' or 'transformer.', others after
+            'text_encoder.' and so on.
         alphas: Alphas of the modules, in files of kohya's kind.
         metadata: The configuration of peft that diffusers writes into files.
     """
@@ -103,7 +112,7 @@ class LoraWeights:
     metadata: Mapping[str, Any] | None
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors for 'unet', 'text_encoder' or 'text_encoder_2'."""
+        """The tensors for 'unet', 'transformer', 'text_encoder' and so on."""
         return {key: tensor for key, tensor in self.state.items() if key.startswith(f'{name}.')}
 
     def without(self, name: str) -> 'LoraWeights':
@@ -112,21 +121,43 @@ class LoraWeights:
         return replace(self, state=rest)
 
 
-def read_lora(source: str | Path, network_config: FrozenDict, scale: float = 1.0) -> LoraWeights:
-    """Read weights in diffusers' or kohya's format, for SD or SDXL.
+# How diffusers' pipelines of a transformer read LoRA weights: their own format, and others that they convert.
+TRANSFORMER_LORA = {
+    'AuraFlowTransformer2DModel': AuraFlowLoraLoaderMixin,
+    'Flux2Transformer2DModel': Flux2LoraLoaderMixin,
+    'FluxTransformer2DModel': FluxLoraLoaderMixin,
+    'Lumina2Transformer2DModel': Lumina2LoraLoaderMixin,
+    'QwenImageTransformer2DModel': QwenImageLoraLoaderMixin,
+    'SanaTransformer2DModel': SanaLoraLoaderMixin,
+    'SD3Transformer2DModel': SD3LoraLoaderMixin,
+    'ZImageTransformer2DModel': ZImageLoraLoaderMixin,
+}
+
+
+def read_lora(source: str | Path, network: Network, scale: float = 1.0) -> LoraWeights:
+    """Read weights in diffusers' format, or in another one that diffusers converts for this network.
+
+    For UNets and Flux that is kohya's, among others.
 
     Args:
         source: A safetensors file; a folder with one, or with one of diffusers' name; or on the hub, as 'owner/name' or
             'owner/name/file.safetensors'.
-        network_config: Configuration of the UNet that they are for.
+        network: The UNet or transformer that they are for.
         scale: Factor of the change of the weights.
 
     Raises:
         ImportError: peft is not installed.
         OSError: The file does not exist or is damaged, or the hub cannot be reached.
-        ValueError: The file has another format.
+        ValueError: The file has another format, or diffusers has no LoRA for this network.
     """
     require_peft()
+    name = type(network).__name__
+    loader = StableDiffusionXLLoraLoaderMixin if kind_of(network).part == 'unet' else TRANSFORMER_LORA.get(name)
+    if loader is None:
+        raise ValueError(
+            f'diffusers reads no LoRA weights for a {name}, only for UNets and {", ".join(sorted(TRANSFORMER_LORA))}; '
+            'leave out lora_weights'
+        )
     path = _find(source)
     names = list(read_checkpoint(path))
     if kinds := {kind for part, kind in UNSUPPORTED.items() if any(part in name for name in names)}:
@@ -134,15 +165,19 @@ def read_lora(source: str | Path, network_config: FrozenDict, scale: float = 1.0
     if not any('lora' in name for name in names):
         raise ValueError(f'{path} holds no LoRA weights; its tensors have names such as {names[0]!r}')
     try:
-        state, alphas, metadata = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-            str(path), network_config=network_config, use_safetensors=True, return_lora_metadata=True
+        state, *alphas, metadata = loader.lora_state_dict(
+            str(path),
+            network_config=network.config,
+            use_safetensors=True,
+            return_alphas=True,
+            return_lora_metadata=True,
         )
-    except (ValueError, KeyError, IndexError) as error:  # names that are unknown to the converter
+    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:  # names unknown to converters
         raise ValueError(f'{path} has LoRA weights in an unknown format: {reason_of(error)}') from error
     if any(name.endswith('.alpha') for name in state):
         state = _apply_alphas(state, metadata, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return LoraWeights(str(path), scale, digest, state, alphas, metadata)
+    return LoraWeights(str(path), scale, digest, state, alphas[0] if alphas else None, metadata)
 
 
 def _apply_alphas(state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, path: Path) -> dict[str, Tensor]:
@@ -191,20 +226,21 @@ def _find(source: str | Path) -> Path:
         ) from error
 
 
-def fuse_lora(unet: UNet2DConditionModel, weights: LoraWeights) -> None:
-    """Add pretrained LoRA weights to those of a UNet, in place.
+def fuse_lora(network: Network, weights: LoraWeights) -> None:
+    """Add pretrained LoRA weights to those of a network, in place.
 
     Raises:
-        ValueError: They do not match, or there are none for a UNet.
+        ValueError: They do not match, or there are none for such a network.
     """
-    if not weights.part('unet'):
-        raise ValueError(f'{weights.path} holds no LoRA weights for a UNet')
-    with _all_fitting(unet, 'unet', weights):
-        unet.load_lora_adapter(
-            dict(weights.state), prefix='unet', network_alphas=weights.alphas, metadata=weights.metadata
+    part = kind_of(network).part
+    if not weights.part(part):
+        raise ValueError(f'{weights.path} holds no LoRA weights for a {"UNet" if part == "unet" else part}')
+    with _all_fitting(network, part, weights):
+        network.load_lora_adapter(
+            dict(weights.state), prefix=part, network_alphas=weights.alphas, metadata=weights.metadata
         )
-    unet.fuse_lora(weights.scale)
-    unet.unload_lora()
+    network.fuse_lora(weights.scale)
+    network.unload_lora()
 
 
 def fuse_text_lora(encoder: PreTrainedModel, part: str, weights: LoraWeights) -> None:

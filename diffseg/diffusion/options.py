@@ -21,8 +21,9 @@ class Weights:
         network_weights: File with other weights for the UNet, see `load_parts`.
         vae: An `AutoencoderTiny` (TAESD) in place of the model's VAE, with a small part of its operations: a hub id
             such as 'madebyollin/taesd', a folder or a file, see `load_parts`.
-        lora_weights: Ready-made weights of low rank to add to those of the UNet and, for prompts, of the text encoders:
-            files, folders or hub ids, see `read_lora`, each alone or with a scale, as `('file.safetensors', 0.8)`.
+        lora_weights: Ready-made weights of low rank to add to those of the network and, for Stable Diffusion's prompts,
+            of the text encoders: files, folders or hub ids, see `read_lora`, each alone or with a scale, as
+            `('file.safetensors', 0.8)`.
         controlnet: A ControlNet, or several whose effects add up, that condition the UNet: `dict(model=...)` with a
             diffusers folder or hub id and, if wanted, `image`, `scale` (see `Control`), `revision`, `variant`.
         textual_inversion: Files of learned tokens, which prompts may hold, see `read_inversion`.

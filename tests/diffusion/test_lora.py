@@ -112,7 +112,7 @@ def test_fused_weights_do_what_the_layers_did(kind: str, folder: Path, unet, enc
         source = folder / FILE_NAME if kind == 'file' else str(folder)
     fused, text = tiny.unet(), tiny.text_encoder(tiny.tokenizer())
     modules, plain = [name for name, _ in fused.named_modules()], predict(fused)
-    weights = read_lora(source, fused.config)
+    weights = read_lora(source, fused)
     fuse_lora(fused, weights)
     fuse_text_lora(text, 'text_encoder', weights)
     assert [name for name, _ in fused.named_modules()] == modules
@@ -123,11 +123,11 @@ def test_fused_weights_do_what_the_layers_did(kind: str, folder: Path, unet, enc
 
 def test_scales_add_up(folder: Path):
     once, twice = tiny.unet(), tiny.unet()
-    fuse_lora(once, read_lora(folder, once.config, 0.75))
+    fuse_lora(once, read_lora(folder, once, 0.75))
     text_once, text_twice = (tiny.text_encoder(tiny.tokenizer()) for _ in range(2))
-    fuse_text_lora(text_once, 'text_encoder', read_lora(folder, once.config, 0.75))
+    fuse_text_lora(text_once, 'text_encoder', read_lora(folder, once, 0.75))
     for scale in (0.5, 0.25):
-        weights = read_lora(folder, twice.config, scale)
+        weights = read_lora(folder, twice, scale)
         fuse_lora(twice, weights)
         fuse_text_lora(text_twice, 'text_encoder', weights)
     torch.testing.assert_close(predict(once), predict(twice), rtol=1e-4, atol=1e-5)
@@ -137,15 +137,15 @@ def test_scales_add_up(folder: Path):
 def test_a_part_that_is_not_there_is_left_alone(folder: Path):
     encoder = tiny.text_encoder(tiny.tokenizer(), projection=True)
     before = copy.deepcopy(encoder.state_dict())
-    fuse_text_lora(encoder, 'text_encoder_2', read_lora(folder, tiny.unet().config))
+    fuse_text_lora(encoder, 'text_encoder_2', read_lora(folder, tiny.unet()))
     assert all(torch.equal(x, before[name]) for name, x in encoder.state_dict().items())
 
 
 def test_digests_tell_contents_apart(folder: Path, tmp_path: Path):
-    state, config = load_file(folder / FILE_NAME), tiny.unet().config
+    state, unet = load_file(folder / FILE_NAME), tiny.unet()
     save_file({name: x * 2 for name, x in state.items()}, tmp_path / 'other.safetensors')
     (tmp_path / 'same.safetensors').write_bytes((folder / FILE_NAME).read_bytes())
-    digests = [read_lora(path, config).digest for path in (folder, *sorted(tmp_path.glob('*')))]
+    digests = [read_lora(path, unet).digest for path in (folder, *sorted(tmp_path.glob('*')))]
     assert digests[0] == digests[2] != digests[1]
 
 
@@ -153,7 +153,7 @@ def test_digests_tell_contents_apart(folder: Path, tmp_path: Path):
 
 
 def test_prompts_are_encoded_with_the_text_encoders_part(folder: Path, tiny_pipeline: Path):
-    weights = [read_lora(folder, tiny.unet().config, scale) for scale in (1.0, 0.5)]
+    weights = [read_lora(folder, tiny.unet(), scale) for scale in (1.0, 0.5)]
     plain, *others = (PromptEncoder(tiny_pipeline, lora_weights=x)(['a horse']).embeds for x in ([], *zip(weights)))
     assert min((x - y).abs().max() for x, y in ((plain, others[0]), (plain, others[1]), others)) > 0.01
     assert torch.equal(PromptEncoder(tiny_pipeline)(['a horse']).embeds, plain)
@@ -166,12 +166,12 @@ def test_an_extractor_reads_the_fused_unet(folder: Path, tiny_pipeline: Path):
 
     plain, fused, half = (extractor(lora_weights=x) for x in ((), [folder], [(str(folder), 0.5)]))
     reference = extractor()
-    fuse_lora(reference.network, read_lora(folder, reference.network.config))
+    fuse_lora(reference.network, read_lora(folder, reference.network))
     latents, embeds = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
     found = [next(iter(x.extract_latents(latents, embeds).values())) for x in (plain, fused, half, reference)]
     assert torch.equal(found[1], found[3])
     assert min((found[i] - found[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
-    digest = read_lora(folder, reference.network.config).digest
+    digest = read_lora(folder, reference.network).digest
     fingerprints = [x.fingerprint['lora_weights'] for x in (plain, fused, half)]
     assert fingerprints == [[], [[digest, 1.0]], [[digest, 0.5]]]
 
@@ -196,23 +196,23 @@ def test_fused_tensors_take_no_memory(folder: Path, tiny_pipeline: Path, monkeyp
 
 def test_alphas_without_their_matrices(unet, encoder, tmp_path: Path):
     path = write_alphas(tmp_path / 'alphas.safetensors', unet, encoder, ('lora_A', 'lora_B'))
-    state, config = load_file(path), tiny.unet().config
+    state, unet = load_file(path), tiny.unet()
     save_file({**state, 'unet.conv_in.alpha': torch.tensor(8.0)}, tmp_path / 'more.safetensors')
     with pytest.raises(ValueError, match=r'more.safetensors has unet\.conv_in\.alpha, but not the two matrices'):
-        read_lora(tmp_path / 'more.safetensors', config)
+        read_lora(tmp_path / 'more.safetensors', unet)
     save_file(state, path, {'lora_adapter_metadata': json.dumps({'unet.lora_alpha': 8})})
     with pytest.raises(ValueError, match='alphas among its tensors and in its metadata'):
-        read_lora(path, config)
+        read_lora(path, unet)
 
 
 def test_another_model(folder: Path):
     for other in (tiny.sdxl_unet(), tiny.unet(block_out_channels=(32, 64, 64, 64)), tiny.unet(layers_per_block=1)):
         with pytest.raises(ValueError, match=FILE_NAME + r'.*(do not fit this unet|only \d+)'):
-            fuse_lora(other, read_lora(folder, other.config))
+            fuse_lora(other, read_lora(folder, other))
     encoder = tiny.text_encoder(tiny.tokenizer())
     with pytest.raises(ValueError, match='text_encoder'):
         del encoder.encoder.layers[1:]
-        fuse_text_lora(encoder, 'text_encoder', read_lora(folder, tiny.unet().config))
+        fuse_text_lora(encoder, 'text_encoder', read_lora(folder, tiny.unet()))
 
 
 @pytest.mark.parametrize(
@@ -228,24 +228,24 @@ def test_other_files(tmp_path: Path, name: str, message: str):
     save_file({name: torch.zeros(4, 32)}, tmp_path / 'x.safetensors')
     unet = tiny.unet()
     with pytest.raises(ValueError, match=message):
-        fuse_lora(unet, read_lora(tmp_path, unet.config))
+        fuse_lora(unet, read_lora(tmp_path, unet))
 
 
 def test_sources_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = tiny.unet().config
+    unet = tiny.unet()
     for source in (tmp_path / 'a' / 'b', './a/b.safetensors', 'absent'):
         with pytest.raises(FileNotFoundError, match='give a safetensors file'):
-            read_lora(source, config)
+            read_lora(source, unet)
     with pytest.raises(ValueError, match='holds no safetensors files'):
-        read_lora(tmp_path, config)
+        read_lora(tmp_path, unet)
     for name in 'ab':
         (tmp_path / f'{name}.safetensors').write_bytes((folder / FILE_NAME).read_bytes()[:-100])
     with pytest.raises(ValueError, match=r'holds a\.safetensors, b\.safetensors; name the file'):
-        read_lora(tmp_path, config)
+        read_lora(tmp_path, unet)
     with pytest.raises(OSError, match='truncated'):
-        read_lora(tmp_path / 'a.safetensors', config)
+        read_lora(tmp_path / 'a.safetensors', unet)
     with pytest.raises(ValueError, match='no safetensors file'):
-        read_lora(Path(__file__), config)
+        read_lora(Path(__file__), unet)
 
     requests = []
 
@@ -256,5 +256,5 @@ def test_sources_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(diffseg.diffusion.lora, 'hf_hub_download', download)
     for source in ('owner/name', 'owner/name/x.safetensors'):
         with pytest.raises(OSError, match='the hub cannot be reached'):
-            read_lora(source, config)
+            read_lora(source, unet)
     assert requests == [('owner/name', FILE_NAME), ('owner/name', 'x.safetensors')]

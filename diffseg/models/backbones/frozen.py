@@ -11,6 +11,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffseg.captions import Captions
 
@@ -26,6 +27,8 @@ def freeze(module: nn.Module, trainable: Collection[str] = ()) -> None:
         trainable: names of the parameters that are left unchanged.
     """
     for path, child in module.named_modules():
+        if isinstance(child, _BatchNorm):
+            child.track_running_stats = False  # or a state dict without its metadata would be given a counter
         tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         for name, tensor in tensors:
             if (f'{path}.{name}' if path else name) not in trainable:
