@@ -90,7 +90,12 @@ class ConceptRecorder:
 
     @torch.no_grad()
     def __call__(
-        self, x_t: Tensor, timestep: Tensor | float, grid: tuple[int, int] | None = None, **network_kwargs: Any
+        self,
+        x_t: Tensor,
+        timestep: Tensor | float,
+        grid: tuple[int, int] | None = None,
+        draws: int = 1,
+        **network_kwargs: Any,
     ) -> dict[str, Tensor]:
         """Run the network up to the last block.
 
@@ -98,6 +103,7 @@ class ConceptRecorder:
             x_t: Noised latents (B, C, h, w), or packed ones (B, N, C).
             timestep: As the network takes it, one or (B,).
             grid: Height and width of packed latents in tokens.
+            draws: Number of draws in the batch, on which maps do not depend.
             network_kwargs: Passed on to the network.
 
         Returns:

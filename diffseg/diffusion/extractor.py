@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffseg.devices import upload
 from diffseg.diffusion.class_labels import ClassLabelEncoder
+from diffseg.diffusion.concepts import ConceptRecorder
 from diffseg.diffusion.controlnet import load_control
 from diffseg.diffusion.embeddings import Conditioning
 from diffseg.diffusion.images import check_images, check_range, extend_images
@@ -292,6 +293,26 @@ class DiffusionExtractor(nn.Module):
             average_draws=self._denoiser.average_draws,
         )
         other.sites = other.describe(None if self.conditioning is None else self.conditioning.tokens)
+        return other
+
+    def reading_concepts(self, recorder: ConceptRecorder) -> 'DiffusionExtractor':
+        """An extractor of maps of concepts at the same timesteps, which shares the networks and all other options.
+
+        Maps are means over the ensemble too.
+
+        Raises:
+            ValueError: A trajectory of steps, on which activations are not all that is read.
+        """
+        if not self.trajectory.folds_timesteps:
+            raise ValueError(
+                f"concepts cannot be read on the {self.trajectory.name} trajectory; use 'noise' or 'clean'"
+            )
+        other = copy.copy(self)
+        other.attention_maps = ()
+        site = recorder.site(self.parts.vae_scale_factor)
+        other._order = [site.name]
+        other._denoiser = self._denoiser.reading_with(recorder)
+        other.sites = {site.name: site}
         return other
 
     def describe(self, tokens: int | None) -> dict[str, Site]:

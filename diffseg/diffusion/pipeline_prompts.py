@@ -18,16 +18,19 @@ import transformers
 from diffusers import DiffusionPipeline, Transformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from diffseg.diffusion.conditioning import NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.loading import ModelSource, explain, find_source, fingerprint
 from diffseg.diffusion.lora import LoraWeights
-from diffseg.diffusion.prompt_store import Loader, PromptStore, identify, tokenizer_of
+from diffseg.diffusion.prompt_store import Loader, PromptStore, identify, read, tokenizer_of, write
 
 # Part of an embedding's key: changed whenever the use of `encode_prompt` changes.
 ENCODING = 'encode_prompt of a pipeline, one prompt at a time, 1'
+FIRST_TOKENS = 'first tokens of T5, 1'  # the same for the embeddings of concepts
+ENDING_WITH_T5 = ('FluxPipeline', 'StableDiffusion3Pipeline')  # the last tokens of their embeddings are T5's
 WITHOUT_TEXT = ('UNet2DModel', 'DiTTransformer2DModel')  # classes of networks that read no prompt
 # Of a text encoder's configuration, what its results do not depend on
 VOLATILE = ('_name_or_path', 'architectures', 'dtype', 'torch_dtype', 'transformers_version')
@@ -247,6 +250,38 @@ class PipelinePromptEncoder(PromptStore):
             dtype=self.dtype,
             device=self.device,
         )
+
+    def first_tokens(self, texts: Sequence[str]) -> Tensor:
+        """The embedding of each text's first token by T5, as ConceptAttention takes them, kept on disk.
+
+        It depends on the whole text, which T5 reads in both directions, and on the sequence length, since diffusers'
+        pipelines of Flux and SD3 do not mask the padding.
+
+        Args:
+            texts: Such as names of classes.
+
+        Returns:
+            A tensor with shape (len(texts), D), on the CPU.
+
+        Raises:
+            ValueError: No texts, or a pipeline other than those of Flux and SD3.
+        """
+        if self.pipeline_name not in ENDING_WITH_T5:
+            raise ValueError(
+                f"first tokens are T5's of {' and '.join(ENDING_WITH_T5)}; {self.model} has a {self.pipeline_name}"
+            )
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f'texts is {texts!r}; it is a sequence of one or more texts')
+        path = self._path([FIRST_TOKENS, self._identity, list(texts), *self._settings()])
+        if (stored := read(path)) is None:
+            pipeline = self._load()
+            length = self.max_sequence_length or self._row.length
+            rows = [
+                self._encode_one(pipeline, text)['embeds'][-length] for text in tqdm(texts, desc='encoding concepts')
+            ]
+            stored = {'embeds': torch.stack(rows)}
+            write(path, stored, {'texts': json.dumps(list(texts)), 'encoding': FIRST_TOKENS})
+        return stored['embeds']
 
     @cached_property
     def source(self) -> ModelSource:

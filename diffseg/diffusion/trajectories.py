@@ -12,6 +12,7 @@ Timesteps are always those of the calls of the network: 0 (nearly clean) to 999 
 whose cumulative alpha is 1; those of rectified flow are in `FlowSchedule`.
 """
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,6 +121,12 @@ class Denoiser:
         self._read = ActivationRecorder(network, self._layers, **aggregated)
         self._read_and_predict = ActivationRecorder(network, both, **aggregated)
         self._predict = ActivationRecorder(network, [self._output])
+
+    def reading_with(self, recorder: Callable[..., Activations]) -> 'Denoiser':
+        """A denoiser whose `read` calls another recorder, in the way of an `ActivationRecorder`."""
+        other = copy.copy(self)
+        other._read = recorder
+        return other
 
     @property
     def paths(self) -> set[str]:

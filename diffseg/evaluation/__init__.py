@@ -5,6 +5,7 @@ from .homography import HomographyMetric, corner_error, estimate_homography
 from .jhmdb import JHMDBMetric
 from .pck import PCKMetric, correct_keypoints, pck
 from .scarce import ScarceIoUMetric
+from .text_masks import TextMaskIoUMetric
 
 __all__ = [
     'DAVISMetric',
@@ -12,6 +13,7 @@ __all__ = [
     'JHMDBMetric',
     'PCKMetric',
     'ScarceIoUMetric',
+    'TextMaskIoUMetric',
     'corner_error',
     'correct_keypoints',
     'estimate_homography',

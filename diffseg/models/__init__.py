@@ -14,6 +14,7 @@ from .correspondence import CorrespondenceModel, SparseMatcher
 from .decode_heads import PixelClassifierHead
 from .necks import AggregationNeck, ConcatNeck
 from .propagation import LabelPropagator
+from .segmentors import TextMaskSegmentor
 from .tta import VoteTTAModel
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     'PixelClassifierHead',
     'SparseMatcher',
     'TextAdapter',
+    'TextMaskSegmentor',
     'VisionBackbone',
     'VoteTTAModel',
 ]

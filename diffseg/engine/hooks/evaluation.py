@@ -13,10 +13,11 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
-from diffseg.evaluation import DAVISMetric, HomographyMetric, PCKMetric
+from diffseg.evaluation import DAVISMetric, HomographyMetric, PCKMetric, TextMaskIoUMetric
 from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
 
+WITH_RESULT_FILE = (DAVISMetric, HomographyMetric, PCKMetric, TextMaskIoUMetric)
 FILES = 'test-predictions-'  # prefix of the files of ResumableTestHook
 
 
@@ -61,7 +62,7 @@ class ResultFileHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Prepend the work dir to relative paths."""
         for metric in runner.test_evaluator.metrics:
-            if isinstance(metric, (DAVISMetric, HomographyMetric, PCKMetric)) and metric.out_file is not None:
+            if isinstance(metric, WITH_RESULT_FILE) and metric.out_file is not None:
                 metric.out_file = str(Path(runner.work_dir, metric.out_file).absolute())
 
 

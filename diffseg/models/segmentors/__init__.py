@@ -1,0 +1,5 @@
+"""Segmentors that need no training."""
+
+from .text_masks import TextMaskSegmentor
+
+__all__ = ['TextMaskSegmentor']
