@@ -18,11 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from diffseg.diffusion.conditioning import Conditioning
-from diffseg.diffusion.sites import Network
-
-TOKENS = 77  # of a prompt
-
 
 class Operations(TorchDispatchMode):
     """Record the cost, inputs and outputs of every operation, from which unneeded operations follow.
@@ -76,17 +71,6 @@ def executed(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         run()
     return counter.get_total_flops()
-
-
-def placeholder_conditioning(unet: Network, tokens: int = TOKENS) -> Conditioning:
-    """A prompt embedding of the right shape without text encoder; without tokens for models of pixel space."""
-    config = unet.config
-    if 'cross_attention_dim' not in config:
-        return Conditioning(torch.empty(1, 0, 0))
-    pooled = None
-    if config.addition_embed_type == 'text_time':
-        pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
-    return Conditioning(torch.zeros(1, tokens, config.cross_attention_dim), pooled)
 
 
 def in_turn(

@@ -4,24 +4,26 @@
     python tools/benchmark.py --model sd15 --random --sizes 512 --layers practical
     python tools/benchmark.py --model adm-imagenet-256 --random --sizes 256 --layers adm-4 --ensembles 8
     python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
+    python tools/benchmark.py --model flux-dev --sizes 1024 --layers vit-block28-mod --count-only
 
 Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a separate process, where both procedures use
 the same modules in turn, ours, published, ours, ... The ratio is the median over these pairs.
 
-* **ours**: `DiffusionExtractor`. One VAE encoding; T * E UNet passes, each ended by the last requested activation.
+* **ours**: `DiffusionExtractor`. One VAE encoding; T * E passes of the network, each ended by the last requested
+  activation.
 * **published**: what the released code of GDF and DIFT does for each timestep: encode every ensemble member, add noise
-  and run the UNet, here always to its end (DIFT's own code ends after a block).
+  and run the network, here always to its end (DIFT's own code ends after a block).
 
 Models of pixel space encode nothing.
 
 Operations are floating-point operations (2 for a multiply-add) of matrix products, convolutions and attention, as
 `torch.utils.flop_counter` counts them; text encoders do not run. Those of a case are compared with:
 
-* **full**: encode once, T * E whole UNet passes;
-* **least**: encode once, and of T * E UNet passes every operation on which a requested activation depends. Ours also
-  runs the operations before the last requested activation on which none depends.
+* **full**: encode once, T * E whole passes;
+* **least**: encode once, and of T * E passes every operation on which a requested activation depends. Ours also runs
+  the operations before the last requested activation on which none depends.
 
-The last column is the share of a UNet pass that runs before it is stopped.
+The last column is the share of a pass that runs before it is stopped.
 
 Peak memory is that of the whole process while a procedure runs, weights included: the device's own count on CUDA, the
 kernel's high-water mark of the resident set on Linux.
@@ -39,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffseg.benchmarking import (
@@ -48,7 +49,6 @@ from diffseg.benchmarking import (
     in_subprocess,
     machine,
     peak,
-    placeholder_conditioning,
     print_table,
     reset_peak,
     table_head,
@@ -57,10 +57,13 @@ from diffseg.benchmarking import (
 from diffseg.command_line import default_device
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.latents import latent_space, scale_latents
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config, meta_network
+from diffseg.diffusion.network_call import NetworkCall, network_dtype
+from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.recorder import ActivationRecorder
-from diffseg.diffusion.sites import sites
+from diffseg.diffusion.sites import Network, kind_of, sites
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,22 @@ class Case:
 
     @property
     def steps(self) -> list[int]:
-        """Evenly spread UNet timesteps; the cost does not depend on their values."""
+        """Evenly spread timesteps; the cost does not depend on their values."""
         return [50 + 900 * i // self.timesteps for i in range(self.timesteps)]
 
 
 def encode(vae_config: Mapping[str, Any], side: int) -> None:
     """Encode an image on the meta device."""
+    space = latent_space(vae_config)
     with torch.device('meta'):
-        AutoencoderKL.from_config(vae_config).encode(torch.empty(1, 3, side, side))
+        space.encode(space.vae.from_config(vae_config), torch.empty(1, 3, side, side))
+
+
+def condition_of(network: Network, prompt: Conditioning, batch: int, side: int, device: str) -> Mapping[str, Any]:
+    """The condition of `NetworkCall`, for images of this side."""
+    if kind_of(network).part == 'transformer':
+        return prompt.rows([0] * batch, device, network_dtype(network))
+    return prompt.unet_kwargs([0] * batch, (side, side), device, network_dtype(network))
 
 
 @functools.cache
@@ -95,28 +106,30 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
     """FLOP of one image, on the meta device: no weights, no time.
 
     Returns:
-        One VAE encoding (`encode`), and one UNet pass: a whole one (`unet`), one that ends with the last of the layers
-        (`stopped`), and the operations that the layers depend on (`needed`).
+        One VAE encoding (`encode`), and one pass of the network: a whole one (`pass`), one that ends with the last of
+        the layers (`stopped`), and the operations that the layers depend on (`needed`).
     """
-    configs, unet = load_config(model), meta_network(model)
+    configs, network = load_config(model), meta_network(model)
     factor = configs.vae_scale_factor
-    step = factor * 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
-    side = -(-size // step) * step  # the extractor pads to a multiple of the UNet's stride
-    latent = torch.empty(1, unet.config.in_channels, side // factor, side // factor, device='meta')
-    condition = placeholder_conditioning(unet).unet_kwargs([0], (side, side), device='meta', dtype=torch.float32)
-    names = expand(layers.split(','), sites(unet))
-    timestep = torch.tensor(50, device='meta')
+    available = sites(network, factor)
+    step = max(site.stride for site in available.values())
+    side = -(-size // step) * step  # the extractor continues images to a multiple of the network's stride
+    channels = configs.network['in_channels'] if configs.pixel_space else latent_space(configs.vae).channels(configs.vae)
+    latent = torch.empty(1, channels, side // factor, side // factor, device='meta')
+    condition = condition_of(network, placeholder_conditioning(configs.network), 1, side, 'meta')
+    call, names = NetworkCall(network), expand(layers.split(','), available)
+    timestep = torch.full((1,), 50, device='meta')
     with torch.no_grad():
         with Operations() as encoding:
             if not configs.pixel_space:
                 encode(configs.vae, side)
         with Operations() as whole:
-            activations = ActivationRecorder(unet, names, stop_early=False)(latent, timestep, **condition)
+            activations = call(ActivationRecorder(network, names, stop_early=False), latent, timestep, condition)
         with Operations() as stopped:
-            ActivationRecorder(unet, names)(latent, timestep, **condition)
+            call(ActivationRecorder(network, names), latent, timestep, condition)
     return {
         'encode': encoding.total(),
-        'unet': whole.total(),
+        'pass': whole.total(),
         'stopped': stopped.total(),
         'needed': whole.needed(activations.values()),
     }
@@ -129,31 +142,33 @@ def count(case: Case) -> dict[str, int]:
     return {
         **parts,
         'ours': parts['encode'] + passes * parts['stopped'],
-        'published': passes * (parts['encode'] + parts['unet']),
-        'full': parts['encode'] + passes * parts['unet'],
+        'published': passes * (parts['encode'] + parts['pass']),
+        'full': parts['encode'] + passes * parts['pass'],
         'least': parts['encode'] + passes * parts['needed'],
     }
 
 
-def published(extractor: DiffusionExtractor, images: Tensor, condition: Conditioning) -> dict[str, Tensor]:
+def published(extractor: DiffusionExtractor, images: Tensor, prompt: Conditioning) -> dict[str, Tensor]:
     """Extract as the published code does, with the extractor's own modules.
 
     Returns:
         {layer: (B, T, C, h, w)}, as the extractor does.
     """
-    parts, unet, vae = extractor.parts, extractor.network, extractor.vae
-    recorder = ActivationRecorder(unet, extractor.layers, stop_early=False)
+    parts, network, vae = extractor.parts, extractor.network, extractor.vae
+    recorder, call = ActivationRecorder(network, extractor.layers, stop_early=False), NetworkCall(network)
     repeated = images.repeat_interleave(extractor.ensemble, 0)  # (B*E, 3, H, W)
-    kwargs = condition.unet_kwargs([0] * len(repeated), images.shape[2:], device=images.device, dtype=unet.dtype)
+    batch = len(repeated)
+    condition = condition_of(network, prompt, batch, images.shape[-1], images.device)
     steps = []
     for timestep in extractor.timesteps:
         latent = repeated
         if vae is not None:
-            latent = vae.encode(repeated.to(vae.dtype)).latent_dist.sample()  # (B*E, 4, h, w)
-            latent = latent * vae.config.scaling_factor
-        alpha = float(parts.schedule.alphas_cumprod[timestep])
-        x_t = alpha**0.5 * latent + (1 - alpha) ** 0.5 * torch.randn_like(latent)
-        steps.append(recorder(x_t.to(unet.dtype), torch.tensor(timestep, device=images.device), **kwargs))
+            mean, std = latent_space(vae).encode(vae, repeated.to(vae.dtype))  # (B*E, C, h, w)
+            latent = scale_latents(vae, mean.float() if std is None else mean + std * torch.randn_like(mean))
+        noise = torch.randn_like(latent)
+        x_t = parts.schedule.add_noise(latent[:, None], noise[:, None], [timestep])[:, 0]
+        index = torch.full((batch,), parts.schedule.network_timestep(timestep), device=images.device)
+        steps.append(call(recorder, x_t.to(call.dtype), index, condition))
     shape = len(images), extractor.ensemble
     return {name: torch.stack([s[name].unflatten(0, shape).mean(1) for s in steps], 1) for name in extractor.layers}
 
@@ -165,20 +180,20 @@ def measure(case: Case) -> dict[str, Any]:
         For each procedure its `ms` (median, per image), `peak` bytes (None where it cannot be read) and `flop` (counted
         in the warm-up, per image), and the `ratio` of their times.
     """
-    meta = meta_network(case.model)
-    condition = placeholder_conditioning(meta)
-    parts = ('unet',) if load_config(case.model).pixel_space else ('unet', 'vae')
+    configs = load_config(case.model)
+    prompt = placeholder_conditioning(configs.network)
+    parts = (configs.part,) if configs.pixel_space else (configs.part, 'vae')
     extractor = DiffusionExtractor(
         case.model,
-        expand(case.layers.split(','), sites(meta)),
+        expand(case.layers.split(','), sites(meta_network(case.model))),
         case.steps,
-        prompt=condition,
+        prompt=prompt,
         ensemble=case.ensemble,
         dtype=case.dtype,
         weights={'random': parts if case.random else ()},
     ).to(case.device)
     images = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
-    procedures = {'ours': lambda: extractor(images), 'published': lambda: published(extractor, images, condition)}
+    procedures = {'ours': lambda: extractor(images), 'published': lambda: published(extractor, images, prompt)}
     result: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in procedures}
     with torch.inference_mode():
@@ -200,7 +215,7 @@ def titles(measured: bool) -> str:
     names = ['size', 'layers', 'T', 'E', 'dtype']
     if measured:
         names += ['ms/image', 'published ms', 'ratio', 'peak GB', 'published GB']
-    names += ['TFLOP', 'of published', 'of full', 'over least', 'UNet pass']
+    names += ['TFLOP', 'of published', 'of full', 'over least', 'pass']
     return table_head(names)
 
 
@@ -214,7 +229,7 @@ def line(row: Mapping[str, Any]) -> str:
         cells += ['-' if (peak := procedure['peak']) is None else f'{peak / 1e9:.2f}' for procedure in procedures]
     cells += [f'{flop["ours"] / 1e12:.3g}', f'{flop["ours"] / flop["published"]:.0%}']
     cells += [f'{flop["ours"] / flop["full"]:.0%}', f'{flop["ours"] / flop["least"] - 1:+.2%}']
-    cells.append(f'{flop["stopped"] / flop["unet"]:.0%}')
+    cells.append(f'{flop["stopped"] / flop["pass"]:.0%}')
     return f'| {" | ".join(map(str, cells))} |'
 
 

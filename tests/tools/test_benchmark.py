@@ -12,8 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from diffseg.benchmarking import Operations, executed, placeholder_conditioning
+from diffseg.benchmarking import Operations, executed
 from diffseg.diffusion.extractor import DiffusionExtractor
+from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.recorder import ActivationRecorder
 
 QUERY = 'up-level1-repeat1-vit-block0-cross-q'
@@ -92,11 +93,20 @@ def test_the_extractor_executes_what_is_counted(tool, case, shallow_sdxl, tiny_p
         assert measured['ratio'] > 0 and measured['ours']['ms'] > 0
 
 
+@pytest.mark.parametrize(('kind', 'layer'), [('flux', 'vit-block1-mod'), ('pixart-sigma', 'vit-block1-self-q')])
+def test_transformers_execute_what_is_counted(tool, case, pipeline_folder, kind, layer):
+    each = case(model=str(pipeline_folder(kind)), layers=layer, random=True, ensemble=2)
+    measured, counted = tool.measure(each), tool.count(each)
+    for name in ('ours', 'published'):
+        assert measured[name]['flop'] == counted[name] > 0
+    assert 0 < counted['needed'] <= counted['stopped'] < counted['pass']
+
+
 def test_published_procedure_gives_the_same_maps(tool, tiny_pipeline, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, 'sample', lambda self, generator=None: self.mode())
     monkeypatch.setattr(torch, 'randn_like', torch.zeros_like)
     layers = [QUERY, 'mid-vit-out']
-    condition = placeholder_conditioning(tool.meta_network(tiny_pipeline))
+    condition = placeholder_conditioning(tool.load_config(tiny_pipeline).network)
     options = dict(prompt=condition, ensemble=2, vae_sample='mode', trajectory='clean')
     extractor = DiffusionExtractor(tiny_pipeline, layers, [0, 3], **options)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -129,7 +139,7 @@ def test_main(tool, tiny_pipeline, tmp_path, capfd, monkeypatch):
 def test_count_only_and_errors(tool, capsys):
     assert tool.main(['--model', 'sd15', '--sizes', '512', '--layers', 'practical', 'dift', '--count-only']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split('|')[-2].strip() for line in lines[4:]] == ['80%', '55%']  # of a UNet pass
+    assert [line.split('|')[-2].strip() for line in lines[4:]] == ['80%', '55%']  # of a pass
     assert tool.main(['--model', 'sd15', '--layers', 'no-such-layer', '--count-only']) == 2
     assert 'no-such-layer' in capsys.readouterr().err
 
@@ -139,5 +149,5 @@ def test_architectures_are_the_published_ones(tool):
     unet = tool.meta_network('sd15')
     assert isinstance(unet, UNet2DConditionModel) and sum(p.numel() for p in unet.parameters()) == 859_520_964
     flop = tool.count(tool.Case('sd15', 512, 'unet-out', 1, 1, 'float32'))
-    assert flop['unet'] / 1e12 == pytest.approx(0.80, abs=0.01)
+    assert flop['pass'] / 1e12 == pytest.approx(0.80, abs=0.01)
     assert flop['encode'] / 1e12 == pytest.approx(1.12, abs=0.01)

@@ -8,7 +8,7 @@ Models are built on the meta device and see one image of the crop's size. Everyt
 * layers, with the channels and the stride of their maps, in pixels of the image as the backbone sees it;
 * trainable parameters, of neck, heads and trained parts of the backbone;
 * checkpoint: the size of the model's state dict, without the optimizer's state;
-* TFLOP of VAE, UNet, neck and decode head for one crop, 2 for a multiply-add.
+* TFLOP of VAE, network, neck and decode head for one crop, 2 for a multiply-add.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffseg.diffusion.conditioning import Conditioning, PromptEncoder, pooled_size
+from diffseg.diffusion.conditioning import Conditioning, PromptEncoder
 from diffseg.diffusion.loading import load_config
+from diffseg.diffusion.placeholders import placeholder_conditioning
+from diffseg.diffusion.prompt_store import PromptStore
 
 FOLDER = Path(__file__).parents[2] / 'configs/segmentation'
 BEGIN, END = '<!-- written by tools/analysis/describe_configs.py --write -->', '<!-- end of the table -->'
 NAME = re.compile(r'(.+_.+)_\d+xb\d+-\d+k_([^-]+)-\d+x\d+')
-TOKENS = 77
 TITLES = ('config', 'published mIoU', 'layers', 'channels', 'stride', 'trained', 'checkpoint', 'TFLOP')
 
 # What the papers report, single scale, on the validation sets.
@@ -65,21 +66,17 @@ PUBLISHED = {
 def without_weights() -> Iterator[None]:
     """Build models on the meta device, where zeros of the right shape replace the output of text encoders."""
 
-    def encode(self: PromptEncoder, prompts: Sequence[str]) -> Conditioning:
-        unet = load_config(self.model, revision=self.revision, config=self.config).network
-        pooled = pooled_size(unet)
-        return Conditioning(
-            torch.zeros(len(prompts), TOKENS, unet['cross_attention_dim'], device='cpu'),
-            None if pooled is None else torch.zeros(len(prompts), pooled, device='cpu'),
-        )
+    def encode(self: PromptStore, prompts: Sequence[str]) -> Conditioning:
+        network = load_config(self.model, revision=self.revision, config=self.config).network
+        return placeholder_conditioning(network, len(prompts))
 
     def embed_classes(self: PromptEncoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
         return torch.zeros(len(names), load_config(self.model).network['cross_attention_dim'])
 
     with (
-        patch.object(PromptEncoder, '__call__', encode),
+        patch.object(PromptStore, '__call__', encode),
+        patch.object(PromptStore, 'fingerprint', None),
         patch.object(PromptEncoder, 'class_embeddings', embed_classes),
-        patch.object(PromptEncoder, 'fingerprint', None),
         torch.device('meta'),
     ):
         yield
@@ -94,7 +91,7 @@ def build(cfg: Config) -> nn.Module:
     import_modules_from_strings(cfg.custom_imports.imports)
     init_default_scope('mmseg')
     for member in members(cfg.model.backbone):
-        member.random = True if member.type == 'VisionBackbone' else ('unet', 'vae')
+        member.random = True if member.type == 'VisionBackbone' else (load_config(member.model).part, 'vae')
     with without_weights():
         return MODELS.build(cfg.model).eval()
 

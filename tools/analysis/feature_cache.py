@@ -24,14 +24,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from diffseg.benchmarking import placeholder_conditioning
 from diffseg.cache import (
     DTYPES,
     DamagedEntryError,
@@ -44,7 +42,8 @@ from diffseg.cache import (
 from diffseg.cache import parse_size as parse_bytes
 from diffseg.command_line import default_device, parse_size
 from diffseg.diffusion.images import SUFFIXES, read_image
-from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.loading import load_config
+from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.inspection import available_sites, backbone_configs, backbone_maps
 from diffseg.models import DiffusionBackbone
 
@@ -158,9 +157,10 @@ def build_backbone(config: Config, random: bool) -> DiffusionBackbone:
     if options['type'] != 'DiffusionBackbone':
         raise ValueError(f'the backbone is a {options["type"]}; the benchmark takes a DiffusionBackbone')
     if random:
-        options['random'] = ('unet', 'vae')
-        if isinstance(unet := meta_network(options['model']), UNet2DConditionModel):  # of pixels: without prompt
-            options['prompt'] = placeholder_conditioning(unet)
+        configs = load_config(options['model'])
+        options['random'] = (configs.part, 'vae')
+        if not configs.pixel_space:
+            options['prompt'] = placeholder_conditioning(configs.network)
     return MODELS.build(options).eval()
 
 

@@ -27,9 +27,10 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.benchmarking import executed, placeholder_conditioning
+from diffseg.benchmarking import executed
 from diffseg.command_line import parse_size
-from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.loading import load_config
+from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.sites import resolve
 from diffseg.inspection import aggregation_necks, available_sites, read_training_checkpoint
 from diffseg.models.necks import AggregationNeck
@@ -162,8 +163,8 @@ def prune_backbone_weights(
 def operations(backbone: Mapping[str, Any], neck: Mapping[str, Any], size: tuple[int, int]) -> int:
     """Floating-point operations for one image of `size` (height, width), without weights."""
     options = {key: value for key, value in backbone.items() if key not in WEIGHTS}
-    unet = meta_network(backbone['model'], revision=backbone.get('revision'), config=backbone.get('config'))
-    options |= {'random': ['unet', 'vae'], 'prompt': placeholder_conditioning(unet)}
+    configs = load_config(backbone['model'], revision=backbone.get('revision'), config=backbone.get('config'))
+    options |= {'random': [configs.part, 'vae'], 'prompt': placeholder_conditioning(configs.network)}
     with torch.device('meta'):
         network = nn.Sequential(MODELS.build(options), MODELS.build(dict(neck)))
     images = torch.empty(1, 3, *size, device='meta')
