@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffseg.diffusion.schedules import Timestep
+from diffseg.diffusion.schedules import parse_timestep as read_timestep
+
 if TYPE_CHECKING:
     from diffseg.models import CorrespondenceModel
 
@@ -27,6 +30,16 @@ def add_vae_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_timestep(text: str) -> Timestep:
+    """Turn '261' into an index, and '0.26' into a share of noise, which rectified flow has."""
+    try:
+        return read_timestep(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no timestep; write an index such as 261, or for rectified flow a sigma such as 0.26'
+        ) from None
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the model that matches images, see `matcher_of`."""
     parser.add_argument('--config', help='of a CorrespondenceModel')
@@ -35,7 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', help='preset, hub id, diffusers folder or checkpoint file, instead of a config')
     add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', help='layer names, aliases, patterns or set names')
-    parser.add_argument('--timesteps', nargs='+', type=int)
+    parser.add_argument('--timesteps', nargs='+', type=parse_timestep)
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')

@@ -114,7 +114,7 @@ def count_parts(model: str, size: int, layers: str) -> dict[str, int]:
     available = sites(network, factor)
     step = max(site.stride for site in available.values())
     side = -(-size // step) * step  # the extractor continues images to a multiple of the network's stride
-    channels = configs.network['in_channels'] if configs.pixel_space else latent_space(configs.vae).channels(configs.vae)
+    channels = configs.latent_channels
     latent = torch.empty(1, channels, side // factor, side // factor, device='meta')
     condition = condition_of(network, placeholder_conditioning(configs.network), 1, side, 'meta')
     call, names = NetworkCall(network), expand(layers.split(','), available)

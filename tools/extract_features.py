@@ -26,10 +26,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.command_line import add_vae_argument, default_device
+from diffseg.command_line import add_vae_argument, default_device, parse_timestep
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import image_size, read_image
 from diffseg.diffusion.layer_sets import expand
+from diffseg.diffusion.loading import load_config
+from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.sites import Site
 from diffseg.feature_files import (
     DTYPES,
@@ -43,8 +45,6 @@ from diffseg.feature_files import (
 )
 from diffseg.inspection import available_sites
 
-TOKENS = 77  # keys of a cross-attention map, for the estimate
-
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
     add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
-    parser.add_argument('--timesteps', nargs='+', type=int, required=True)
+    parser.add_argument('--timesteps', nargs='+', type=parse_timestep, required=True)
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--root', type=Path, help="names are relative to it (default: the input's folder)")
     parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
@@ -83,15 +83,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def estimate(
-    items: Sequence[Item], size: tuple[int, int] | None, chosen: Sequence[Site], timesteps: int, itemsize: int
+    items: Sequence[Item],
+    size: tuple[int, int] | None,
+    chosen: Sequence[Site],
+    timesteps: int,
+    itemsize: int,
+    tokens: int,
 ) -> int:
-    """Bytes of the activations of `items`; images without a readable header are not counted."""
+    """Bytes of the activations of `items` for prompts of `tokens`; images without a readable header are not counted."""
     total = 0
     for (height, width), count in _sizes(items, size).items():
         values = 0
         for site in chosen:
             cells = math.prod(site.size(height, width))
-            channels = site.channels or (cells if site.name.endswith('self-map') else TOKENS)
+            channels = site.channels or (cells if site.name.endswith('self-map') else tokens)
             values += channels * cells
         total += count * values * timesteps * itemsize
     return total
@@ -157,7 +162,8 @@ def run(args: argparse.Namespace) -> int:
     layers = expand(args.layers, available)
     todo = [item for item in items if not item.output(args.out).exists()]
     itemsize = DTYPES[args.save_dtype].itemsize
-    needed = estimate(todo, args.size, [available[name] for name in layers], len(args.timesteps), itemsize)
+    tokens = placeholder_conditioning(load_config(args.model).network).tokens
+    needed = estimate(todo, args.size, [available[name] for name in layers], len(args.timesteps), itemsize, tokens)
     existing = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     print(
@@ -182,7 +188,6 @@ def run(args: argparse.Namespace) -> int:
     ).to(args.device)
     configuration = {
         **extractor.fingerprint,
-        'timesteps': args.timesteps,
         'size': args.size,
         'save_dtype': args.save_dtype,
         'root': str(root),

@@ -25,7 +25,7 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
 import diffseg  # noqa: F401  registers its parts
-from diffseg.command_line import parse_size
+from diffseg.command_line import parse_size, parse_timestep
 from diffseg.inspection import available_sites
 from diffseg.search.report import write_results
 from diffseg.search.task import COUNTS, TIMESTEPS, Options, Search
@@ -82,7 +82,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--layers', nargs='+', default=['*'], help='names, patterns and sets (default: all)')
-    parser.add_argument('--timesteps', type=int, nargs='+', default=TIMESTEPS, help='(default: 50, 150, ..., 950)')
+    parser.add_argument(
+        '--timesteps',
+        type=parse_timestep,
+        nargs='+',
+        default=TIMESTEPS,
+        help='indices, or sigmas of rectified flow (default: 50, 150, ..., 950, which are sigmas of 0.05, ..., 0.95)',
+    )
     counts = ' or '.join(f'{count} {kind}' for kind, count in COUNTS.items())
     parser.add_argument(
         '--samples', '--pairs', '--images', dest='count', type=int, metavar='N', help=f'(default: all, up to {counts})'
@@ -98,7 +104,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--dim', type=int, help='project maps with more channels (default: as the score needs)')
     parser.add_argument('--dtype', choices=['float16', 'float32'], default='float16', help='of maps that are kept')
     parser.add_argument('--store-gb', type=float, default=8, help='maps to keep between pairs (default: 8)')
-    parser.add_argument('--micro-batch', type=int, help='timesteps in one call of the UNet (default: by their size)')
+    parser.add_argument('--micro-batch', type=int, help='timesteps in one call of the network (default: by their size)')
     parser.add_argument('--device', default=get_device())
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     return parser.parse_args(argv)

@@ -130,6 +130,11 @@ class ModelConfig(NamedTuple):
         """Image pixels per latent cell; 1 in pixel space."""
         return vae_scale_factor(self.vae)
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent; those of the image in pixel space."""
+        return self.network['in_channels'] if self.vae is None else latent_space(self.vae).channels(self.vae)
+
     def part_config(self, part: str) -> dict[str, Any] | None:
         """The configuration of a part: 'unet' or 'transformer', 'vae' or 'scheduler'."""
         return self.network if part == self.part else getattr(self, part)

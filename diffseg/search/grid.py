@@ -1,11 +1,13 @@
 """Candidates of a search, and the interface of their measures."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from diffseg.diffusion.schedules import NUMBER, Timestep, parse_timestep
 from diffseg.diffusion.trajectories import seeded_noise
 
 
@@ -13,7 +15,7 @@ class Candidate(NamedTuple):
     """An activation at a timestep, written `name@t`."""
 
     layer: str
-    timestep: int
+    timestep: Timestep
 
     def __str__(self) -> str:
         return f'{self.layer}@{self.timestep}'
@@ -26,9 +28,9 @@ class Candidate(NamedTuple):
             ValueError: the text has another form.
         """
         layer, _, timestep = text.rpartition('@')
-        if not layer or not timestep.removeprefix('-').isdigit():
+        if not layer or not re.fullmatch(NUMBER, timestep):
             raise ValueError(f"{text!r} is no candidate; write a name and a timestep, as 'up-level1-upsampler-out@50'")
-        return cls(layer, int(timestep))
+        return cls(layer, parse_timestep(timestep))
 
 
 Maps = Mapping[Candidate, Tensor | tuple[Tensor, Tensor]]  # (C, h, w) of a picture, or of both images of a pair

@@ -24,7 +24,7 @@ from .grid import Candidate
 from .task import Selection
 
 ROWS = 52  # of a column of the heat map
-BLOCK = re.compile(r'(unet|mid|(?:down|up)-level\d+)-(.*)')
+BLOCK = re.compile(r'(unet|transformer|mid|(?:down|up)-level\d+|(?:refiner-)?vit-block\d+)-(.*)')
 
 
 def write_results(folder: Path, cfg: Config, selection: Selection) -> None:

@@ -16,6 +16,9 @@ from mmseg.registry import DATASETS, MODELS
 
 from diffseg.cache import format_size
 from diffseg.diffusion.layer_sets import expand, split_timesteps
+from diffseg.diffusion.loading import load_config
+from diffseg.diffusion.placeholders import placeholder_conditioning
+from diffseg.diffusion.schedules import FlowSchedule, NoiseSchedule, Timestep, build_schedule
 from diffseg.diffusion.sites import Site, resolve
 
 from .engine import Draw, Reader, Samples, Store, collect, order, peak_images, rank, walk
@@ -24,11 +27,10 @@ from .pck import DIM, JointPCK, PairPCK
 from .probe import LinearProbe
 from .selection import forward_selection
 
-TIMESTEPS = tuple(range(50, 1000, 100))  # ten over the range, including the published 50
+TIMESTEPS = tuple(range(50, 1000, 100))  # ten over the range, including the published 50; evenly spaced sigmas
 COUNTS = {'pairs': 500, 'images': 200}  # default number of samples
 RAW_BYTES = 2e9  # of the activations of one UNet call, at most
 PER_LAYER = 2  # timesteps of one activation in the shortlist
-TOKENS = 77  # of a prompt of CLIP
 # options of the backbone that concern training or speed, or that the search sets
 REPLACED = (
     'attention_maps attention_mode cache channels frozen layers lora micro_batch noise timesteps trainable train_noise'
@@ -40,20 +42,20 @@ class Options(NamedTuple):
 
     Attributes:
         layers: names, patterns and sets of activations.
-        timesteps: every activation at each of these is a candidate.
+        timesteps: every activation at each of these is a candidate; those of rectified flow may be sigmas.
         count: number of samples, drawn with a fixed seed; by default all, up to `COUNTS`.
         seeds: number of noise seeds; every sample is used with each of them.
         dim: channels above which maps are projected; by default that of the measure.
         dtype: of the maps that are kept between samples, 'float16' or 'float32'.
         store_gb: size of these maps, in 10^9 bytes.
-        micro_batch: timesteps in one call of the UNet; by default as many as take 2 GB of activations.
+        micro_batch: timesteps in one call of the network; by default as many as take 2 GB of activations.
         shortlist: number of candidates to select from.
         k: number of candidates to select.
         device: of the model.
     """
 
     layers: Sequence[str] = ('*',)
-    timesteps: Sequence[int] = TIMESTEPS
+    timesteps: Sequence[Timestep] = TIMESTEPS
     count: int | None = None
     seeds: int = 1
     dim: int | None = None
@@ -70,7 +72,7 @@ class Plan(NamedTuple):
 
     Attributes:
         text: numbers of calls, memory and disk space, as text.
-        micro_batch: timesteps in one call of the UNet.
+        micro_batch: timesteps in one call of the network.
     """
 
     text: str
@@ -132,9 +134,13 @@ class Search:
         self.options = options
         self.pairs = cfg.model.type == 'CorrespondenceModel'
         self.sites = {name: available[name] for name in expand(options.layers, available)}
-        timesteps = list(dict.fromkeys(options.timesteps))
+        backbone = cfg.model.backbone
+        configs = load_config(backbone.model, revision=backbone.get('revision'), config=backbone.get('config'))
+        schedule = build_schedule(configs.scheduler, backbone.model)
+        self.tokens = placeholder_conditioning(configs.network).tokens  # of a prompt
+        timesteps = list(dict.fromkeys(schedule.read(options.timesteps)))
         self.candidates = [Candidate(layer, t) for layer in self.sites for t in timesteps]
-        self.configured = configured_candidates(cfg.model.backbone, available)
+        self.configured = configured_candidates(backbone, available, schedule)
         self.dim = options.dim or (DIM if self.pairs else LinearProbe().dim)
 
     def load_data(self) -> Samples:
@@ -173,7 +179,7 @@ class Search:
             size = size or next(image.shape[-2:] for draw in draws for image in samples.load(draw.index)[1])
         if resized := self.cfg.model.backbone.get('input_size'):
             size = (resized, resized) if isinstance(resized, int) else resized
-        shapes = {layer: (_channels(site, size), *site.size(*size)) for layer, site in self.sites.items()}
+        shapes = {layer: (_channels(site, size, self.tokens), *site.size(*size)) for layer, site in self.sites.items()}
         steps = len(self.candidates) // len(self.sites)
         raw = _itemsize(self.cfg.model.backbone.get('dtype', 'float32')) * sum(map(math.prod, shapes.values()))
         kept = _itemsize(options.dtype) * steps * sum(min(c, self.dim) * h * w for c, h, w in shapes.values())
@@ -185,7 +191,7 @@ class Search:
         lines = [
             f'{len(self.sites)} activations x {steps} timesteps = {len(self.candidates)} candidates',
             f'{len(images)} {kind} (seeds: {options.seeds}) of {size[0]} x {size[1]} pixels: {len(encoded)} encodings '
-            f'and {len(encoded) * -(-steps // micro_batch)} calls of the UNet, of {micro_batch} timesteps each',
+            f'and {len(encoded) * -(-steps // micro_batch)} calls of the network, of {micro_batch} timesteps each',
             f'memory besides the model: {format_size(micro_batch * raw)} of activations in a call, {format_size(kept)} '
             f'of maps of an image (in {options.dtype}, projected to {self.dim} channels where there are more), at most '
             f'{format_size(int(memory))} of maps at once',
@@ -207,7 +213,7 @@ class Search:
         Args:
             samples: training data.
             out: folder for the reductions of samples.
-            micro_batch: timesteps in one call of the UNet.
+            micro_batch: timesteps in one call of the network.
             shard: (i, n) with 0 <= i < n.
 
         Returns:
@@ -300,9 +306,9 @@ def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
 
 
-def _channels(site: Site, size: tuple[int, int]) -> int:
-    """Channels of an activation for an image of this size; those of attention maps are the keys."""
-    return site.channels or (math.prod(site.size(*size)) if site.name.endswith('self-map') else TOKENS)
+def _channels(site: Site, size: tuple[int, int], tokens: int) -> int:
+    """Channels of an activation for an image of this size and a prompt; those of attention maps are the keys."""
+    return site.channels or (math.prod(site.size(*size)) if site.name.endswith('self-map') else tokens)
 
 
 def check_backbone(backbone: Mapping[str, Any]) -> None:
@@ -316,12 +322,16 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
         )
 
 
-def configured_candidates(backbone: Mapping[str, Any], available: Mapping[str, Site]) -> tuple[Candidate, ...]:
+def configured_candidates(
+    backbone: Mapping[str, Any], available: Mapping[str, Site], schedule: NoiseSchedule | FlowSchedule
+) -> tuple[Candidate, ...]:
     """The activations of a config at its timesteps; empty if it uses aggregated attention, which is no candidate."""
     if backbone.get('attention_maps'):
         return ()
     readings, _ = split_timesteps(backbone['layers'], backbone.get('timesteps'))
-    return tuple(Candidate(*resolve([layer], available), t) for layer, timesteps in readings for t in timesteps)
+    return tuple(
+        Candidate(*resolve([layer], available), t) for layer, timesteps in readings for t in schedule.read(timesteps)
+    )
 
 
 def training_data(cfg: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 from mmengine.config import Config, ConfigDict
 
 from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.schedules import build_schedule
 from diffseg.diffusion.sites import sites
 from diffseg.search import Candidate
 from diffseg.search.task import Options, Search, configured_candidates, training_data
@@ -52,14 +53,15 @@ def test_a_pipeline_without_augmentation_is_needed():
 def test_configured_candidates_have_resolved_names():
     available = sites(meta_network(str(ROOT / 'demo/tiny-sd')))
     backbone = {'layers': ['dift-1', 'up-level3-repeat0-res-out@7+9'], 'timesteps': [7, 9, 50]}
-    assert list(map(str, configured_candidates(backbone, available))) == [
+    schedule = build_schedule({}, 'tiny-sd')
+    assert list(map(str, configured_candidates(backbone, available, schedule))) == [
         'up-level1-upsampler-out@7',
         'up-level1-upsampler-out@9',
         'up-level1-upsampler-out@50',
         'up-level3-repeat0-res-out@7',
         'up-level3-repeat0-res-out@9',
     ]
-    assert configured_candidates({**backbone, 'attention_maps': ['up_cross']}, available) == ()
+    assert configured_candidates({**backbone, 'attention_maps': ['up_cross']}, available, schedule) == ()
 
 
 def test_shortlist_has_few_of_each_activation_and_those_of_the_config():

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffseg.command_line import default_device
+from diffseg.command_line import default_device, parse_timestep
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_network
-from diffseg.diffusion.schedules import parse_timestep
 from diffseg.diffusion.sites import sites
 
 

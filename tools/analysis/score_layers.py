@@ -21,12 +21,13 @@ from mmengine.device import get_device
 from torch import Tensor
 from tqdm import tqdm
 
+from diffseg.command_line import parse_timestep
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import load_config, meta_network
-from diffseg.diffusion.schedules import parse_timestep
-from diffseg.diffusion.sites import sites
+from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.schedules import Timestep
+from diffseg.diffusion.sites import kind_of, sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.feature_files import DTYPES
 from diffseg.models.correspondence import match_points
@@ -39,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('data', type=Path, help='folder with JPEGImages, PairAnnotation and so on')
     parser.add_argument('--split', default='test', choices=['trn', 'val', 'test'])
     parser.add_argument('--layers', nargs='+', help='names, patterns and sets (default: all but attention maps)')
-    parser.add_argument(
-        '--timestep', type=parse_timestep, nargs='+', default=[50], help='one or several (default: 50)'
-    )
+    parser.add_argument('--timestep', type=parse_timestep, nargs='+', default=[50], help='one or several (default: 50)')
     parser.add_argument('--size', type=int, help='resize images to SIZE x SIZE (default: as they are)')
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1)
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--seeds', type=int, default=1, help='number of noise seeds; figures are means')
     parser.add_argument('--random', action='store_true', help='use random weights in the network')
     parser.add_argument('--store-gb', type=float, default=8, help='activations to keep between pairs (default: 8)')
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the UNet (default: float32)')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the network (default: float32)')
     parser.add_argument('--device', default=get_device(), help='(default: %(default)s)')
     parser.add_argument('--best', type=int, default=10, help='how many of the best activations to print')
     args = parser.parse_args(argv)
@@ -62,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score(args: argparse.Namespace) -> None:
-    available = sites(meta_network(args.model))
+    network = meta_network(args.model)
+    available = sites(network)
     extractor = DiffusionExtractor(
         args.model,
         expand(args.layers, available) if args.layers else [s.name for s in available.values() if s.kind != 'map'],
@@ -71,7 +71,7 @@ def score(args: argparse.Namespace) -> None:
         ensemble=args.ensemble,
         dtype=args.dtype,
         discard=args.discard,
-        weights={'random': [load_config(args.model).part] if args.random else []},
+        weights={'random': [kind_of(network).part] if args.random else []},
     ).to(args.device)
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:
@@ -137,7 +137,9 @@ def match_pair(pair: Mapping[str, Any], maps: Sequence[Mapping[str, Tensor]], de
     return correct
 
 
-def table(scores: Mapping[str, Sequence[Sequence[tuple[float, float]]]], timesteps: Sequence[int], best: int) -> str:
+def table(
+    scores: Mapping[str, Sequence[Sequence[tuple[float, float]]]], timesteps: Sequence[Timestep], best: int
+) -> str:
     """The best activations at their best timestep, and the image means at each.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from diffseg.command_line import add_vae_argument, default_device
+from diffseg.command_line import add_vae_argument, default_device, parse_timestep
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand
@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
     add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
-    parser.add_argument('--timesteps', nargs='+', type=int, required=True)
+    parser.add_argument('--timesteps', nargs='+', type=parse_timestep, required=True)
     parser.add_argument('--out', type=Path, required=True, help='the PNG to write')
     parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
     parser.add_argument('--prompt', default='')

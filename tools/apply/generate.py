@@ -27,14 +27,14 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffseg.command_line import add_vae_argument, default_device
+from diffseg.command_line import add_vae_argument, default_device, parse_timestep
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import decode
 from diffseg.diffusion.layer_sets import expand
-from diffseg.diffusion.loading import load_vae, meta_network
+from diffseg.diffusion.loading import load_vae
 from diffseg.diffusion.schedules import SPACINGS
-from diffseg.diffusion.sites import sites
 from diffseg.feature_files import DTYPES, check_configuration, write_features
+from diffseg.inspection import available_sites
 from diffseg.visualization import to_picture, to_pil
 
 
@@ -45,16 +45,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--prompt', nargs='+', default=[''])
     parser.add_argument('--seed', nargs='+', type=int, default=[0], help='one image per prompt and seed')
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
-    parser.add_argument('--timesteps', nargs='+', type=int, required=True)
+    parser.add_argument('--timesteps', nargs='+', type=parse_timestep, required=True)
     parser.add_argument('--out', type=Path, required=True, help='folder')
     parser.add_argument('--size', nargs='+', type=int, help='S x S or H x W pixels (default: that of the model)')
     parser.add_argument(
-        '--guidance', type=float, help='scale of classifier-free guidance; 1 is none (default: 7.5, without prompts 1)'
+        '--guidance',
+        type=float,
+        help="scale of classifier-free guidance; 1 is none (default: 7.5; a transformer's pipeline's; 1 without prompts)",
     )
+    parser.add_argument('--embedded-guidance', type=float, help='that a network takes as an input (Flux-dev: 3.5)')
     parser.add_argument('--negative-prompt', default='')
-    parser.add_argument('--steps', type=int, default=50, help='DDIM steps')
+    parser.add_argument('--steps', type=int, default=50, help='of the sampler, DDIM or Euler')
     parser.add_argument('--spacing', choices=SPACINGS, help="of the DDIM steps (default: the model's own)")
     parser.add_argument('--steps-offset', type=int, help="added to 'leading' steps (default: the model's own)")
+    parser.add_argument('--mu', type=float, help="shift of rectified flow's steps, where it depends on the size (Flux)")
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store activations in')
     parser.add_argument('--device', default=default_device())
@@ -74,28 +78,27 @@ def run(args: argparse.Namespace) -> None:
     images = {file_name(prompt, seed): (prompt, seed) for prompt in args.prompt for seed in args.seed}
     if len(images) < len(args.prompt) * len(args.seed):
         raise ValueError(f'prompts or seeds would give files of the same name: {args.prompt}, {args.seed}')
-    unet = meta_network(args.model)
-    guidance = {} if args.guidance is None else {'guidance': args.guidance}
+    available, trained = available_sites(args.model)
+    options = {name: getattr(args, name) for name in ('guidance', 'spacing', 'steps_offset', 'mu')}
     extractor = DiffusionExtractor(
         args.model,
-        expand(args.layers, sites(unet)),
+        expand(args.layers, available),
         args.timesteps,
         trajectory={
             'type': 'generation',
             'steps': args.steps,
-            'spacing': args.spacing,
-            'steps_offset': args.steps_offset,
             'negative_prompt': args.negative_prompt,
-            **guidance,
+            **{name: value for name, value in options.items() if value is not None},
         },
         prompt=args.prompt,
         dtype=args.dtype,
+        embedded_guidance=args.embedded_guidance,
         weights={'vae': args.vae},
     ).to(args.device)
     vae = None
     if extractor.vae is not None:
         vae = load_vae(args.model, vae=args.vae, dtype=extractor.vae.dtype).to(args.device)
-    size = args.size or (unet.config.sample_size * extractor.parts.vae_scale_factor,) * 2
+    size = args.size or trained
     per_image = ('prompt', 'seed')
     configuration = {key: value for key, value in extractor.fingerprint.items() if key not in per_image}
     configuration |= {'size': size, 'save_dtype': args.save_dtype}
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
             'source': name,
             'prompt': prompt,
             'seed': str(seed),
-            'timesteps': json.dumps(args.timesteps),
+            'timesteps': json.dumps(extractor.timesteps),
             'configuration': digest,
             'input_size': 'x'.join(map(str, size)),
         }
