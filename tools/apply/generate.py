@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--guidance',
         type=float,
-        help="scale of classifier-free guidance; 1 is none (default: 7.5; a transformer's pipeline's; 1 without prompts)",
+        help="scale of classifier-free guidance; 1 is none (default: 7.5, or its pipeline's; 1 without prompts)",
     )
     parser.add_argument('--embedded-guidance', type=float, help='that a network takes as an input (Flux-dev: 3.5)')
     parser.add_argument('--negative-prompt', default='')
