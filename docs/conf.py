@@ -22,6 +22,7 @@ nb_execution_mode = 'off'  # tests execute them
 nb_output_stderr = 'remove'  # progress bars
 
 default_role = 'code'  # of `text` in docstrings
+python_maximum_signature_line_length = 100
 autodoc_member_order = 'bysource'
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
