@@ -33,6 +33,9 @@ DATASETS = {
     'pf-willow': 'PFWillowDataset',
     'pf-pascal': 'PFPascalDataset',
     'cub': 'CUBPairsDataset',
+    'ap10k': 'AP10KDataset',
+    'ap10k-cross-species': 'AP10KDataset',
+    'ap10k-cross-family': 'AP10KDataset',
 }
 NECKS = {'agg': 'AggregationNeck', 'dhf': 'AggregationNeck', 'concat': 'ConcatNeck', 'conv': 'ConcatNeck'}
 LAST_SAVED = {'dhf': 4000, 'conv': 9500}  # of 5000 and 10,000 steps of the released code
@@ -77,7 +80,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (48, 7)
+    assert (len(CONFIGS), len(TOY)) == (54, 7)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """Data sets: label-scarce part segmentation folders, pairs of images, and videos."""
 
+from .ap10k import AP10KDataset, ToyAP10KDataset
 from .captions import LoadCaption
 from .cub import CUBPairsDataset
 from .davis import DAVISDataset
@@ -21,6 +22,7 @@ from .spair import SPairDataset, ToyPairDataset
 from .video import LoadVideo
 
 __all__ = [
+    'AP10KDataset',
     'CUBPairsDataset',
     'ColourJitterPair',
     'CropToBoxPair',
@@ -44,5 +46,6 @@ __all__ = [
     'ResizePair',
     'SPairDataset',
     'ScarceDataset',
+    'ToyAP10KDataset',
     'ToyPairDataset',
 ]

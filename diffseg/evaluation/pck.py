@@ -265,7 +265,7 @@ class PCKMetric(BaseMetric):
         data = self.dataset_meta or {}
         loaded = [record['loaded'] for record in results if 'loaded' in record]
         return {
-            **{key: data.get(key) for key in ('dataset', 'split', 'list', 'box')},
+            **{key: data.get(key) for key in ('dataset', 'split', 'protocol', 'list', 'box')},
             'categories': self.categories,
             'pairs': len(results),
             'damaged': sum('damaged' in record for record in results),

@@ -1,8 +1,8 @@
-"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k and mmseg's data sets."""
+"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k, AP-10K and mmseg's data sets."""
 
 import argparse
 import json
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from PIL import Image
 from quadrupeds import ToySample, draw_harness, draw_sample
 from tqdm import tqdm
 
-from diffseg.datasets.toy import PALETTE, SPECIES
+from diffseg.datasets.toy import FAMILIES, PALETTE, SPECIES
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
 PART_SPLITS = {'train': 0, 'test': 1_000_000}
@@ -34,6 +34,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--across', type=int, default=0, help='pairs per two species (in order) and split (default: none)'
     )
+    parser.add_argument(
+        '--ap10k',
+        type=int,
+        default=0,
+        help="pairs per species, two species of a family, and two families, and split, in AP-10K's layout, into "
+        '`ap-10k-toy` (default: none)',
+    )
     parser.add_argument('--size', type=int, default=64, help='height and width in pixels (default: 64)')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes (default: 0)')
     parser.add_argument(
@@ -54,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             write_pairs(args.out / 'SPair-toy', args.pairs, split, args.seed, args.size)
         if args.across:
             write_pairs_across(args.out / 'SPair-toy-across', args.across, split, args.seed, args.size)
+        if args.ap10k:
+            write_ap10k(args.out / 'ap-10k-toy', args.ap10k, split, args.seed, args.size)
 
 
 def write_parts(folder: Path, count: int, split: str, seed: int, size: int) -> None:
@@ -114,6 +123,67 @@ def write_pairs_across(root: Path, pairs: int, split: str, seed: int, size: int)
                 write_picture(root, *picture, category)
             layout.append(write_pair(root, split, len(layout), *pictures, category))
     write_layout(root, split, layout)
+
+
+def write_ap10k(root: Path, pairs: int, split: str, seed: int, size: int) -> None:
+    """`pairs` pairs per species and, but for training, per two species of a family and per two families.
+
+    The layout is that of AP-10K as GeoAware-SC pairs it. The pictures are those of `write_pairs`: the sources of a
+    species its sources there, the targets its targets.
+    """
+    names = {}  # (species, number of the picture) -> path without suffix
+    for family, members in FAMILIES.items():
+        for species in members:
+            for index in tqdm(range(2 * pairs), desc=f'{root} {split} {species}'):
+                names[species, index] = write_animal(root, family, species, split, index, seed, size)
+    protocols = {'': [(species, species, species) for species in SPECIES]}
+    if split != 'trn':
+        protocols['_cross_species'] = [
+            (*both, family) for family, members in FAMILIES.items() for both in combinations(members, 2)
+        ]
+        protocols['_cross_family'] = [
+            (source, target, 'all')
+            for first, second in combinations(FAMILIES.values(), 2)
+            for source, target in zip(first, second, strict=True)
+        ]
+    for suffix, groups in protocols.items():
+        for source, target, category in groups:
+            for index in range(0, 2 * pairs, 2):
+                both = names[source, index], names[target, index + 1]
+                stem = '-'.join(Path(name).name for name in both)
+                annotation = {
+                    f'{side}_json_path': f'data/ap-10k/ImageAnnotation/{name}.json'
+                    for side, name in zip(('src', 'trg'), both, strict=True)
+                }
+                write_json(root / f'PairAnnotation/{split}{suffix}/{stem}:{category}.json', annotation)
+
+
+def write_animal(root: Path, family: str, species: str, split: str, index: int, seed: int, size: int) -> str:
+    """JPEGImages and ImageAnnotation of one picture; returns FAMILY/SPECIES/NAME."""
+    number = PAIR_SPLITS[split] + SPECIES.index(species) * SPECIES_STRIDE + index
+    _, sample = draw_picture(species, split, index, seed, size)
+    name = f'{family}/{species}/{number:012d}'
+    path = root / f'JPEGImages/{name}.jpg'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sample.image).save(path, quality=95, subsampling=0)
+    left, top, right, bottom = sample.bbox
+    annotation = {
+        'id': number,
+        'file_name': path.name,
+        'width': size,
+        'height': size,
+        'name': species,
+        'supercategory': family,
+        'bbox': [left, top, right - left, bottom - top],
+        'num_keypoints': int(sample.visible.sum()),
+        'keypoints': [
+            value
+            for point, seen in zip(rounded(sample), sample.visible, strict=True)
+            for value in ((*point, 2) if seen else (0, 0, 0))
+        ],
+    }
+    write_json(root / f'ImageAnnotation/{name}.json', annotation)
+    return name
 
 
 def draw_picture(species: str, split: str, index: int, seed: int, size: int) -> Picture:

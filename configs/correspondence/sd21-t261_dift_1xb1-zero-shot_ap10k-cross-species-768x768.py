@@ -1,0 +1,4 @@
+_base_ = './sd21-t261_dift_1xb1-zero-shot_ap10k-768x768.py'
+
+model = dict(prompt=None)  # the category is a family
+test_dataloader = dict(dataset=dict(protocol='cross-species'))

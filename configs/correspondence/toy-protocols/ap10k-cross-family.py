@@ -1,0 +1,3 @@
+_base_ = './ap10k.py'
+
+test_dataloader = dict(dataset=dict(protocol='cross-family'))
