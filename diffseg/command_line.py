@@ -3,18 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from diffseg.devices import DTYPES, choose_dtype, default_device
 from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.schedules import parse_timestep as read_timestep
 
 if TYPE_CHECKING:
     from diffseg.models import CorrespondenceModel
-
-
-def default_device() -> str:
-    """Name of the available accelerator, or `cpu`."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else 'cpu'
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -40,6 +34,16 @@ def parse_timestep(text: str) -> Timestep:
         ) from None
 
 
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, for `choose_dtype`."""
+    parser.add_argument(
+        '--dtype',
+        choices=('auto', *DTYPES),
+        default='float32',
+        help="to compute in; 'auto' is the fastest one of the device (default: %(default)s)",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the model that matches images, see `matcher_of`."""
     parser.add_argument('--config', help='of a CorrespondenceModel')
@@ -55,7 +59,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--size', nargs='+', type=int, help='resize to S x S or H x W (default: the size of each image)'
     )
-    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    add_dtype_argument(parser)
     parser.add_argument('--device', default=default_device())
 
 
@@ -78,5 +82,6 @@ def matcher_of(args: argparse.Namespace) -> tuple['CorrespondenceModel', list[di
 
     if args.config is not None:
         return load_matcher(args.config, args.checkpoint, args.category)
-    options = {name: getattr(args, name) for name in ('vae', 'size', 'trajectory', 'prompt', 'ensemble', 'dtype')}
+    options = {name: getattr(args, name) for name in ('vae', 'size', 'trajectory', 'prompt', 'ensemble')}
+    options['dtype'] = choose_dtype(args.dtype, args.device)
     return zero_shot_matcher(args.model, args.layers, args.timesteps, **options)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from diffseg.command_line import default_device
+from diffseg.devices import default_device
 from diffseg.diffusion.images import image_size
 from diffseg.diffusion.loading import reason_of
 

@@ -467,9 +467,10 @@ def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Ca
     options |= {field.name for group in GROUPS.values() for field in fields(group)}
     # the values of the weights are fingerprinted
     weights = {'model', 'revision', 'variant', 'config', 'network_weights', 'vae', 'random'}
-    speed = {'attention', 'vae_slicing', 'micro_batch', 'channels_last', 'compile', 'gradient_checkpointing'}
+    speed = {'attention', 'vae_slicing', 'micro_batch', 'compile', 'gradient_checkpointing'}
     recorded = {*make()._cache_context(), 'label', 'max_sequence_length'}  # the last two as what is made of prompts
-    recorded |= {'transform', 'embedded_guidance', 'discard', 'average_draws'}  # which are recorded if there are such
+    # which are recorded if there are such
+    recorded |= {'transform', 'embedded_guidance', 'discard', 'average_draws', 'memory_format'}
     assert options - weights - speed - {'check_finite', 'cache_dir'} - recorded == set()
 
 

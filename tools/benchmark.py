@@ -54,7 +54,7 @@ from diffseg.benchmarking import (
     table_head,
     timed,
 )
-from diffseg.command_line import default_device
+from diffseg.devices import default_device
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import latent_space, scale_latents

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.command_line import default_device, parse_size
+from diffseg.command_line import add_dtype_argument, parse_size
+from diffseg.devices import choose_dtype, default_device
 from diffseg.web.guard import check_host, is_loopback
 
 PORT = 8765
@@ -41,7 +42,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
-    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    add_dtype_argument(parser)
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--cache', type=Path, help='folder of activations (default: PICTURES/.diffseg/features)')
     parser.add_argument('--search', type=Path, help='folder that tools/search.py wrote, to see its heat map')
@@ -121,7 +122,7 @@ def backbone_config(args: argparse.Namespace, layers: list[str], timesteps: list
         'trajectory': args.trajectory,
         'prompt': args.prompt,
         'ensemble': args.ensemble,
-        'dtype': args.dtype,
+        'dtype': str(choose_dtype(args.dtype, args.device)).removeprefix('torch.'),
     }
     return config if args.cache is None else {**config, 'cache': str(args.cache)}
 

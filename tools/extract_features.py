@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.command_line import add_vae_argument, default_device, parse_timestep
+from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
+from diffseg.devices import choose_dtype, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import image_size, read_image
 from diffseg.diffusion.layer_sets import expand
@@ -60,7 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
+    add_dtype_argument(parser)
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store')
     parser.add_argument('--batch', type=int, default=1, help='images of one size in one forward pass')
     parser.add_argument('--device', default=default_device())
@@ -183,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         ensemble=args.ensemble,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype=choose_dtype(args.dtype, args.device),
         weights={'vae': args.vae},
     ).to(args.device)
     configuration = {

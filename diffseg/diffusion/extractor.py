@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny, DiTTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from diffseg.devices import upload
+from diffseg.devices import choose_dtype, choose_memory_format, upload
 from diffseg.diffusion.class_labels import ClassLabelEncoder
 from diffseg.diffusion.concepts import ConceptRecorder
 from diffseg.diffusion.controlnet import load_control
@@ -84,7 +84,8 @@ class DiffusionExtractor(nn.Module):
         attention_maps: Categories of aggregated attention ('up_cross', ...) to return too: after the layers, or where
             `layers` says ('attn', or 'attn-16' and so on).
         attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `aggregates`.
-        dtype: Of the network, and of the VAE unless it would overflow.
+        dtype: Of the network, and of the VAE unless it would overflow; 'auto' is the fastest one of the accelerator,
+            or of the CPU where there is none, see `fast_dtype`.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
         scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
             do not.
@@ -151,7 +152,7 @@ class DiffusionExtractor(nn.Module):
             **source,
             network_weights=weights.network_weights,
             vae=True if weights.vae is None else weights.vae,
-            dtype=_dtype(dtype),
+            dtype=choose_dtype(dtype),
             attention=runtime.attention,
             random=weights.random,
         )
@@ -219,7 +220,8 @@ class DiffusionExtractor(nn.Module):
         self.micro_batch = runtime.micro_batch
         self.check_finite = runtime.check_finite
 
-        if runtime.channels_last:
+        self.memory_format = choose_memory_format(runtime.memory_format, network_dtype(self.network))
+        if self.memory_format is torch.channels_last:
             for part in filter(None, (self.network, self.vae)):
                 part.to(memory_format=torch.channels_last)
         if runtime.vae_slicing:
@@ -373,7 +375,9 @@ class DiffusionExtractor(nn.Module):
 
     def _optional_settings(self) -> dict[str, Any]:
         """Entries of the fingerprint for what most models do not have."""
+        rounds = network_dtype(self.network) in (torch.float16, torch.bfloat16)  # to sums in another order
         settings = {
+            'memory_format': 'channels_last' if rounds and self.memory_format is torch.channels_last else None,
             'transform': None if self._denoiser.transform is None else repr(self._denoiser.transform),
             'embedded_guidance': self._denoiser.network_call.embedded_guidance,
             'discard': list(self._denoiser.discard) or None,
@@ -695,13 +699,6 @@ def _compile_unread_blocks(network: nn.Module, read: Iterable[str], options: Map
         is_block = name in blocks or isinstance(module, BasicTransformerBlock)
         if is_block and not any(path.startswith(f'{name}.') for path in read):
             module.compile(**options)
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; use 'float32', 'float16' or 'bfloat16'")
-    return torch_dtype
 
 
 def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -46,7 +46,8 @@ class Runtime:
 
     Attributes:
         attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
-        channels_last: Memory format of the convolutions.
+        memory_format: Of the convolutions: 'contiguous', 'channels_last', or 'auto' for the faster one, see
+            `fast_memory_format`.
         compile: Compile the transformer blocks in which nothing is read; a dict gives `torch.compile` options.
         micro_batch: The largest number of latents in one call of the UNet.
         vae_slicing: Encode one image at a time, to save memory.
@@ -58,7 +59,7 @@ class Runtime:
     """
 
     attention: str = 'auto'
-    channels_last: bool = False
+    memory_format: str = 'contiguous'
     compile: bool | Mapping[str, Any] = False
     micro_batch: int | None = None
     vae_slicing: bool = False

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from diffseg import devices
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import decode
@@ -310,8 +311,24 @@ def test_autocast_leaves_the_vae_alone(make, images):
 
 def test_memory_options_change_nothing(make, images):
     expected = make()(images)
-    assert_same(make(channels_last=True, vae_slicing=True)(images), expected)
+    assert_same(make(memory_format='channels_last', vae_slicing=True)(images), expected)
     assert make(vae_tiling=True).vae.use_tiling
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_what_is_chosen_for_the_device_is_in_the_fingerprint(make, images, monkeypatch, dtype):
+    monkeypatch.setattr(devices, 'fast_dtype', lambda device: dtype)
+    extractor, exact = make(dtype='auto', memory_format='auto'), make()
+    assert extractor.network.dtype == extractor.vae.dtype == dtype
+    rounded = dtype == torch.bfloat16
+    assert extractor.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last) == rounded
+    expected = {'dtype': 'bfloat16', 'memory_format': 'channels_last'} if rounded else {}
+    different = {key for key, value in extractor.fingerprint.items() if value != exact.fingerprint.get(key)}
+    assert {key: extractor.fingerprint[key] for key in different - {'weights'}} == expected
+    reference = exact(images)
+    for name, x in extractor(images).items():
+        cosine = torch.cosine_similarity(x.float().flatten(1), reference[name].flatten(1)).min()
+        assert cosine > (0.99 if rounded else 0.999999)
 
 
 def test_compiled_blocks_change_nothing_and_leave_the_read_ones(make, images):

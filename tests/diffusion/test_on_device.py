@@ -31,7 +31,7 @@ OPTIONS = {
         'timesteps': [1],
         'attention_maps': ['up_cross'],
         'attention_mode': 'average',
-        'channels_last': True,
+        'memory_format': 'channels_last',
     },
 }
 

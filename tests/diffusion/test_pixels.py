@@ -147,7 +147,7 @@ def test_half_precision_and_options_of_speed(make, images):
     expected = make()(images)
     for options in (
         {'dtype': 'bfloat16'},
-        {'channels_last': True, 'attention': 'eager', 'gradient_checkpointing': True},
+        {'memory_format': 'channels_last', 'attention': 'eager', 'gradient_checkpointing': True},
     ):
         for name, x in make(**options)(images).items():
             assert (x.float() - expected[name]).norm() < 0.1 * expected[name].norm(), name

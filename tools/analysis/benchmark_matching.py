@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffseg.benchmarking import in_subprocess, in_turn, machine, print_table, table_head
-from diffseg.command_line import default_device
+from diffseg.devices import default_device
 from diffseg.models.correspondence import UpsampledSimilarity, descriptors_at, match_points
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffseg.command_line import default_device
+from diffseg.devices import default_device
 from diffseg.models.decode_heads.pixel_classifier import PixelClassifierHead, member_losses
 from diffseg.models.decode_heads.pixels import LabelledPixels
 

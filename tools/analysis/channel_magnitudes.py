@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffseg.command_line import default_device, parse_timestep
+from diffseg.command_line import parse_timestep
+from diffseg.devices import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand

@@ -40,7 +40,8 @@ from diffseg.cache import (
     read_entry,
 )
 from diffseg.cache import parse_size as parse_bytes
-from diffseg.command_line import default_device, parse_size
+from diffseg.command_line import parse_size
+from diffseg.devices import default_device
 from diffseg.diffusion.images import SUFFIXES, read_image
 from diffseg.diffusion.loading import load_config
 from diffseg.diffusion.placeholders import placeholder_conditioning

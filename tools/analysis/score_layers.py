@@ -21,7 +21,8 @@ from mmengine.device import get_device
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.command_line import parse_timestep
+from diffseg.command_line import add_dtype_argument, parse_timestep
+from diffseg.devices import choose_dtype
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
@@ -29,7 +30,6 @@ from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.sites import kind_of, sites
 from diffseg.evaluation import correct_keypoints, pck
-from diffseg.feature_files import DTYPES
 from diffseg.models.correspondence import match_points
 from diffseg.search.engine import order, walk
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--seeds', type=int, default=1, help='number of noise seeds; figures are means')
     parser.add_argument('--random', action='store_true', help='use random weights in the network')
     parser.add_argument('--store-gb', type=float, default=8, help='activations to keep between pairs (default: 8)')
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the network (default: float32)')
+    add_dtype_argument(parser)
     parser.add_argument('--device', default=get_device(), help='(default: %(default)s)')
     parser.add_argument('--best', type=int, default=10, help='how many of the best activations to print')
     args = parser.parse_args(argv)
@@ -69,7 +69,7 @@ def score(args: argparse.Namespace) -> None:
         args.timestep,
         prompt=args.prompt,
         ensemble=args.ensemble,
-        dtype=args.dtype,
+        dtype=choose_dtype(args.dtype, args.device),
         discard=args.discard,
         weights={'random': [kind_of(network).part] if args.random else []},
     ).to(args.device)

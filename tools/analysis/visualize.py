@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from diffseg.command_line import add_vae_argument, default_device, parse_timestep
+from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
+from diffseg.devices import choose_dtype, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand
@@ -34,7 +35,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    add_dtype_argument(parser)
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--cell', type=int, default=192, help='longer side of a picture in the grid, pixels')
     parser.add_argument('--smooth', action='store_true', help='enlarge maps bilinearly instead of showing their cells')
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         ensemble=args.ensemble,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype=choose_dtype(args.dtype, args.device),
         weights={'vae': args.vae},
     ).to(args.device)
     rows = [[to_picture(image)] for image in images]

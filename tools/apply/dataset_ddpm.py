@@ -60,7 +60,7 @@ from diffseg.visualization import colour_labels, grid, to_picture, to_pil
 SHOWN = 8  # images on the overview
 FILES = 'revision', 'variant', 'config'  # options of a backbone: the files of its parts,
 CHANGES = 'network_weights', 'vae', 'lora_weights', 'textual_inversion', 'random'  # changes of their weights,
-RUNNING = 'dtype', 'attention', 'micro_batch', 'channels_last', 'cache_dir'  # and how they are run
+RUNNING = 'dtype', 'attention', 'micro_batch', 'memory_format', 'cache_dir'  # and how they are run
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

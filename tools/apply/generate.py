@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffseg.command_line import add_vae_argument, default_device, parse_timestep
+from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
+from diffseg.devices import choose_dtype, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import decode
 from diffseg.diffusion.layer_sets import expand
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--spacing', choices=SPACINGS, help="of the DDIM steps (default: the model's own)")
     parser.add_argument('--steps-offset', type=int, help="added to 'leading' steps (default: the model's own)")
     parser.add_argument('--mu', type=float, help="shift of rectified flow's steps, where it depends on the size (Flux)")
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='to compute in')
+    add_dtype_argument(parser)
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store activations in')
     parser.add_argument('--device', default=default_device())
     args = parser.parse_args(argv)
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
             **{name: value for name, value in options.items() if value is not None},
         },
         prompt=args.prompt,
-        dtype=args.dtype,
+        dtype=choose_dtype(args.dtype, args.device),
         embedded_guidance=args.embedded_guidance,
         weights={'vae': args.vae},
     ).to(args.device)

@@ -23,8 +23,8 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.command_line import default_device
 from diffseg.datasets.hpatches import read_homography
+from diffseg.devices import default_device
 from diffseg.diffusion.images import read_image
 from diffseg.evaluation.homography import METHODS, corner_error, estimate_homography, image_corners, transform
 from diffseg.inspection import load_weights

@@ -343,7 +343,7 @@ class DiffusionBackbone(FrozenBackbone):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Settings that a head trained on the maps depends on; not the noise, which may differ."""
+        """Settings that a head trained on the maps depends on; noise and memory format may differ."""
         settings = {**self.extractor.fingerprint, 'layers': self.layers, **self.trained}
         if self.captions is not None:
             settings['prompt'] = 'captions'  # of any images
@@ -351,7 +351,7 @@ class DiffusionBackbone(FrozenBackbone):
         if self.conditioner is not None:
             settings['conditioner'] = self.conditioner.fingerprint
         fingerprint = json.loads(json.dumps(settings))
-        return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed')}
+        return {key: value for key, value in fingerprint.items() if key not in ('noise', 'seed', 'memory_format')}
 
 
 def _contiguous(norm: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

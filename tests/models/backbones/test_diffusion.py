@@ -403,7 +403,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make: Callable):
 
 def test_norms_that_are_trained_keep_the_memory_format_of_a_device(make: Callable):
     """On the CPU it is changed, since the kernel there crashes on some of them."""
-    backbone = make(frozen=False, trainable=TRAINABLE, channels_last=True)
+    backbone = make(frozen=False, trainable=TRAINABLE, memory_format='channels_last')
     (hook,) = next(m for m in backbone.modules() if isinstance(m, nn.GroupNorm))._forward_pre_hooks.values()
     x = torch.randn(1, 4, 2, 3).to(memory_format=torch.channels_last)
     with fake_device() as to_device:
