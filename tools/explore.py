@@ -58,23 +58,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def listen(host: str, port: int | None) -> socket.socket:
+def bind(host: str, port: int | None) -> socket.socket:
     """A socket at the port, or at any free one if the default is taken."""
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    from diffseg.web.server import listen
+
     try:
-        return socket.create_server((host, PORT if port is None else port), family=family)
+        return listen(host, PORT if port is None else port)
     except OSError as error:
         if port is None:
-            return socket.create_server((host, 0), family=family)
+            return listen(host)
         raise OSError(f'{host}, port {port}: {error.strerror}; choose another --port, or none') from error
 
 
 def run(args: argparse.Namespace) -> None:
     check_host(args.host, args.token)  # before the model is loaded
     try:
-        import uvicorn
-
-        from diffseg.web.server import create_app
+        from diffseg.web.server import create_app, make_server
     except ImportError as error:
         raise ValueError(f"{error}; install the explorer's requirements with: pip install 'diffseg[web]'") from error
     from diffseg.web.pictures import PictureFolder
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         [path for path in (args.config, args.checkpoint) if path is not None],
     )
     try:
-        with listen(args.host, args.port) as connection:
+        with bind(args.host, args.port) as connection:
             port = connection.getsockname()[1]
             name = args.host if is_loopback(args.host) else socket.gethostname()
             name = args.host if args.host not in ('0.0.0.0', '::') else name
@@ -100,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
             print(f'open {address}{secret}  (Ctrl-C ends it)', flush=True)
             if not args.no_browser:
                 webbrowser.open(address + secret)
-            app = create_app(session, args.host, args.token)
-            uvicorn.Server(uvicorn.Config(app, log_level='warning', ws='none')).run([connection])
+            make_server(create_app(session, args.host, args.token)).run([connection])
     finally:
         session.close()
 

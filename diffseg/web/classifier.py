@@ -30,18 +30,21 @@ class Projection:
     """The first principal components of descriptors of all pictures, in units of the first one's deviation.
 
     Args:
-        descriptors: of all pictures.
+        cells: descriptors of some cells, with shape (N, C), float32.
     """
 
-    def __init__(self, descriptors: Sequence[Descriptors]) -> None:
-        cells = torch.cat([d.cells for d in descriptors])
-        cells = cells[:: -(-len(cells) // SAMPLED)]
+    def __init__(self, cells: Tensor) -> None:
         self.mean, axes = principal_axes(cells, COMPONENTS)
         self.axes = axes / ((cells - self.mean) @ axes[:, :1]).std().clamp(min=1e-6)  # (C, D)
 
+    @staticmethod
+    def step(grids: Sequence[Size]) -> int:
+        """Every how many cells one is taken from pictures with these grids."""
+        return -(-sum(height * width for height, width in grids) // SAMPLED)
+
     def __call__(self, descriptors: Descriptors) -> Tensor:
         """A picture's map (D, h, w)."""
-        return ((descriptors.cells - self.mean) @ self.axes).T.unflatten(1, descriptors.grid)
+        return ((descriptors.cells.float() - self.mean) @ self.axes).T.unflatten(1, descriptors.grid)
 
 
 @dataclass(frozen=True)

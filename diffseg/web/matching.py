@@ -45,7 +45,8 @@ def query_of(source: Descriptors, points: Tensor, size: Size) -> Tensor:
     Returns:
         Shape (C,).
     """
-    return F.normalize(F.normalize(sample_points(source.map, points, size), dim=1).mean(0), dim=0)
+    descriptors = sample_points(source.map, points, size, dtype=torch.float32)
+    return F.normalize(F.normalize(descriptors, dim=1).mean(0), dim=0)
 
 
 @torch.inference_mode()
@@ -66,11 +67,11 @@ def match_all(
     if not targets:
         return []
     query = query_of(source, points, size)
-    similarities = [target.cells @ query for target, _ in targets]
+    similarities = [(target.cells @ query.to(target.cells.dtype)).float() for target, _ in targets]
     best = [divmod(int(x.argmax()), target.grid[1]) for x, (target, _) in zip(similarities, targets, strict=True)]
     patches = [neighbours(target, *cell) for cell, (target, _) in zip(best, targets, strict=True)]
     offsets, scores, descriptors = refine(query, torch.stack(patches))
-    returns = (source.cells @ descriptors.T).argmax(0)  # of all targets together
+    returns = (source.cells @ descriptors.T.to(source.cells.dtype)).argmax(0)  # of all targets together
     width = source.grid[1]
     cells = torch.stack([returns % width, returns // width], dim=1).double()  # (N, 2)
     distances = (cells[:, None] - pixels_to_cells(points, size, source.grid)).abs().amax(2).amin(1)
@@ -90,7 +91,7 @@ def neighbours(target: Descriptors, row: int, column: int) -> Tensor:
     height, width = target.grid
     rows = torch.arange(row - 1, row + 2).clamp(0, height - 1)
     columns = torch.arange(column - 1, column + 2).clamp(0, width - 1)
-    return target.cells[(rows[:, None] * width + columns).flatten()]
+    return target.cells[(rows[:, None] * width + columns).flatten()].float()
 
 
 def refine(query: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

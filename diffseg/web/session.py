@@ -19,7 +19,7 @@ from diffseg.diffusion.sites import Site, sites
 from diffseg.inspection import available_sites
 from diffseg.visualization import pca_rgb
 
-from .classifier import SAMPLED, LabelledPixels, PixelClassifier, Projection, labelled_pixels
+from .classifier import SAMPLED, PixelClassifier, Projection, labelled_pixels
 from .export import list_exports, read_export, write_export
 from .features import Choice, FeatureStore
 from .matching import Match, match_all
@@ -68,6 +68,7 @@ class Session:
         search: folder with results of `tools/search.py`, whose ranking is shown.
         memory: bytes of descriptors in memory.
         named: config and checkpoint that may be loaded from anywhere.
+        store: class of the store of descriptors.
 
     Raises:
         ValueError: a model, layer or file that cannot be used.
@@ -81,6 +82,7 @@ class Session:
         search: Path | None = None,
         memory: int = 2_000_000_000,
         named: Sequence[Path] = (),
+        store: type[FeatureStore] = FeatureStore,
     ) -> None:
         init_default_scope('mmseg')
         self.folder = folder
@@ -90,11 +92,11 @@ class Session:
         self.ranking = None if search is None else read_ranking(search)
         model = MODELS.build(self.options).to(device).eval()
         self.annotations = Annotations(folder.path / WORK)
-        self.features = FeatureStore(model, folder, memory, device)
+        self.features = store(model, folder, memory, device)
         self.predictor = Predictor(folder, list(named), device)
         self.classifier: PixelClassifier | None = None
         self.fitted: dict[str, Any] = {'revision': 0, 'seconds': None, 'scores': {}, 'next': None}
-        self._projection: tuple[tuple[Any, ...], Projection] | None = None
+        self._projection: tuple[tuple[str, ...], Projection] | None = None
         self._maps: dict[str, Tensor] = {}  # projected, by the picture's id
         self._fitting = threading.RLock()
         self._exporting = threading.Lock()
@@ -151,7 +153,9 @@ class Session:
             revision, classes = self.annotations.revision, len(self.annotations.classes)
             maps = {picture.id: self._map(picture, ready) for picture in ready}
             started = time.perf_counter()
-            pixels = self._pixels({p.name: (maps[p.id], p.size) for p in ready if p.name in painted})
+            pixels = labelled_pixels(
+                self.annotations, {p.name: (maps[p.id], p.size) for p in ready if p.name in painted}
+            )
             present = pixels.labels.unique().tolist()
             self.classifier = PixelClassifier(pixels, classes) if len(present) > 1 else None
             seconds = time.perf_counter() - started
@@ -220,18 +224,22 @@ class Session:
             return self.classifier.mask(self._map(picture, self.features.ready(self.choice)), picture.size)
 
     def _map(self, picture: Picture, ready: Sequence[Picture]) -> Tensor:
-        """Projected map of a picture; components are computed anew when there are other pictures."""
-        key = tuple(p.id for p in ready)
+        """Projected map of a picture.
+
+        Components are those of all pictures that are ready. While pictures are extracted, they are computed anew only
+        when there are twice as many.
+        """
         with torch.no_grad(), self._fitting:
-            if self._projection is None or self._projection[0] != key:
-                self._projection = key, Projection([self.features.get(self.choice, p) for p in ready])
-                self._maps = {}
+            basis = self._projection[0] if self._projection else ()
+            keys = tuple(p.id for p in ready)
+            complete = len(ready) == len(self.folder.usable())
+            if not basis or (keys != basis and (complete or len(keys) >= 2 * len(basis))):
+                step = Projection.step([self.features.get(self.choice, p).grid for p in ready])
+                cells = [self.features.get(self.choice, p).cells[::step] for p in ready]
+                self._projection, self._maps = (keys, Projection(torch.cat(cells).float())), {}
             if picture.id not in self._maps:
                 self._maps[picture.id] = self._projection[1](self.features.get(self.choice, picture))
             return self._maps[picture.id]
-
-    def _pixels(self, maps: Mapping[str, tuple[Tensor, tuple[int, int]]]) -> LabelledPixels:
-        return labelled_pixels(self.annotations, dict(maps))
 
 
 def absolute_paths(backbone: Mapping[str, Any]) -> dict[str, Any]:
