@@ -22,6 +22,7 @@ PENALTY = 0.01  # on the square of weights, where the mean cross-entropy counts 
 ITERATIONS = 30
 PIXELS = 400  # of a stroke that are fitted
 IMPORTED = 2000  # likewise of a picture whose labels were imported
+TOTAL = 8_000  # pixels of all strokes, so that fitting stays fast
 GRID = 96  # longest side on which masks are predicted
 COARSE = 32  # on which pictures are compared by their uncertainty
 
@@ -63,18 +64,21 @@ def labelled_pixels(annotations: Annotations, maps: dict[str, tuple[Tensor, Size
         annotations: classes and strokes.
         maps: for each picture's name its map (D, h, w), and height and width of the picture.
     """
-    features, labels, groups = [], [], []
-    for name, (x, size) in maps.items():
+    drawn = []  # picture, rows and columns of a group, and their labels
+    for name, (_, size) in maps.items():
         raster, numbers = annotations.raster(name, size), annotations.pixels(name, size)
-        for number in np.unique(numbers[raster != UNLABELLED]):
+        for number in np.unique(numbers[raster != UNLABELLED]).tolist():
             rows, columns = np.nonzero((numbers == number) & (raster != UNLABELLED))
-            limit = PIXELS if number else IMPORTED
-            if len(rows) > limit:
-                drawn = np.random.default_rng(int(number)).choice(len(rows), limit, replace=False)
-                rows, columns = rows[drawn], columns[drawn]
-            features.append(sample_points(x, torch.from_numpy(np.stack([columns, rows], axis=1)), size))
-            labels.append(torch.from_numpy(raster[rows, columns].astype(np.int64)))
-            groups.append(torch.full((len(rows),), len(groups)))
+            order = np.random.default_rng(number).permutation(len(rows))[: PIXELS if number else IMPORTED]
+            drawn.append((name, rows[order], columns[order], raster[rows[order], columns[order]]))
+    share = min(1.0, TOTAL / max(1, sum(len(rows) for _, rows, _, _ in drawn)))
+    features, labels, groups = [], [], []
+    for name, rows, columns, values in drawn:
+        kept = slice(max(1, round(share * len(rows))))
+        points = torch.from_numpy(np.stack([columns[kept], rows[kept]], axis=1))
+        features.append(sample_points(maps[name][0], points, maps[name][1]))
+        labels.append(torch.from_numpy(values[kept].astype(np.int64)))
+        groups.append(torch.full((len(points),), len(groups)))
     if not features:
         return LabelledPixels(torch.empty(0, COMPONENTS), *torch.empty(2, 0, dtype=torch.long))
     return LabelledPixels(torch.cat(features), torch.cat(labels), torch.cat(groups))

@@ -1,5 +1,6 @@
 """The explorer's page in headless Chromium."""
 
+import json
 import runpy
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,7 +39,10 @@ def browser() -> Iterator:
 def served(tmp_path: Path, horses, cache: Path) -> Iterator[SimpleNamespace]:
     """A session on toy horses, and its page's address."""
     with torch.random.fork_rng():
-        session = open_session(save(tmp_path / 'pictures', horses), cache)
+        rows = [(f'up-level{i}-upsampler-out', t, i * 10 + t / 100) for i in (2, 1, 0) for t in (50, 100)]
+        ranking = [{'rank': 1, 'activation': name, 'timestep': t, 'PCK': score} for name, t, score in rows]
+        (tmp_path / 'ranking.json').write_text(json.dumps({'ranking': ranking}))
+        session = open_session(save(tmp_path / 'pictures', horses), cache, search=tmp_path)
         wait(session)
         try:
             with serving(session) as address:
@@ -176,6 +180,27 @@ def test_strokes_become_masks_an_export_and_a_trained_model(open_page, served, h
     assert 0 < opaque() < 64 * 64
     page.get_by_role('button', name='None').click()
     assert opaque() == 0
+
+
+def test_two_choices_of_layers_are_coloured_side_by_side(open_page, served, horses):
+    page = open_page()
+    page.click('#tab-features')
+    page.wait_for_selector('.card:last-child canvas[data-colours^=B]:not([hidden])')
+    page.get_by_text('304 channels, stride 4').wait_for()
+    assert page.locator('.cards canvas:not([hidden])').count() == 2 * len(horses)
+    assert page.locator('#layer-A option').count() > 150
+    page.get_by_role('button', name='Take up-level2-upsampler-out at 50 as B').click()
+    page.get_by_text('64 channels, stride 4').wait_for()
+    assert page.input_value('#layer-B') == 'up-level2-upsampler-out' and page.input_value('#timestep-B') == '50'
+    box = page.locator('.ranking').bounding_box()  # layers in order of execution, timesteps from 50
+    page.mouse.click(box['x'] + box['width'] - 4, box['y'] + 4)
+    page.get_by_text('96 channels, stride 16').wait_for()
+    assert page.input_value('#layer-A') == 'up-level0-upsampler-out' and page.input_value('#timestep-A') == '100'
+    page.wait_for_selector('.card:last-child canvas[data-colours^=A]:not([hidden])')
+    page.get_by_role('button', name='Match with B').click()
+    page.get_by_text('up-level2-upsampler-out@50').wait_for()
+    page.mouse.move(*position(page, (20, 30)))
+    page.wait_for_selector('.found')
 
 
 def test_everything_is_done_with_the_keyboard(open_page, served):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import struct
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from strokes import CLASSES, draw_stroke, merge_parts
 
-from diffseg.web.server import create_app
+from diffseg.web.server import create_app, listen
 
 
 def unpack(response) -> tuple[dict[str, Any], np.ndarray]:
@@ -42,6 +43,12 @@ def test_the_page_and_its_files_are_served(client):
     for path in ('/docs', '/openapi.json', '/static/../server.py', '/static/%2e%2e/server.py', '/api/nothing'):
         refused = client.get(path)
         assert refused.status_code == 404 and refused.json()['error'] == 'Not Found'
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    with listen() as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert connection.getsockname()[0] == '127.0.0.1'
 
 
 def test_the_state_is_short_unless_it_changed(client, ids):

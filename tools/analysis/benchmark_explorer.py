@@ -4,8 +4,9 @@
     python tools/analysis/benchmark_explorer.py --pictures 10 --cells 48 --channels 1280 --listed 200
 
 Prints how long it takes from a moved pointer until the heat maps of all other pictures are drawn, as the page's own
-clock (performance.now()) has it, beside the products of descriptors alone, which read each of them once; and how long
-frames take while a list of pictures is scrolled, beside those of a page at rest. Needs Playwright and Chromium.
+clock (performance.now()) has it, beside the products of descriptors alone, which read each of them once; how long
+the classifier of strokes takes; and how long frames take while a list of pictures is scrolled, beside those of a page
+at rest. Needs Playwright and Chromium.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from diffseg.web.features import Choice, Descriptors, FeatureStore
 from diffseg.web.pictures import Picture, PictureFolder
 from diffseg.web.server import serving
 from diffseg.web.session import Session, recommended
+from diffseg.web.strokes import Class
 
 MODEL = Path(__file__).resolve().parents[2] / 'demo' / 'tiny-sd'
 SIZE = 256  # of pictures
@@ -47,6 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--cells', type=int, default=48, help='of a side')
     parser.add_argument('--channels', type=int, default=1280)
     parser.add_argument('--moves', type=int, default=60, help='of the pointer')
+    parser.add_argument('--fits', type=int, default=5, help='of the classifier')
     parser.add_argument('--listed', type=int, default=200, help='pictures in the list that is scrolled')
     parser.add_argument('--frames', type=int, default=120, help='of scrolling')
     parser.add_argument('--browser', default='/usr/bin/chromium')
@@ -115,6 +118,23 @@ def products(session: Session, repeat: int) -> list[float]:
     return times
 
 
+def fits(session: Session, repeat: int) -> list[float]:
+    """Milliseconds of fitting to four strokes on each picture, and of comparing all pictures."""
+    classes = [Class(str(label), '#000000') for label in range(4)]
+    session.annotations.set_classes(classes, [None] * len(classes))
+    for picture in session.folder.usable():
+        for label in range(len(classes)):
+            y = (label + 0.5) * SIZE / len(classes)
+            session.annotations.add(picture.name, label, 4, [(SIZE / 8, y), (SIZE * 7 / 8, y)])
+    session.fit()  # computes components
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        session.fit()
+        times.append(1000 * (time.perf_counter() - started))
+    return times
+
+
 def frames(page: Page, count: int, step: int) -> list[float]:
     """Milliseconds between frames."""
     times = page.evaluate(FRAMES, [count, step])
@@ -145,6 +165,8 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
                 label = f'{args.pictures} pictures of {args.cells} x {args.cells} x {args.channels}'
                 yield summary(f'heat maps, {label}', hover(open_page(browser, address), args.moves))
                 yield summary(f'products alone, {label}', products(session, args.moves))
+            count = 4 * len(session.folder.usable())
+            yield summary(f'classifier of {count} strokes and scores of all pictures', fits(session, args.fits))
         finally:
             session.close()
         session = open_session(Path(folder, 'many'), args.listed, noise_store(16, 64))

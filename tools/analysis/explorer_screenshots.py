@@ -125,6 +125,9 @@ def shoot(page: Page, path: Path) -> None:
     page.wait_for_timeout(2 * SETTLED)
     page.evaluate('scrollTo(0, 0)')
     page.screenshot(path=path)
+    with Image.open(path) as image:
+        image.thumbnail((1080, image.height))
+        image.convert('RGB').quantize(256).save(path, optimize=True)
     print(path)
 
 

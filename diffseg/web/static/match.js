@@ -195,6 +195,7 @@ function setRadius(value) {
 export const view = {
   enter() {
     active = true;
+    grids = new Map(); // of the layers that were matched before
     stage.listen(handlers);
     replace($('controls'));
     replace(
@@ -243,7 +244,8 @@ export const view = {
   },
   progress() {
     gallery.markReady(matchingChoice());
-    if (!points.length) guide();
+    if (points.length) view.visible();
+    else guide();
   },
   visible() {
     const missing = gallery.visibleIds().filter((id) => !answered.has(id));
