@@ -95,6 +95,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'xformers': ['xformers'],
             'demo': [*MM, 'matplotlib', 'psutil'],
             'lora': ['peft'],
+            'quantization': ['torchao'],
             'text': TEXT,
             'dev': [
                 *MM,
@@ -110,6 +111,7 @@ with tempfile.TemporaryDirectory() as build_base:
                 'pytest-xdist',
                 'ruff',
                 'setuptools>=70.1',
+                'torchao',
             ],
             'web': ['fastapi', 'uvicorn'],
             'docs': ['furo', 'myst-nb', 'sphinx', 'sphinx-copybutton'],

@@ -25,6 +25,7 @@ from diffseg.diffusion.lora import fuse_lora, read_lora
 from diffseg.diffusion.network_call import network_dtype, transformer_call
 from diffseg.diffusion.options import LoraSource, Runtime, Weights, as_group
 from diffseg.diffusion.pipeline_prompts import prompt_encoder
+from diffseg.diffusion.quantization import quantize
 from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.sites import AttentionMode, Site, aggregates, kind_of, resolve, sites
 from diffseg.diffusion.trajectories import (
@@ -198,6 +199,9 @@ class DiffusionExtractor(nn.Module):
             lora = read_lora(path, self.network, scale)
             fuse_lora(self.network, lora)
             self._lora.append(lora.without(kind_of(self.network).part))  # what is left is for text encoders
+        self.quantization = weights.quantization
+        if self.quantization is not None:
+            quantize(self.network, self.quantization)
         controlnets = [weights.controlnet] if isinstance(weights.controlnet, Mapping) else weights.controlnet
         self.controls = nn.ModuleList(
             load_control(self.network, **control, attention=runtime.attention) for control in controlnets
@@ -381,6 +385,7 @@ class DiffusionExtractor(nn.Module):
             'transform': None if self._denoiser.transform is None else repr(self._denoiser.transform),
             'embedded_guidance': self._denoiser.network_call.embedded_guidance,
             'discard': list(self._denoiser.discard) or None,
+            'quantization': self.quantization,
             'average_draws': self._denoiser.average_draws or None,
         }
         return {name: value for name, value in settings.items() if value is not None}

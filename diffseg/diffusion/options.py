@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffseg.diffusion.quantization import Quantization
+
 Group = TypeVar('Group')
 LoraSource = str | Path | tuple[str | Path, float]  # alone or with its scale
 
@@ -24,6 +26,8 @@ class Weights:
         lora_weights: Ready-made weights of low rank to add to those of the network and, for Stable Diffusion's prompts,
             of the text encoders: files, folders or hub ids, see `read_lora`, each alone or with a scale, as
             `('file.safetensors', 0.8)`.
+        quantization: Keep the weights of the network's linear layers in fewer bits, to save memory: 'int8', 'fp8' or
+            'nf4', see `quantize`. It needs torchao, and is not for parts that are trained; `lora` may be.
         controlnet: A ControlNet, or several whose effects add up, that condition the UNet: `dict(model=...)` with a
             diffusers folder or hub id and, if wanted, `image`, `scale` (see `Control`), `revision`, `variant`.
         textual_inversion: Files of learned tokens, which prompts may hold, see `read_inversion`.
@@ -36,6 +40,7 @@ class Weights:
     network_weights: str | Path | None = None
     vae: str | Path | None = None
     lora_weights: Sequence[LoraSource] = ()
+    quantization: Quantization | None = None
     controlnet: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
     textual_inversion: Sequence[str | Path] = ()
 

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -232,6 +233,11 @@ class DiffusionBackbone(FrozenBackbone):
                 f"training parts of the UNet needs dtype='float32', not {self.extractor.network.dtype}; mmengine's "
                 f'AmpOptimWrapper still computes in lower precision, and lora works with any dtype'
             )
+        if self.extractor.quantization is not None:
+            raise ValueError(
+                f'quantized weights ({self.extractor.quantization}) cannot be trained; leave out quantization, or '
+                'train lora beside them'
+            )
         influential = self._influential()
         selected = {pattern: [name for name in influential if fnmatchcase(name, pattern)] for pattern in patterns}
         if void := [pattern for pattern, names in selected.items() if not names]:
@@ -243,8 +249,7 @@ class DiffusionBackbone(FrozenBackbone):
 
     def _add_lora(self, target_modules: Sequence[str] = TARGET_MODULES, **options: Any) -> set[str]:
         """Add LoRA layers to modules that influence the maps; returns their parameters' names in the extractor."""
-        modules = [name.removesuffix('.weight') for name in self._influential() if name.endswith('.weight')]
-        names = add_lora(self.extractor.network, modules, target_modules=target_modules, **options)
+        names = add_lora(self.extractor.network, self._influential_layers(), target_modules=target_modules, **options)
         added = self.extractor.network.peft_config['default']
         self.trained['lora'] = {'r': added.r, 'lora_alpha': added.lora_alpha, 'target_modules': list(target_modules)}
         return {f'network.{name}' for name in names}
@@ -254,6 +259,23 @@ class DiffusionBackbone(FrozenBackbone):
         unet = self.extractor.network.requires_grad_(True)
         leaves = self._leaves()
         return [name for name, parameter in unet.named_parameters() if parameter in leaves]
+
+    def _influential_layers(self) -> list[str]:
+        """Names of the linear layers and convolutions of the UNet that the maps depend on, also of quantized ones."""
+        unet = self.extractor.network.requires_grad_(True)
+        marks: dict[str, Tensor] = {}  # zeros that are added to their outputs
+
+        def mark(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + marks.setdefault(name, output.new_zeros((), requires_grad=True))
+
+        layers = {name: x for name, x in unet.named_modules() if isinstance(x, nn.Linear | nn.Conv2d)}
+        hooks = [layer.register_forward_hook(partial(mark, name)) for name, layer in layers.items()]
+        try:
+            leaves = self._leaves()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [name for name in layers if marks.get(name) in leaves]
 
     def forward(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """Extract.

@@ -74,7 +74,7 @@ def verify_channels(layers: Sequence[str], channels: Sequence[int | None], expec
 
 def keep_device(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Restrict a function of `nn.Module._apply`, such as that of `.to()`, to the change of dtype."""
-    return lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype)
+    return lambda tensor: tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype)
 
 
 def _pin(tensor: Tensor) -> Tensor:
