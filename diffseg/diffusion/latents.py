@@ -25,6 +25,8 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffseg.devices import upload
+
 DECODER_PARTS = ('decoder', 'post_quant_conv')  # of every VAE, which encoding does not need
 
 
@@ -77,7 +79,8 @@ def _of_config(vae: AutoencoderKL | AutoencoderTiny, device: torch.device) -> tu
 
 def _of_channels(vae: AutoencoderKLQwenImage, device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (
-        torch.tensor(vae.config[name], device=device).view(-1, 1, 1) for name in ('latents_mean', 'latents_std')
+        upload(torch.tensor(vae.config[name], device='cpu').view(-1, 1, 1), device)
+        for name in ('latents_mean', 'latents_std')
     )
     return mean, 1 / std
 

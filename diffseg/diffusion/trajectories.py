@@ -228,6 +228,7 @@ class Trajectory(ABC):
         if wrong := [t for t, step in zip(self.timesteps, nearest, strict=True) if step is None]:
             raise ValueError(f'timesteps {wrong} are not on the {self.name} trajectory, which has {listed}')
         object.__setattr__(self, 'timesteps', tuple(nearest))
+        object.__setattr__(self, '_allowed', allowed)
 
     @property
     def name(self) -> str:
@@ -370,7 +371,7 @@ class _Steps(Trajectory):
 
     def __call__(self, denoiser, latent, condition, *, noise=None, negative=None) -> Activations:
         """See `Trajectory`."""
-        calls = self.allowed()
+        calls = self._allowed
         last = max(calls.index(t) for t in self.timesteps)
         by_timestep, x_t = self._follow(calls[: last + 1], denoiser, latent, condition, negative)
         by_timestep[calls[last]] = denoiser.read(x_t, self.schedule.network_timestep(calls[last]), condition)
@@ -456,7 +457,7 @@ class Generation(_Steps):
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, negative: Condition | None = None
     ) -> tuple[Activations, Tensor]:
         """Follow the trajectory to its end: the activations as in `__call__`, and the clean latent."""
-        by_timestep, latent = self._follow([*self.allowed(), CLEAN], denoiser, noise, condition, negative)
+        by_timestep, latent = self._follow([*self._allowed, CLEAN], denoiser, noise, condition, negative)
         return self._stack(by_timestep), latent
 
 
