@@ -227,7 +227,7 @@ class DiffusionExtractor(nn.Module):
         self.memory_format = choose_memory_format(runtime.memory_format, network_dtype(self.network))
         if self.memory_format is torch.channels_last:
             for part in filter(None, (self.network, self.vae)):
-                part.to(memory_format=torch.channels_last)
+                _use_channels_last(part)
         if runtime.vae_slicing:
             self.vae.enable_slicing()
         if runtime.vae_tiling:
@@ -694,6 +694,13 @@ def _describe(prompts: Prompts | None) -> list[str] | str | None:
         return prompts if prompts is None else _texts(prompts)
     digest = hashlib.sha256(b''.join(x.detach().cpu().float().numpy().tobytes() for x in parts))
     return f'sha256:{digest.hexdigest()[:16]}'
+
+
+def _use_channels_last(part: nn.Module) -> None:
+    """Store the weights of convolutions of images so; those of videos, in QwenImage's VAE, are as they are."""
+    for parameter in part.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _compile_unread_blocks(network: nn.Module, read: Iterable[str], options: Mapping[str, Any]) -> None:

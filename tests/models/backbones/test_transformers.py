@@ -13,6 +13,7 @@ from tiny_pipelines import KINDS, QUICK
 from diffseg.diffusion.embeddings import save_conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import extend_images
+from diffseg.diffusion.sites import sites
 from diffseg.geometry import fit_to_image
 from diffseg.models import DiffusionBackbone
 from diffseg.models.captions import append_rows
@@ -26,13 +27,12 @@ CLOSE = {'rtol': 1e-4, 'atol': 1e-5}
 def make(pipeline_folder: Callable[[str], Path]) -> Callable[..., DiffusionBackbone]:
     """Build a backbone that reads the second block of a tiny pipeline: `make(kind, **options)`."""
 
-    def build(kind: str, **options) -> DiffusionBackbone:
-        prompt = '' if kind == 'dit' else HORSE
-        defaults = {'layers': ['vit-block1-out'], 'timesteps': [260], 'prompt': prompt}
-        model = str(pipeline_folder(kind))
-        return MODELS.build({'type': 'DiffusionBackbone', 'model': model, **defaults, **options})
+    return lambda kind, **options: MODELS.build(backbone_config(pipeline_folder(kind), kind, **options))
 
-    return build
+
+def backbone_config(folder: Path, kind: str, **options) -> dict:
+    defaults = {'layers': ['vit-block1-out'], 'timesteps': [260], 'prompt': '' if kind == 'dit' else HORSE}
+    return {'type': 'DiffusionBackbone', 'model': str(folder), **defaults, **options}
 
 
 def images(batch: int = 1, height: int = 32, width: int = 64) -> torch.Tensor:
@@ -98,6 +98,45 @@ def test_other_layers_are_read_with_the_same_network(make: Callable, kind: str):
     assert other.extractor.network is backbone.extractor.network
     assert other.fingerprint == expected.fingerprint and other.channels == expected.channels
     assert torch.equal(other(x)[0], expected(x)[0])
+
+
+@pytest.mark.parametrize('kind', ['sd3', 'flux', 'qwen-image', 'sana'])
+def test_how_it_is_run_changes_no_values(make: Callable, kind: str):
+    expected = make(kind)(images(2))[0]
+    plain = {'vae_slicing': True, 'channels_last': True, 'vae_tiling': True}
+    torch.testing.assert_close(make(kind, **plain)(images(2))[0], expected, **CLOSE)
+
+    compiled = make(kind, compile={'backend': 'eager'})
+    torch.testing.assert_close(compiled(images(2))[0], expected, **CLOSE)
+    network = compiled.extractor.network
+    blocks = {site.block for site in sites(network).values() if site.block}
+    compiled_blocks = {name for name in blocks if network.get_submodule(name)._compiled_call_impl is not None}
+    assert blocks - compiled_blocks == {'transformer_blocks.1'}  # which is read
+
+
+@pytest.mark.parametrize('kind', QUICK)
+def test_beside_other_backbones_under_necks_and_heads(
+    make: Callable, pipeline_folder: Callable, tiny_pipeline: Path, kind: str
+):
+    """In an ensemble with a UNet, whose networks take turns; under AggregationNeck and a head of mmseg."""
+    members = [
+        backbone_config(pipeline_folder(kind), kind, levels=[1]),
+        backbone_config(tiny_pipeline, 'sd15', layers=['dift-0'], timesteps=[50], levels=[1]),
+    ]
+    ensemble = MODELS.build({'type': 'EnsembleBackbone', 'backbones': members, 'offload': 'sequential'})
+    maps = ensemble(images())
+    assert torch.equal(maps[0], make(kind)(images())[0])
+
+    torch.manual_seed(0)
+    channels = make(kind).channels[0]
+    neck = MODELS.build(
+        {'type': 'AggregationNeck', 'levels': [[channels]], 'timesteps': 1, 'out_channels': 16, 'num_groups': 4}
+    )
+    head = MODELS.build(
+        {'type': 'PixelClassifierHead', 'in_channels': [16], 'num_classes': 3, 'num_members': 2, 'hidden': (8, 4)}
+    ).eval()
+    logits = head(neck(maps[:1]), (32, 64))
+    assert logits.shape == (1, 3, 32, 64) and logits.sum(dim=1).eq(2).all()  # votes of two members
 
 
 # ---- prompts and the cache of maps
