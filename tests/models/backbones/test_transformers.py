@@ -103,7 +103,7 @@ def test_other_layers_are_read_with_the_same_network(make: Callable, kind: str):
 @pytest.mark.parametrize('kind', ['sd3', 'flux', 'qwen-image', 'sana'])
 def test_how_it_is_run_changes_no_values(make: Callable, kind: str):
     expected = make(kind)(images(2))[0]
-    plain = {'vae_slicing': True, 'channels_last': True, 'vae_tiling': True}
+    plain = {'vae_slicing': True, 'memory_format': 'channels_last', 'vae_tiling': True}
     torch.testing.assert_close(make(kind, **plain)(images(2))[0], expected, **CLOSE)
 
     compiled = make(kind, compile={'backend': 'eager'})
