@@ -1,5 +1,6 @@
 """Shipped configs at a size that a test can train: tiny models of the same topology, and every length an eighth."""
 
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -10,10 +11,11 @@ from mmengine.config import Config
 from parts import sites_of
 
 from diffseg.diffusion.loading import load_config
-from diffseg.diffusion.sites import resolve
+from diffseg.diffusion.sites import Site, resolve
 from diffseg.models.backbones.ensemble import join_levels
 
 FACTOR = 8
+BLOCK = re.compile(r'vit-block(\d+)-')  # of a transformer
 WIDTH = 32  # of necks
 
 
@@ -95,6 +97,7 @@ def shrink_backbone(backbone: dict, models: Mapping[str, Path]) -> list[int]:
         else:
             backbone.conditioner.dim = load_config(backbone.model).network['cross_attention_dim']
     available = sites_of(backbone.model)
+    shrink_blocks(backbone, available)
     names = [*backbone.layers, *['attn'] * (len(backbone.channels) - len(backbone.layers))]
     names = resolve(names, [*available, *names])
     backbone.channels = [
@@ -102,6 +105,19 @@ def shrink_backbone(backbone: dict, models: Mapping[str, Path]) -> list[int]:
         for name, channels in zip(names, backbone.channels, strict=True)
     ]
     return backbone.channels
+
+
+def shrink_blocks(backbone: dict, available: Mapping[str, Site]) -> None:
+    """Read the last blocks of a transformer in place of others, and discard other channels."""
+    blocks = {name: int(match[1]) for name in backbone.layers if (match := BLOCK.match(name))}
+    deepest = max((int(match[1]) for name in available if (match := BLOCK.match(name))), default=0)
+    first = deepest + 1 - len(set(blocks.values()))
+    smaller = {block: i for i, block in enumerate(sorted(set(blocks.values())), first)}
+    backbone.layers = [
+        BLOCK.sub(f'vit-block{smaller[blocks[name]]}-', name) if name in blocks else name for name in backbone.layers
+    ]
+    if 'discard' in backbone:
+        backbone.discard = list(range(len(backbone.discard)))
 
 
 def shrink_neck(neck: dict | None, channels: list[int]) -> list[int]:

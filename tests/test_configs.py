@@ -39,6 +39,8 @@ KINDS = {  # one config each is trained
     'ensemble': 'sdxl+playground-v2-t50_agg-upernet_1xb2-80k_ade20k-512x512',
     'ensemble, published': 'sdxl+playground-v2-t50_concat-upernet-published_1xb2-80k_ade20k-512x512',
     'ensemble with a vision transformer': 'sd15+dinov2-b-t50_agg-upernet_1xb2-80k_ade20k-512x512',
+    'ensemble with a transformer': 'sd15+flux-dev_agg-upernet_1xb2-80k_ade20k-512x512',
+    'masked prompts': 'pixart-sigma-t50_agg-upernet_1xb2-80k_ade20k-512x512',
     'vision transformer': 'dinov2-b_agg-upernet_1xb2-80k_ade20k-512x512',
     'VPD': 'sd15-vpd-t1_fpn_8xb2-80k_ade20k-512x512',
     'VPD, frozen, Cityscapes': 'sd15-vpd-frozen-t1_fpn_8xb2-80k_cityscapes-1024x1024',
@@ -57,7 +59,7 @@ KINDS = {  # one config each is trained
 
 
 def test_all_configs_are_seen():
-    assert len(SEGMENTATION) == 40
+    assert len(SEGMENTATION) == 44
 
 
 @cache
@@ -120,13 +122,15 @@ def why_not_mmdet() -> str | None:
 
 
 @pytest.fixture(scope='module')
-def models(tiny_pipeline, tiny_sdxl_pipeline, tmp_path_factory) -> dict[str, Path]:
+def models(tiny_pipeline, tiny_sdxl_pipeline, pipeline_folder, tmp_path_factory) -> dict[str, Path]:
     """A tiny model for each that the configs name."""
     vision = tiny_vision.save(tmp_path_factory.mktemp('vision') / 'dinov2')
     return {
         'sd15': tiny_pipeline,
         'sdxl': tiny_sdxl_pipeline,
         'playground-v2': tiny_sdxl_pipeline,
+        'flux-dev': pipeline_folder('flux'),
+        'pixart-sigma': pipeline_folder('pixart-sigma'),
         'dinov2-b': vision,
     }
 

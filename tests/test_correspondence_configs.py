@@ -50,6 +50,8 @@ DESCRIPTORS = {  # channels, by the beginning of the config's name, without the 
     'dino': 768,
     'openclip': 1280,
     'sd21+dinov2-b-t261_concat': 2048,
+    'flux-dev-t260_ditf': 3072,
+    'flux-dev+dinov2-b-t260_concat': 3840,
     'sd15-t51_conv-published': 3520,
     'sd15-legacy-t51_conv-published': 3520,
     'sdxl-t50_conv-published': 3840,
@@ -63,12 +65,15 @@ ZERO_SHOT = {  # one config each is tested
     'concatenation': 'sd15-clean_concat-all_1xb1-zero-shot_spair-512x512',
     'SDXL': 'sdxl-t50_up-level1-repeat0-vit-block0-out_1xb1-zero-shot_spair-1024x1024',
     'vision transformer': 'dinov3-b_tokens_1xb1-zero-shot_spair-960x960',
+    'DiTF': 'flux-dev-t260_ditf-mod-discard_1xb1-zero-shot_spair-640x640',
+    'Flux + DINO': 'flux-dev+dinov2-b-t260_concat_1xb1-zero-shot_spair-640x640',
     'SD + DINO': 'sd21+dinov2-b-t261_concat_1xb1-zero-shot_spair-768x768',
 }
 TRAINED = {  # one config each is trained
     'DHF': 'sd15-inversion11_agg_1xb1-5k_spair-512x512',
     'DHF, published': 'sd15-clean_dhf-published_1xb1-5k_spair-512x512',
     'GDF': 'sd15-t50_agg_1xb1-5k_spair-512x512',
+    'SD3': 'sd3-medium-t260_agg_1xb1-5k_spair-1024x1024',
     'GDF, published': 'sdxl-t50_conv-published_1xb1-10k_spair-1024x1024',
     'ensemble': 'sdxl+sd15+playground-v2_conv-published_1xb1-10k_spair-1024x1024',
 }
@@ -80,7 +85,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (54, 7)
+    assert (len(CONFIGS), len(TOY)) == (61, 7)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -138,7 +143,8 @@ def stamp(cfg: Config) -> str:
     if cfg.test_evaluator.get('allow_selection_on_test'):
         said.append('which also selects')
     for step in data.pipeline:
-        said += {'ResizePair': [f'{step.get("size")} px'], 'CropToBoxPair': ['cropped']}.get(step.type, [])
+        side = 'longer side ' if step.get('keep_ratio') else ''
+        said += {'ResizePair': [f'{side}{step.get("size")} px'], 'CropToBoxPair': ['cropped']}.get(step.type, [])
     if not any(step.type == 'ResizePair' for step in data.pipeline):
         said.append(f'{" + ".join(str(part.input_size) for part in members(model.backbone))} px')
     said.append('matched at ' + (f'{model.match_size} px' if 'match_size' in model else 'the original size'))
@@ -190,13 +196,17 @@ def test_channels_are_those_of_the_model_and_neck_and_head_take_them(path):
 
 
 @pytest.fixture(scope='module')
-def models(tiny_pipeline, tiny_sdxl_pipeline, tiny_pixel_pipeline, tmp_path_factory) -> dict[str, Path]:
+def models(
+    tiny_pipeline, tiny_sdxl_pipeline, tiny_pixel_pipeline, pipeline_folder, tmp_path_factory
+) -> dict[str, Path]:
     """A tiny model for each that the configs name."""
     folder = tmp_path_factory.mktemp('vision')
     return {
         **dict.fromkeys(('sd15', 'sd21', 'sd21-base', 'cleandift-sd15', 'cleandift-sd21'), tiny_pipeline),
         **dict.fromkeys(('sdxl', 'playground-v2'), tiny_sdxl_pipeline),
         'adm-imagenet-256': tiny_pixel_pipeline,
+        'flux-dev': pipeline_folder('flux'),
+        'sd3-medium': pipeline_folder('sd3'),
         'dinov2-b': tiny_vision.save(folder / 'dinov2'),
         'dinov3-b': tiny_vision.save(folder / 'dinov3', 'dinov3_vit'),
     }

@@ -34,6 +34,9 @@ PUBLISHED = {  # GDF and DDPM: channels of a pixel
     'sd15-t51': 3520,
     'sdxl-t50': 3840,
     'sdxl+sd15+playground-v2': 8154,
+    'pixart-sigma-t50': 2304,
+    'sd3-medium-t260': 3072,
+    'flux-dev-t260': 6144,
 }
 FIGURES = {  # arXiv 2410.03558, Horse-21
     'swav-w2-lsun-horse_pixel-classifier': '54.0 ± 0.9',
@@ -48,14 +51,17 @@ FIGURES = {  # arXiv 2410.03558, Horse-21
 }
 OTHER_LAYERS = {
     'mae-l8-lsun-horse': list(range(13, 25)),  # the last twelve of 24 blocks, counted from 1
+    'pixart-sigma': ['vit-block12-mod', 'vit-block16-mod'],
+    'sd3-medium': ['vit-block9-mod', 'vit-block14-mod'],
+    'flux-dev': ['vit-block24-mod', 'vit-block28-mod'],
     'swav-w2-lsun-horse': [f'layer{i + 1}.{j}' for i, blocks in enumerate((3, 4, 6, 3)) for j in range(0, blocks, 2)],
 }
 SMALL = {'Resize': {'scale': (64, 64)}, 'LoadLabelArray': {'size': 32}, 'IgnoreSmallClasses': {'min_pixels': 2}}
-TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'sdxl+sd15+playground-v2']
+TRAINED = ['ddpm-lsun-horse-t50+150+250', 'sd15-t51', 'flux-dev-t260', 'sdxl+sd15+playground-v2']
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 26
+    assert len(CONFIGS) == 29
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -183,11 +189,14 @@ def adm_pipeline(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize('model', TRAINED)
-def test_trains_saves_resumes_and_tests(model, tiny_pipeline, tiny_sdxl_pipeline, adm_pipeline, data, tmp_path):
+def test_trains_saves_resumes_and_tests(
+    model, tiny_pipeline, tiny_sdxl_pipeline, adm_pipeline, pipeline_folder, data, tmp_path
+):
     stems = [path for path in CONFIGS if path.stem.startswith(f'{model}_pixel-classifier_')]
     path = next(path for path in stems if '_horse-21-' in path.stem)
     models = {
         'ddpm-lsun-horse': adm_pipeline,
+        'flux-dev': pipeline_folder('flux'),
         'sd15': tiny_pipeline,
         'sdxl': tiny_sdxl_pipeline,
         'playground-v2': tiny_sdxl_pipeline,

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from parts import sites_of
+from shrink import shrink_backbone
 
 import diffseg  # noqa: F401
 from diffseg.diffusion.layer_sets import expand
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob('configs/video/*.py'))
 TOY = sorted(ROOT.glob('configs/video/toy/[!_]*.py'))
 NAME = re.compile(
-    r'(?P<model>.+)-t(?P<timestep>\d+)_dift_1xb(?P<batch>\d+)-zero-shot_(?P<data>davis|jhmdb)-(?P<size>.+)'
+    r'(?P<model>.+)-t(?P<timestep>\d+)_(dift|ditf)_1xb(?P<batch>\d+)-zero-shot_(?P<data>davis|jhmdb)-(?P<size>.+)'
 )
 KINDS = {  # labels, data set, metric
     'davis': ('mask', 'DAVISDataset', 'DAVISMetric'),
@@ -30,6 +31,7 @@ SETTINGS = {  # layer, ensemble, temperature, topk, radius, previous frames
     ('sd21', 'davis'): ('up-level2-upsampler-out', 8, 0.2, 15, 15, 28),
     ('sd21', 'jhmdb'): ('up-level2-upsampler-out', 8, 0.2, 15, 5, 28),
     ('adm-imagenet-256', 'davis'): ('adm-7', 4, 0.1, 10, 15, 28),
+    ('flux-dev', 'davis'): ('vit-block24-mod', 8, 0.2, 15, 15, 28),
     ('adm-imagenet-256', 'jhmdb'): ('adm-5', 4, 0.1, 15, 5, 28),
 }
 
@@ -42,11 +44,13 @@ def size_of(cfg: Config) -> str:
     """To what frames are resized, as file names say it."""
     (step,) = cfg.test_dataloader.dataset.pipeline
     assert step.type == 'LoadVideo'
+    if 'long_side' in step:
+        return f'long{step.long_side}'
     return f'{step.short_side}p' if 'short_side' in step else 'x'.join(map(str, step.size))
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (4, 4)
+    assert (len(CONFIGS), len(TOY)) == (5, 4)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -61,7 +65,7 @@ def test_a_config_is_what_its_name_says(path):
     assert found == SETTINGS[name['model'], name['data']]
     available = sites_of(backbone.model)
     (site,) = (available[layer] for layer in expand(backbone.layers, available))
-    assert backbone.channels == [site.channels] and site.stride == 8
+    assert backbone.channels == [site.channels] and site.stride == (16 if backbone.model == 'flux-dev' else 8)
     init_default_scope('mmseg')
     assert TRANSFORMS.build(loader.dataset.pipeline[0]) and METRICS.build(cfg.test_evaluator)
     assert loader.dataset.type in DATASETS
@@ -108,12 +112,19 @@ def evaluate(data: dict[str, str], tmp_path: Path) -> Callable[[Config], dict[st
 @pytest.mark.parametrize(
     'path', [path for path in CONFIGS if ('adm' in path.stem) == ('jhmdb' in path.stem)], ids=lambda path: path.stem
 )
-def test_each_kind_is_tested_without_a_checkpoint(path, evaluate, tiny_pipeline, tiny_pixel_pipeline, tmp_path):
+def test_each_kind_is_tested_without_a_checkpoint(
+    path, evaluate, tiny_pipeline, tiny_pixel_pipeline, pipeline_folder, tmp_path
+):
     cfg = read(path)
     backbone, (load,) = cfg.model.backbone, cfg.test_dataloader.dataset.pipeline
     pixels = backbone.model.startswith('adm')
-    backbone.update(model=str(tiny_pixel_pipeline if pixels else tiny_pipeline), channels=None)
-    load.update({'short_side': 32} if 'short_side' in load else {'size': (32, 32)})
+    if backbone.model == 'flux-dev':
+        shrink_backbone(backbone, {'flux-dev': pipeline_folder('flux')})
+    else:
+        backbone.update(model=str(tiny_pixel_pipeline if pixels else tiny_pipeline), channels=None)
+    load.update(
+        {name: (32, 32) if name == 'size' else 32 for name in ('short_side', 'long_side', 'size') if name in load}
+    )
     metrics = evaluate(cfg)
     if cfg.test_evaluator.type == 'DAVISMetric':
         assert 0 <= metrics['J&F-Mean'] <= 100 and (tmp_path / 'objects.csv').is_file()

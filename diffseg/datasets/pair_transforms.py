@@ -232,6 +232,7 @@ class ResizePair(BaseTransform):
     Args:
         size: (height, width), or one number for both.
         keep_ratio: keep the aspect ratio, with the largest size that fits into `size`.
+        divisor: round both sides to multiples of it, as DiTF does.
         interpolation: "bicubic" as DIFT and GDF do, or "bilinear" as Diffusion Hyperfeatures does; both with Pillow.
     """
 
@@ -239,12 +240,14 @@ class ResizePair(BaseTransform):
         self,
         size: int | tuple[int, int],
         keep_ratio: bool = False,
+        divisor: int = 1,
         interpolation: Literal['bicubic', 'bilinear'] = 'bicubic',
     ) -> None:
         if interpolation not in ('bicubic', 'bilinear'):
             raise ValueError(f"interpolation is {interpolation!r}, choose 'bicubic' or 'bilinear'")
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.keep_ratio = keep_ratio
+        self.divisor = divisor
         self.resampling = Image.Resampling[interpolation.upper()]
 
     def transform(self, results: dict) -> dict:
@@ -254,7 +257,8 @@ class ResizePair(BaseTransform):
             height, width = self.size
             if self.keep_ratio:
                 factor = min(height / image.height, width / image.width)
-                height, width = (max(1, round(factor * side)) for side in (image.height, image.width))
+                height, width = factor * image.height, factor * image.width
+            height, width = (self.divisor * max(1, round(side / self.divisor)) for side in (height, width))
             results[f'image{view}'] = image.resize((width, height), self.resampling)
             results[f'img_shape{view}'] = height, width
         return results

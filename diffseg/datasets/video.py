@@ -44,17 +44,29 @@ class LoadVideo(BaseTransform):
     Args:
         short_side: resize frames so that the shorter side has this many pixels, and the longer one, by the same factor,
             is rounded down to a multiple of `divisor`: DIFT's and DINO's protocol for DAVIS.
-        divisor: see `short_side`.
+        long_side: resize frames by one factor so that the longer side has this many pixels, and round both sides to
+            multiples of `divisor`: DiTF's.
+        divisor: see `short_side` and `long_side`.
         size: (height, width) to resize frames to instead, regardless of their aspect ratio, as for JHMDB.
 
     Raises:
-        ValueError: not exactly one of `short_side` and `size` is given; or the first mask of a video cannot be used.
+        ValueError: not exactly one of `short_side`, `long_side` and `size` is given; or the first mask of a video
+            cannot be used.
     """
 
-    def __init__(self, short_side: int | None = None, divisor: int = 32, size: tuple[int, int] | None = None) -> None:
-        if (short_side is None) == (size is None):
-            raise ValueError(f'short_side is {short_side} and size is {size}; give one of them')
+    def __init__(
+        self,
+        short_side: int | None = None,
+        divisor: int = 32,
+        size: tuple[int, int] | None = None,
+        long_side: int | None = None,
+    ) -> None:
+        given = {'short_side': short_side, 'long_side': long_side, 'size': size}
+        if sum(value is not None for value in given.values()) != 1:
+            listed = ', '.join(f'{name} is {value}' for name, value in given.items())
+            raise ValueError(f'{listed}; give one of them')
         self.short_side = short_side
+        self.long_side = long_side
         self.divisor = divisor
         self.size = size
 
@@ -81,6 +93,9 @@ class LoadVideo(BaseTransform):
         return {'inputs': {'frames': VideoFrames(paths, ori_shape, shape)}, 'data_samples': sample}
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.long_side is not None:
+            factor = self.long_side / max(height, width) / self.divisor
+            return max(1, round(height * factor)) * self.divisor, max(1, round(width * factor)) * self.divisor
         shape = [side * self.short_side / min(height, width) for side in (height, width)]
         longer = int(height <= width)
         shape[1 - longer] = self.short_side

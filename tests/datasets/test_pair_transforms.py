@@ -143,6 +143,8 @@ def test_resize_leaves_points_where_they_are(pair):
     )
     kept = apply(pair, 'ResizePair', size=60, keep_ratio=True)
     assert (kept['img_shape0'], kept['img_shape1']) == ((40, 60), (60, 36))
+    rounded = apply(pair, 'ResizePair', size=60, keep_ratio=True, divisor=7)
+    assert (rounded['img_shape0'], rounded['img_shape1']) == ((42, 63), (63, 35))
     for name in ('RandomFlipPair', 'RandomCropPair'):
         with pytest.raises(ValueError, match='put ResizePair after'):
             apply(resized, name, **({'prob': 1.0} if 'Flip' in name else {}))

@@ -50,6 +50,14 @@ def test_size_of_the_published_protocol(tmp_path, original, resized):
     assert result['data_samples'].img_shape == resized
 
 
+@pytest.mark.parametrize(('original', 'resized'), [((480, 854), (544, 960)), ((854, 480), (960, 544))])
+def test_size_by_the_longer_side(tmp_path, original, resized):
+    Image.new('RGB', original[::-1]).save(tmp_path / '0.png')
+    load = LoadVideo(long_side=960, divisor=16)
+    result = load({'video_id': '', 'frame_paths': [str(tmp_path / '0.png')]})
+    assert result['data_samples'].img_shape == resized
+
+
 def test_frames_travel_as_paths(root):
     frames = davis(root)[0]['inputs']['frames']
     content = pickle.dumps(frames)
@@ -105,7 +113,9 @@ def test_frames_of_two_sizes_or_damaged(root):
 def test_wrong_arguments(root):
     with pytest.raises(ValueError, match="split is 'test'"):
         DAVISDataset(str(root), 'test')
-    with pytest.raises(ValueError, match='give one of them'):
+    with pytest.raises(
+        ValueError, match=r'short_side is 480, long_side is None, size is \(320, 320\); give one of them'
+    ):
         LoadVideo(short_side=480, size=(320, 320))
 
 
