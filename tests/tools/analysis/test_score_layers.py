@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_a_grid_of_timesteps_and_seeds(load_tool, pairs, tiny_pipeline, capsys):
         values = dict(zip(['0', '900'], map(float, by_timestep.split()), strict=True))
         assert float(image) == max(values.values()) == values[t] and float(deviation) >= 0
     assert float(highest.split()[-2]) >= float(rows[0].split()[-2])
+
+
+def test_modulated_features_of_a_transformer(load_tool, pairs, capsys):
+    tool, folder = load_tool('analysis/score_layers'), Path(__file__).parents[3] / 'demo/tiny-dit'
+    tables = []
+    for options in ([], ['--discard', *map(str, range(0, 190))], ['--random']):
+        tool.main([str(folder), str(pairs), '--layers', 'vit-block3-mod', '--timestep', '150', '0.5', *options])
+        tables.append(capsys.readouterr().out.splitlines())
+    assert all(header.split()[-3:] == ['|', '150', '0.5'] for header, *_ in tables)
+    assert len({row for _, row, _ in tables}) == 3
 
 
 def test_figures_of_a_grid(load_tool):
