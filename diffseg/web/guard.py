@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import json
+import socket
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
@@ -49,8 +50,8 @@ class Guard:
     """Refuse requests of other pages, by other names, without the token, or with too large a body.
 
     * Host names the page: a loopback name at any port (`ssh -L` changes it), the `host` it listens at, or where it
-      listens at all addresses, any address but no name. So no other name that is made to lead here (DNS rebinding)
-      reaches it.
+      listens at all addresses, any address and the name of this machine. So no other name that is made to lead here
+      (DNS rebinding) reaches it.
     * Origin, where a browser sends it, is that of Host; Sec-Fetch-Site is 'same-origin', except for an address that a
       person typed and for links to the page. So other pages neither change nor read anything.
     * The token, if there is one, is in a cookie, which `/?token=...` sets, or in `Authorization: Bearer`.
@@ -68,7 +69,8 @@ class Guard:
     def __init__(self, app: ASGIApp, host: str, token: str | None, max_body: int, max_upload: int) -> None:
         check_host(host, token)
         self.app = app
-        self.host = host
+        self.wildcard = host in ('0.0.0.0', '::')
+        self.names = {host.lower(), socket.gethostname().lower()} if self.wildcard else {host.lower()}
         self.token = token
         self.max_body = max_body
         self.max_upload = max_upload
@@ -134,9 +136,9 @@ class Guard:
         return None
 
     def _is_own(self, name: str) -> bool:
-        if is_loopback(name) or name == self.host:
+        if is_loopback(name) or name in self.names:
             return True
-        if self.host not in ('0.0.0.0', '::'):
+        if not self.wildcard:
             return False
         try:
             ipaddress.ip_address(name)

@@ -342,14 +342,15 @@ def _add_segmentation(app: FastAPI, session: Session) -> None:
 
     @app.post('/api/masks')
     def masks(body: MasksBody) -> Response:
-        """Masks, a byte for each cell, each followed by its uncertainty, 255 for the most that there can be."""
+        """Masks, a byte for each cell, each followed by its uncertainty, from 0 to the highest in the picture."""
         folder = session.folder
         pictures = [folder[key] for key in body.pictures]
         pictures = [picture for picture in pictures if session.features.is_ready(session.choice, picture)]
         entries, maps = [], []
         for picture, (mask, uncertainty) in zip(pictures, session.masks(pictures), strict=True):
-            entries.append({'id': picture.id, 'grid': list(mask.shape), 'high': float(uncertainty.max())})
-            maps += [mask, to_bytes(uncertainty, 0.0, 0.5)]
+            high = float(uncertainty.max())
+            entries.append({'id': picture.id, 'grid': list(mask.shape), 'high': high})
+            maps += [mask, to_bytes(uncertainty, 0.0, high)]
         return binary({'masks': entries}, maps)
 
     @app.get('/api/exports')

@@ -300,6 +300,26 @@ def test_refused_pictures_and_other_origins_leave_all_tabs_alive(open_page, serv
     assert second.locator('.class b').count() == 0 and served.session.annotations.classes[0].name == '<b>bold</b>'
 
 
+def test_an_empty_folder_says_what_to_do(browser, tmp_path, horses, cache):
+    (tmp_path / 'empty').mkdir()
+    session = open_session(tmp_path / 'empty', cache)
+    try:
+        with serving(session) as address:
+            page = browser.new_page()
+            page.goto(address)
+            page.get_by_text('No pictures here yet.').wait_for()
+            for view in VIEWS:
+                page.click(f'#tab-{view}')
+            page.click('#tab-match')
+            page.set_input_files('#files', save(tmp_path, horses[:1]) / 'horse_0.png')
+            page.wait_for_selector('.tile')
+            page.get_by_text('1 picture').wait_for()
+            assert not page.is_visible('#empty') and page.is_visible('#stage')
+            page.close()
+    finally:
+        session.close()
+
+
 def test_strokes_of_one_tab_appear_in_another(open_page, served, horses):
     first, second = open_page(), open_page()
     for page in (first, second):

@@ -1,5 +1,7 @@
 """Which requests are answered."""
 
+import socket
+
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
@@ -87,8 +89,9 @@ def test_other_addresses_demand_a_token():
     assert guarded.get('/api/read', headers={'Host': 'evil.example'}).status_code == 421
 
 
-def test_all_addresses_are_reached_by_number_alone():
+def test_all_addresses_are_reached_by_number_and_by_the_name_of_the_machine():
     everywhere = client('0.0.0.0', TOKEN, 'http://192.168.0.2:8765')
     headers = {'Authorization': f'Bearer {TOKEN}'}
     assert everywhere.get('/api/read', headers=headers).status_code == 200
+    assert everywhere.get('/api/read', headers={**headers, 'Host': f'{socket.gethostname()}:8765'}).status_code == 200
     assert everywhere.get('/api/read', headers={**headers, 'Host': 'rebound.example'}).status_code == 421

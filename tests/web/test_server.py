@@ -160,7 +160,7 @@ def test_strokes_are_painted_undone_and_shown_as_masks(client, horses, ids):
     assert set(fitted['scores']) == set(ids) and fitted['next'] in ids[1:]
     header, data = unpack(client.post('/api/masks', json={'pictures': ids[:2]}))
     assert [entry['grid'] for entry in header['masks']] == [[96, 96]] * 2 and len(data) == 4 * 96 * 96
-    assert data[: 96 * 96].max() == 3
+    assert data[: 96 * 96].max() == 3 and data[96 * 96 : 2 * 96 * 96].max() == 255
     listed = client.get('/api/annotations').json()
     assert [stroke['picture'] for stroke in listed['strokes']] == [ids[0]] * 4
     assert client.delete(f'/api/strokes/{number}').status_code == 200

@@ -1,7 +1,7 @@
 // Tabs, progress, added pictures, and what all views share.
 
 import { upload } from './api.js';
-import { $, make, say } from './dom.js';
+import { $, say } from './dom.js';
 import { view as features } from './features.js';
 import * as gallery from './gallery.js';
 import { view as match } from './match.js';
@@ -166,7 +166,8 @@ $('tile-size').addEventListener('input', (event) => {
 
 const wanted = location.hash.slice(1);
 await refresh();
+gallery.show();
+stage.show();
 open(wanted in views ? wanted : 'match');
 addEventListener('hashchange', () => location.hash.slice(1) in views && open(location.hash.slice(1)));
 setTimeout(poll, 500);
-if (!store.pictures.length) $('hint').textContent = 'Drop pictures onto the page to begin.';

@@ -136,8 +136,8 @@ function pin(list) {
 
 function guide() {
   const picture = selected();
-  if (!picture) return;
-  if (!isReady(matchingChoice(), picture.id)) hint('Features of this picture are being extracted; others may be ready.');
+  if (!picture) hint('Drop pictures onto the page to begin.');
+  else if (!isReady(matchingChoice(), picture.id)) hint('Features of this picture are being extracted; others may be ready.');
   else if (pinned) hint('Pinned. Click elsewhere for another point, Shift-click to average several, Esc to let go.');
   else hint('Move over the picture and see what matches. Click to keep a point; drag to average along a stroke.');
 }

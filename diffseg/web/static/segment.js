@@ -38,7 +38,9 @@ const radiusOf = (picture) => Math.max(0.5, size * Math.max(picture.width, pictu
 async function load() {
   const content = await get('/api/annotations');
   if (content.revision === revision) return;
-  ({ classes, strokes, palette, revision } = content);
+  const unsaved = strokes.filter((stroke) => stroke.id === undefined); // they wait for their turn
+  ({ classes, palette, revision } = content);
+  strokes = [...content.strokes, ...unsaved];
   imported = new Set(content.imported);
   labels = new Map();
   current = Math.min(current, Math.max(classes.length - 1, 0));
@@ -92,11 +94,17 @@ const masksNow = new Latest(async () => {
   }
 });
 
+function reload() {
+  saving = saving.then(load).catch((error) => say(error.message));
+  return saving;
+}
+
 // Changes are saved one after the other, each before the next is sent.
 function save(task) {
   saving = saving.then(task).catch((error) => {
     say(`Not saved: ${error.message}`);
     revision = -1;
+    strokes = strokes.filter((stroke) => stroke.id !== undefined);
     return load();
   });
   refit.call();
@@ -193,7 +201,8 @@ function drawMask(id) {
     }
     if (show === 'mask') paintLabels(canvas, found.grid, found.mask, rgb());
     else {
-      paintHeat(canvas, found.grid, found.uncertainty);
+      const highest = Math.max(...[...masks.values()].map((other) => other.high), 1e-9);
+      paintHeat(canvas, found.grid, found.uncertainty, 0, (v) => (v * found.high) / highest);
     }
     canvas.style.opacity = show === 'mask' ? opacity : Math.max(opacity, 0.6);
     canvas.classList.toggle('crisp', show === 'mask');
@@ -232,7 +241,11 @@ function drawScores() {
 
 function guide() {
   const picture = selected();
-  if (!active || !picture) return;
+  if (!active) return;
+  if (!picture) {
+    hint('Drop pictures onto the page to begin.');
+    return;
+  }
   const used = new Set(strokes.map((stroke) => stroke.label).filter((label) => label !== null));
   if (!classes.length) hint('Name the classes that you want to tell apart, for example background and leaf.');
   else if (classes.length < 2) hint('Add a second class: there must be something to tell it from.');
@@ -470,7 +483,7 @@ async function importAll() {
     await post('/api/import', { name, source });
     revision = -1;
     undone = [];
-    await load();
+    await reload();
     say(`Imported ${source} of ${name}.`, 'note');
   } catch (error) {
     say(error.message);
@@ -587,7 +600,7 @@ export const view = {
     drawMasks();
     guide();
     try {
-      await load();
+      await reload();
       await listExports();
     } catch (error) {
       say(error.message);
@@ -612,7 +625,7 @@ export const view = {
   },
   progress() {
     gallery.markReady(store.default);
-    if (store.annotations !== revision && !painting) saving.then(load);
+    if (store.annotations !== revision && !painting) reload();
     const ready = store.choices.find((c) => c.id === store.default)?.done.length ?? 0;
     if (ready !== view.ready) {
       view.ready = ready;
