@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, MODELS
 from mmseg.structures import SegDataSample
 
 from diffseg.diffusion import pipeline_prompts
@@ -167,6 +167,7 @@ def test_the_background_gets_what_the_others_do_not(background, names, shares, e
         ({'classes': ['horse']}, 'a softmax needs two or more'),
         ({'classes': 'NoSuchDataset'}, "there is no data set 'NoSuchDataset'"),
         ({'templates': ['a photo of a {}']}, "they begin with '{}'"),
+        ({'test_cfg': {'mode': 'slide'}}, 'has no test_cfg; leave it out'),
         ({'templates': []}, "they begin with '{}'"),
         ({'background': {'index': 4, 'threshold': 0.5}}, 'classes are counted from 0 to 3'),
         ({'background': {'index': 0}}, 'no concepts and no threshold'),
@@ -180,6 +181,12 @@ def test_the_background_gets_what_the_others_do_not(background, names, shares, e
 def test_what_cannot_be_is_said(options, message, build):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+def test_colors_are_those_of_the_data_set_or_different_ones(build):
+    palette = build(classes='LoveDADataset').dataset_meta['palette']
+    assert palette == DATASETS.get('LoveDADataset').METAINFO['palette']
+    assert len({tuple(color) for color in build().dataset_meta['palette']}) == len(CLASSES)
 
 
 @pytest.mark.parametrize('kind, message', [('pixart-sigma', 'has a PixArtSigmaPipeline'), ('dit', 'Flux and SD3')])

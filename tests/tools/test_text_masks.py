@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from layouts import write_ade20k
 from mmengine.config import Config
+from mmseg.apis import inference_model, init_model, show_result_pyplot
 from mmseg.registry import DATASETS
 
 from diffseg.diffusion.loading import meta_network
@@ -57,3 +58,17 @@ def test_a_config_is_what_its_name_says(path):
     number = meta_network(cfg.model.model).config.num_layers
     assert all(block in range(number) for block in cfg.model.blocks)
     assert cfg.model.space == 'attention' if 'cross-attention' in path.stem else 'space' not in cfg.model
+
+
+def test_any_picture_is_labelled_with_any_names(pipeline_folder, tmp_path):
+    config = shrunk(CONFIGS[0], pipeline_folder('flux'), tmp_path, tmp_path)
+    model = init_model(config, device='cpu', cfg_options={'model.classes': ['horse', 'grass', 'sky']})
+    picture = np.random.default_rng(0).integers(256, size=(40, 56, 3), dtype=np.uint8)
+    result = inference_model(model, picture)
+    labels = result.pred_sem_seg.data
+    assert labels.shape == (1, 40, 56) and labels.max() < 3
+    drawn = show_result_pyplot(model, picture, result, show=False, with_labels=False)
+    colors = np.unique(np.round((drawn.astype(int) - 0.5 * picture) * 2).reshape(-1, 3).clip(0, 255), axis=0)
+    wanted = {tuple(model.dataset_meta['palette'][label]) for label in labels.unique()}
+    assert len(model.dataset_meta['palette']) == 3
+    assert all(np.abs(colors - color).max(1).min() < 4 for color in wanted)

@@ -1,13 +1,14 @@
 """Masks from names of classes, without training."""
 
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from mmseg.models import BaseSegmentor
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,11 +74,15 @@ class TextMaskSegmentor(BaseSegmentor):
         interpolation: By which they are resized, see `resize_images`.
         data_preprocessor: Config; it brings images to [-1, 1], RGB.
         init_cfg: See mmengine's `BaseModule`.
+        pretrained: None, which mmseg's `init_model` gives to every model; so are `train_cfg` and `test_cfg`.
+        train_cfg: None.
+        test_cfg: None.
         extractor: Further options of `DiffusionExtractor`, and fields of its `Weights` and `Runtime`: `ensemble`,
             `noise`, `seed`, `dtype`, `max_sequence_length`, `trajectory` ('noise' or 'clean'), ...
 
     Attributes:
         out_channels: Number of classes.
+        dataset_meta: Names of the classes and a color for each, which mmseg's functions draw with.
 
     Raises:
         ValueError: Fewer than two classes, templates that do not begin with the name, a background that contradicts
@@ -103,12 +108,19 @@ class TextMaskSegmentor(BaseSegmentor):
         interpolation: Interpolation = 'bilinear',
         data_preprocessor: Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
+        pretrained: None = None,
+        train_cfg: None = None,
+        test_cfg: None = None,
         **extractor: Any,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        unused = {'pretrained': pretrained, 'train_cfg': train_cfg, 'test_cfg': test_cfg}
+        if given := [name for name, value in unused.items() if value is not None]:
+            raise ValueError(f'a TextMaskSegmentor has no {", ".join(given)}; leave it out')
         names = class_names(classes) if isinstance(classes, str) else list(classes)
         self.classes = [name.strip() for name in names]
         self.out_channels = len(self.classes)
+        self.dataset_meta = {'classes': names, 'palette': _palette(classes, len(names))}
         if self.out_channels < 2:
             raise ValueError(f'classes is {self.classes}; a softmax needs two or more')
         self.templates = [templates] if isinstance(templates, str) else list(templates)
@@ -221,6 +233,13 @@ class TextMaskSegmentor(BaseSegmentor):
         super().train(mode)
         self.extractor.eval()
         return self
+
+
+def _palette(classes: str | Sequence[str], number: int) -> list[Sequence[int]]:
+    """RGB, from 0 to 255, of each class: those of a registered data set, if it has any, else different hues."""
+    if isinstance(classes, str) and (palette := DATASETS.get(classes).METAINFO.get('palette')):
+        return [*palette]
+    return [[round(255 * x) for x in hsv_to_rgb(i / number, 0.8, 0.9)] for i in range(number)]
 
 
 def _checked(background: Background, classes: int) -> Background:
