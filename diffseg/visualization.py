@@ -205,6 +205,7 @@ def match_lines(
     points: tuple[Tensor, Tensor],
     correct: Tensor | None = None,
     height: int = 384,
+    confidence: Tensor | None = None,
 ) -> Image.Image:
     """Draw two pictures side by side, with lines between matched points.
 
@@ -213,10 +214,13 @@ def match_lines(
         points: matched points with shape (N, 2) each, (x, y) in pixels of their picture.
         correct: booleans with shape (N,), drawn green and red; without them the lines have different hues.
         height: of the drawing, pixels; both pictures are scaled to it.
+        confidence: of the matches, in [0, 1] with shape (N,), drawn from red to green, the confident ones on top.
 
     Raises:
-        ValueError: the numbers of points differ.
+        ValueError: the numbers of points differ, or both `correct` and `confidence` are given.
     """
+    if correct is not None and confidence is not None:
+        raise ValueError('lines are coloured by correct or by confidence, not by both')
     if points[0].shape != points[1].shape or points[0].shape[-1] != 2:
         raise ValueError(f'points must be two (N, 2) tensors, got {[tuple(xy.shape) for xy in points]}')
     scales = [height / picture.shape[1] for picture in pictures]
@@ -233,8 +237,12 @@ def match_lines(
     count = len(points[0])
     sources = (points[0].cpu() * scales[0]).tolist()
     targets = (points[1].cpu() * scales[1] + torch.tensor([offset, 0])).tolist()
-    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if correct is None:
+    order = range(count) if confidence is None else confidence.argsort().tolist()
+    for i in order:
+        source, target = sources[i], targets[i]
+        if confidence is not None:
+            colour = tuple(round(w + float(confidence[i]) * (c - w)) for c, w in zip(CORRECT, WRONG, strict=True))
+        elif correct is None:
             colour = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(i / count, 0.9, 1))
         else:
             colour = CORRECT if correct[i] else WRONG

@@ -136,6 +136,10 @@ def test_match_lines_join_the_points():
     assert sheet.getpixel((40, 20)) == vis.CORRECT and sheet.getpixel((208 + 50, 50)) == vis.CORRECT
     assert sheet.getpixel((160, 80)) == vis.WRONG and sheet.getpixel((208 + 90, 90)) == vis.WRONG
     assert vis.match_lines(pictures, (points[0][:0], points[1][:0])).height == 384
+    sheet = vis.match_lines(pictures, points, height=100, confidence=torch.tensor([0.0, 1.0]))
+    assert sheet.getpixel((40, 20)) == vis.WRONG and sheet.getpixel((160, 80)) == vis.CORRECT
+    with pytest.raises(ValueError, match='not by both'):
+        vis.match_lines(pictures, points, torch.tensor([True, False]), confidence=torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match=r'two \(N, 2\)'):
         vis.match_lines(pictures, (points[0], points[1][:1]))
 

@@ -6,6 +6,10 @@ A figure is named by threshold, base and mean, `PCK@0.1-bbox/point`:
 * the base is the longer side of the target's box ('bbox') or of the target image ('img'), in original pixels;
 * the mean is over all keypoints ('point': Diffusion Hyperfeatures, later papers), over the percentages of pairs
   ('image': DIFT's 52.9 on SPair-71k), or over the percentages of keypoints by category ('category').
+
+With a confidence of every match, `PCK@0.1-bbox/coverage0.5` is over the most confident half of the keypoints, and
+`PCK@0.1-bbox/coverage-area` the mean over all numbers of most confident keypoints: the area under the curve of accuracy
+over coverage.
 """
 
 import json
@@ -32,6 +36,7 @@ from .common import check_results
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.15)
 BASES = ('bbox', 'img')
+COVERAGES = (0.25, 0.5, 0.75)
 PACKAGES = (diffusers, mmengine, mmseg, torch, transformers)
 
 Base = Literal['bbox', 'img']
@@ -92,6 +97,30 @@ def pck(correct: Sequence[Tensor], mean: Mean, categories: Sequence[str] | None 
     return sum(pck(group, 'point') for group in groups.values()) / len(groups)
 
 
+def accuracy_over_coverage(correct: Tensor, errors: Tensor) -> Tensor:
+    """Percentage of correct keypoints among the k most confident ones, for every k.
+
+    Of keypoints with equal errors any may come first: their expected value is taken, so that the order of the keypoints
+    does not matter.
+
+    Args:
+        correct: bool with shape (N,).
+        errors: cycle errors, or another measure that is low for confident matches, with shape (N,).
+
+    Returns:
+        Percentages for k = 1 to N, float64 with shape (N,).
+
+    Raises:
+        ValueError: there is no keypoint, or the shapes differ.
+    """
+    if correct.shape != errors.shape or not len(correct):
+        raise ValueError(f'correct has shape {tuple(correct.shape)} and errors {tuple(errors.shape)}, expected (N,)')
+    _, groups, sizes = errors.unique(return_inverse=True, return_counts=True)  # in ascending order
+    right = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, groups, correct.double())
+    expected = (right / sizes).repeat_interleave(sizes)  # probability that the k-th keypoint is correct
+    return 100 * expected.cumsum(0) / torch.arange(1, len(errors) + 1)
+
+
 def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The record of one pair, ready for JSON.
 
@@ -102,12 +131,15 @@ def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
         `pair_id` and `category`, and either `damaged` or, all in original pixels, `predicted` and `target` keypoints
         (N, 2), those visible in both images; the target's `bbox`, (x1, y1, x2, y2); the target image's `size`, (height,
         width); the (height, width) of both images as `loaded`, None if that is the original size and "varies" if they
-        differ; and the pair's `variations`.
+        differ; and the pair's `variations`. If the sample has cycle errors, `cycle_error` has them as fractions of the
+        longer side of the source image.
     """
     record = {'pair_id': sample['pair_id'], 'category': sample['category']}
     if 'damaged' in sample:
         return record | {'damaged': sample['damaged']}
     loaded, original = ([tuple(sample[f'{kind}_shape{view}']) for view in (0, 1)] for kind in ('img', 'ori'))
+    if 'cycle_error' in sample:
+        record['cycle_error'] = (sample['cycle_error'].double() / max(sample['ori_shape0'])).tolist()
     return record | {
         'predicted': sample['pred_keypoints1'].tolist(),
         'target': sample['keypoints1'][sample['visible']].tolist(),
@@ -123,8 +155,16 @@ def figure_name(threshold: float, base: Base, mean: Mean) -> str:
     return f'PCK@{threshold:g}-{base}/{mean}'
 
 
+def coverage_name(threshold: float, base: Base, coverage: float | None) -> str:
+    """For example `PCK@0.1-bbox/coverage0.5`; `PCK@0.1-bbox/coverage-area` if `coverage` is None."""
+    return f'PCK@{threshold:g}-{base}/coverage{"-area" if coverage is None else f"{coverage:g}"}'
+
+
 def score(
-    records: Iterable[Record], thresholds: Sequence[float] = THRESHOLDS, bases: Sequence[Base] = BASES
+    records: Iterable[Record],
+    thresholds: Sequence[float] = THRESHOLDS,
+    bases: Sequence[Base] = BASES,
+    coverages: Sequence[float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """PCK for all thresholds, bases and means.
 
@@ -132,13 +172,15 @@ def score(
         records: of all pairs, see `make_record`; damaged ones do not count.
         thresholds: fractions of the extent.
         bases: what the extent is.
+        coverages: fractions of the keypoints, the most confident ones by their cycle errors, for which there are
+            figures as well; None without confidences.
 
     Returns:
         Under 'all' the figures of all pairs with all three means, and under each category, sorted by name, those of its
-        pairs with the means over points and images; in percent.
+        pairs with the means over points and images; with `coverages` also those of `coverage_name`; in percent.
 
     Raises:
-        ValueError: no pair has a keypoint.
+        ValueError: no pair has a keypoint, or a record has no cycle errors although there are coverages.
     """
     pairs = [record for record in records if record.get('predicted')]
     categories = [record['category'] for record in pairs]
@@ -150,8 +192,24 @@ def score(
                 chosen = [c for c, category in zip(correct, categories, strict=True) if group in ('all', category)]
                 for mean in ('point', 'image'):
                     group_figures[figure_name(threshold, base, mean)] = pck(chosen, mean)
+                if coverages is not None:
+                    errors = [_errors(r) for r in pairs if group in ('all', r['category'])]
+                    curve = accuracy_over_coverage(torch.cat(chosen), torch.cat(errors))
+                    group_figures[coverage_name(threshold, base, None)] = curve.mean().item()
+                    for coverage in coverages:
+                        last = max(1, round(coverage * len(curve))) - 1
+                        group_figures[coverage_name(threshold, base, coverage)] = curve[last].item()
             figures['all'][figure_name(threshold, base, 'category')] = pck(correct, 'category', categories)
     return figures
+
+
+def _errors(record: Record) -> Tensor:
+    if 'cycle_error' not in record:
+        raise ValueError(
+            f'pair {record["pair_id"]} has no cycle errors, by which matches are ranked; set cycle_error=True in the '
+            f'model, and test again'
+        )
+    return torch.tensor(record['cycle_error'], dtype=torch.float64)
 
 
 def _correct(record: Record, threshold: float, base: Base) -> Tensor:
@@ -189,6 +247,24 @@ def format_table(
     return table.get_string()
 
 
+def format_coverage_table(
+    figures: Mapping[str, Mapping[str, float]],
+    coverages: Sequence[float],
+    thresholds: Sequence[float] = THRESHOLDS,
+    bases: Sequence[Base] = BASES,
+) -> str:
+    """Format the curve of accuracy over coverage of all pairs as a text table, a row for each threshold and base."""
+    table = PrettyTable(['accuracy over coverage', *(f'{coverage:.0%}' for coverage in coverages), '100%', 'area'])
+    table.align = 'r'
+    table.align['accuracy over coverage'] = 'l'
+    for base in bases:
+        for threshold in thresholds:
+            names = [coverage_name(threshold, base, coverage) for coverage in (*coverages, None)]
+            names.insert(-1, figure_name(threshold, base, 'point'))
+            table.add_row([f'PCK@{threshold:g}-{base}', *(f'{figures["all"][name]:.2f}' for name in names)])
+    return table.get_string()
+
+
 @METRICS.register_module()
 class PCKMetric(BaseMetric):
     """PCK with all thresholds, bases and means, see above.
@@ -206,10 +282,13 @@ class PCKMetric(BaseMetric):
         categories: `fnmatch` patterns; pairs of other categories are ignored. By default all count.
         allow_selection_on_test: allow to select checkpoints by figures on the test split, as for some published
             figures; it is recorded in the protocol. See `SelectionGuardHook`.
+        confidence: 'cycle_error' ranks the matches by the cycle errors that a `CorrespondenceModel(cycle_error=True)`
+            predicts: there are figures of accuracy over coverage as well.
+        coverages: of these figures, fractions of the keypoints.
         **kwargs: see `BaseMetric`.
 
     Raises:
-        ValueError: unknown base.
+        ValueError: unknown base or confidence, or a coverage that is no fraction.
     """
 
     def __init__(
@@ -219,11 +298,19 @@ class PCKMetric(BaseMetric):
         out_file: str | None = None,
         categories: Sequence[str] | None = None,
         allow_selection_on_test: bool = False,
+        confidence: Literal['cycle_error'] | None = None,
+        coverages: Sequence[float] = COVERAGES,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if unknown := set(bases) - set(BASES):
             raise ValueError(f'bases {sorted(unknown)} are unknown, choose from {", ".join(BASES)}')
+        if confidence not in (None, 'cycle_error'):
+            raise ValueError(f"confidence is {confidence!r}; it is 'cycle_error' or None")
+        if not all(0 < coverage < 1 for coverage in coverages):
+            raise ValueError(f'coverages are {tuple(coverages)}, expected numbers between 0 and 1')
+        self.confidence = confidence
+        self.coverages = None if confidence is None else tuple(coverages)
         self.thresholds = tuple(thresholds)
         self.bases = tuple(bases)
         self.out_file = out_file
@@ -247,8 +334,11 @@ class PCKMetric(BaseMetric):
         damaged = [record['damaged'] for record in results if 'damaged' in record]
         if len(damaged) == len(results):
             raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')
-        figures = score(results, self.thresholds, self.bases)
+        figures = score(results, self.thresholds, self.bases, self.coverages)
         print_log('\n' + format_table(figures, self.thresholds, self.bases), logger='current')
+        if self.coverages is not None:
+            table = format_coverage_table(figures, self.coverages, self.thresholds, self.bases)
+            print_log('\n' + table, logger='current')
         if damaged:
             print_log(f'{len(damaged)} of {len(results)} pairs were damaged and do not count', logger='current')
         if self.out_file is not None:
@@ -273,6 +363,8 @@ class PCKMetric(BaseMetric):
             **self._model,
             'thresholds': self.thresholds,
             'bases': self.bases,
+            'confidence': self.confidence,
+            'coverages': self.coverages,
             'selection_on_test': self.allow_selection_on_test,
             'versions': versions(),
         }

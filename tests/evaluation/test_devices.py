@@ -132,7 +132,7 @@ def test_predictions_that_are_kept(tmp_path: Path):
     with simulated_device() as device:
         hook.after_test_iter(None, 0, None, [pair_sample(tmp_path).to(device)])
     hook._file.close()
-    assert '"predicted": [[3.0, 4.5], [16.0, 18.0]]' in (tmp_path / 'predictions').read_text()
+    assert '"pred_keypoints1": [[3.0, 4.5], [16.0, 18.0]]' in (tmp_path / 'predictions').read_text()
 
 
 def test_drawing():

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffseg.evaluation import PCKMetric, correct_keypoints, pck
-from diffseg.evaluation.pck import format_table, score
+from diffseg.evaluation.pck import accuracy_over_coverage, format_coverage_table, format_table, score
 from diffseg.models.correspondence import match_points
 
 
@@ -157,6 +157,7 @@ def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
     assert {key: value for key, value in protocol.items() if key != 'versions'} == {
         'dataset': 'SPair-71k',
         'split': 'test',
+        'protocol': None,
         'list': 'Layout/large/test.txt',
         'box': 'object',
         'categories': None,
@@ -167,6 +168,8 @@ def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
         'weights': 'sha256:0',
         'thresholds': [0.01, 0.05, 0.1, 0.15],
         'bases': ['bbox', 'img'],
+        'confidence': None,
+        'coverages': None,
         'selection_on_test': False,
     }
     assert result['damaged'] == ['cat.jpg: cannot be read']
@@ -235,3 +238,43 @@ def match_real_pairs(reference, load_size=None):
             }
         )
     return records
+
+
+def test_accuracy_over_coverage_by_hand():
+    correct = torch.tensor([False, True, True, False])
+    curve = accuracy_over_coverage(correct, torch.tensor([4.0, 1.0, 3.0, 2.0]))  # right, wrong, right, wrong
+    torch.testing.assert_close(curve, torch.tensor([100, 50, 200 / 3, 50], dtype=torch.float64))
+    ties = accuracy_over_coverage(correct, torch.tensor([1.0, 0.0, 1.0, 0.0]))  # half of each two is right
+    assert ties.tolist() == [50, 50, 50, 50]
+    order = torch.tensor([2, 0, 3, 1])
+    errors = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    assert torch.equal(accuracy_over_coverage(correct, errors), accuracy_over_coverage(correct[order], errors[order]))
+    with pytest.raises(ValueError, match='expected'):
+        accuracy_over_coverage(correct, errors[:2])
+
+
+def test_figures_of_coverages(tmp_path):
+    path = tmp_path / 'pck.json'
+    cycles = [[0.0, 6.0, 3.0], [9.0], [30.0], []]  # in pixels of source images of 300 x 200
+    samples = [{**sample, 'cycle_error': torch.tensor(c)} for sample, c in zip(HAND_MADE, cycles, strict=True)]
+    options = {'thresholds': [0.1], 'bases': ['bbox'], 'confidence': 'cycle_error'}
+    figures = evaluate(PCKMetric(out_file=str(path), coverages=[0.2, 0.6], **options), samples)
+    # by confidence: right, wrong, wrong, right, wrong
+    assert figures['PCK@0.1-bbox/coverage0.2'] == 100
+    assert figures['PCK@0.1-bbox/coverage0.6'] == pytest.approx(100 / 3)
+    assert figures['PCK@0.1-bbox/coverage-area'] == pytest.approx(100 * (1 + 1 / 2 + 1 / 3 + 2 / 4 + 2 / 5) / 5)
+    result = json.loads(path.read_text())
+    assert result['predictions'][0]['cycle_error'] == pytest.approx([0, 0.02, 0.01])
+    assert (result['protocol']['confidence'], result['protocol']['coverages']) == ('cycle_error', [0.2, 0.6])
+    assert result['figures']['dog']['PCK@0.1-bbox/coverage-area'] == 0
+    assert score(result['predictions'], [0.1], ['bbox'], [0.2, 0.6]) == result['figures']
+    table = format_coverage_table(result['figures'], [0.2, 0.6], [0.1], ['bbox'])
+    assert [cell.strip() for cell in table.splitlines()[3].strip('|').split('|')] == [
+        'PCK@0.1-bbox', '100.00', '33.33', '40.00', '54.67',
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r'pair 0 has no cycle errors.*cycle_error=True'):
+        evaluate(PCKMetric(**options), HAND_MADE)
+    with pytest.raises(ValueError, match="confidence is 'cosine'"):
+        PCKMetric(confidence='cosine')
+    with pytest.raises(ValueError, match=r'coverages are \(1.5,\)'):
+        PCKMetric(coverages=[1.5])

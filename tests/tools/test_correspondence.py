@@ -162,6 +162,15 @@ def test_interrupted_and_resumed_gives_the_same_figures(config, tmp_path):
     assert not predictions.parent.exists()
 
 
+def test_confidences_survive_an_interruption(config, tmp_path):
+    text = config.read_text().replace("prompt='a", "cycle_error=True,\n    prompt='a")
+    config.write_text(text.replace("'PCKMetric', out_file", "'PCKMetric', confidence='cycle_error', out_file"))
+    undisturbed = zero_shot(config, tmp_path).test()
+    assert 0 < undisturbed['PCK@0.1-bbox/coverage-area'] < 100
+    interrupt(config, tmp_path)
+    assert zero_shot(config, tmp_path, experiment_name='c').test() == undisturbed
+
+
 def test_an_interrupted_test_of_other_settings_is_not_resumed(config, tmp_path):
     predictions = interrupt(config, tmp_path)
     content = predictions.read_bytes()

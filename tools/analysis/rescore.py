@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffseg.evaluation.pck import BASES, THRESHOLDS, format_table, score
+from diffseg.evaluation.pck import BASES, THRESHOLDS, format_coverage_table, format_table, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'error: {args.result} is not an out_file of PCKMetric: it has no {sorted(missing)}', file=sys.stderr)
         return 2
     print(json.dumps(result['protocol'], indent=1))
-    figures = score(result['predictions'], args.thresholds, args.bases)
+    coverages = result['protocol'].get('coverages')
+    figures = score(result['predictions'], args.thresholds, args.bases, coverages)
     print(format_table(figures, args.thresholds, args.bases))
+    if coverages is not None:
+        print(format_coverage_table(figures, coverages, args.thresholds, args.bases))
     different = [
         f'{group} {name} is {value:.4f}, the file says {result["figures"][group][name]:.4f}'
         for group, scores in figures.items()

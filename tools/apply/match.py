@@ -10,6 +10,10 @@ file: on the command line, or in a file, a line for each (or JSON or .npy). The 
 their cosine similarity. The picture of `--heatmap` has a row for each point: the source, and its similarity with every
 pixel of the target, from the lowest (dark, its value in brackets) to the highest.
 
+With `--cycle-error` every match is matched back, and the distance in pixels between a point and where it comes back to
+is printed: a match is the more reliable the smaller it is. The picture's lines are then green for 0 to red for a tenth
+of the source's longer side and more.
+
 With `--features FOLDER` the activations of an image NAME are read from FOLDER/NAME.safetensors, if this file exists,
 instead of being computed: `generate.py` writes them for the images that it generates, `extract_features.py` for others.
 The model's timesteps are read from the file; if it has the same number of other timesteps, those are used in their
@@ -41,6 +45,7 @@ from diffseg.visualization import grid, heat_map, match_lines, overlay, to_pictu
 
 COLUMNS = 'source_x', 'source_y', 'target_x', 'target_y', 'similarity'
 MARK = (0.0, 1.0, 0.0)
+UNRELIABLE = 0.1  # cycle error as a fraction of the source's longer side, from which on a line is red
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--features', type=Path, metavar='FOLDER', help='activations to read instead of computing them')
     parser.add_argument('--out', type=Path, required=True, metavar='PNG', help='the picture of both images and lines')
     parser.add_argument('--heatmap', type=Path, metavar='PNG', help='the picture of similarities')
+    parser.add_argument('--cycle-error', action='store_true', help='print and draw how reliable each match is')
     parser.add_argument('--format', choices=('csv', 'json'), default='csv', help='of what is printed')
     args = parser.parse_args(argv)
     check_model_arguments(parser, args)
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     (sample,) = data['data_samples']
     maps = [descriptors_of(model, data['inputs'][f'image{view}'][0], sample, view, args.features) for view in (0, 1)]
     matches = model.match(*maps, sample)  # (N, 2)
+    errors = model.measure_cycle(*maps, sample, matches) if args.cycle_error else None  # (N,)
 
     queries = descriptors_at(maps[0], sample.keypoints0.round(), sample.ori_shape0)  # (N, C)
     rows, names, table = [], [], []
@@ -111,13 +118,19 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, args.heatmap):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    match_lines(tuple(pictures), (torch.from_numpy(points), matches.float())).save(args.out, 'PNG')
+    confidence = None if errors is None else (1 - errors / (UNRELIABLE * max(sample.ori_shape0))).clamp(min=0)
+    lines = match_lines(tuple(pictures), (torch.from_numpy(points), matches.float()), confidence=confidence)
+    lines.save(args.out, 'PNG')
     if args.heatmap is not None:
         grid(rows, names, [path.name for path in paths], cell=256, smooth=True).save(args.heatmap, 'PNG')
+    columns = COLUMNS
+    if errors is not None:
+        columns = (*COLUMNS, 'cycle_error')
+        table = [[*row, round(error, 4)] for row, error in zip(table, errors.tolist(), strict=True)]
     if args.format == 'json':
-        print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in table], indent=1))
+        print(json.dumps([dict(zip(columns, row, strict=True)) for row in table], indent=1))
     else:
-        csv.writer(sys.stdout, lineterminator='\n').writerows([COLUMNS, *table])
+        csv.writer(sys.stdout, lineterminator='\n').writerows([columns, *table])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from diffseg.structures import PairSample
 
 WITH_RESULT_FILE = (DAVISMetric, HomographyMetric, PCKMetric, TextMaskIoUMetric)
 FILES = 'test-predictions-'  # prefix of the files of ResumableTestHook
+PREDICTED = ('pred_keypoints1', 'cycle_error')  # fields of a sample that it stores, where the model predicts them
 
 
 @HOOKS.register_module()
@@ -87,7 +88,7 @@ class ResumableTestHook(Hook):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
-        self._predictions: dict[str, list[list[float]]] = {}  # pair_id -> pred_keypoints1
+        self._predictions: dict[str, dict[str, list]] = {}  # pair_id -> predicted fields
         self._file: TextIO
 
     def before_test_epoch(self, runner: Runner) -> None:
@@ -103,7 +104,7 @@ class ResumableTestHook(Hook):
                     f'{path} holds predictions of another test, which differs in {", ".join(different)}; delete the '
                     f'file, or choose another work dir'
                 )
-            self._predictions |= {line['pair_id']: line['predicted'] for line in predictions}
+            self._predictions |= {line.pop('pair_id'): line for line in predictions}
         barrier()  # no process writes before all have read
         if self._predictions:
             runner.logger.info(f'{len(self._predictions)} predictions of an interrupted test are taken from {folder}')
@@ -116,8 +117,9 @@ class ResumableTestHook(Hook):
         """Add stored predictions to samples; the model skips these samples."""
         for sample in data_batch['data_samples']:
             if sample.pair_id in self._predictions:
-                keypoints = torch.tensor(self._predictions[sample.pair_id], dtype=torch.float64)
-                sample.pred_keypoints1 = keypoints.reshape(-1, 2)
+                for name, values in self._predictions[sample.pair_id].items():
+                    field = torch.tensor(values, dtype=torch.float64)
+                    sample.set_field(field.reshape(-1, 2) if 'keypoints' in name else field, name)
 
     def after_test_iter(
         self,
@@ -129,7 +131,8 @@ class ResumableTestHook(Hook):
         """Write new predictions."""
         for sample in outputs:
             if sample.pair_id not in self._predictions and 'damaged' not in sample:
-                self._write({'pair_id': sample.pair_id, 'predicted': sample.pred_keypoints1.tolist()})
+                fields = {name: sample.get(name).tolist() for name in PREDICTED if name in sample}
+                self._write({'pair_id': sample.pair_id, **fields})
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Delete the files of the completed test."""
@@ -208,7 +211,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     whole, newline, _ = path.read_bytes().rpartition(b'\n')
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
-        if not all({'pair_id', 'predicted'} <= set(line) for line in lines[1:]):
+        if not all({'pair_id', PREDICTED[0]} <= set(line) for line in lines[1:]):
             raise ValueError('a line has no prediction')
     except ValueError as error:
         raise ValueError(f'{path} is damaged ({error}); delete it, and its pairs are predicted again') from error

@@ -6,7 +6,7 @@ Points are (x, y) in whole pixels, and maps of descriptors have shape (C, h, w).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,13 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.linalg import vecdot
 
-from diffseg.geometry import Size, pixel_neighbours, precision, resize, sample_points
+from diffseg.geometry import Size, cells_to_pixels, pixel_neighbours, pixels_to_cells, precision, resize, sample_points
 
 CHUNK = 2**20  # similarities in memory at once
 CHANNELS = 2**22  # values of a map in double precision at once
 QUERIES = 256  # that are matched at once
+
+Unit = Literal['pixels', 'cells']
 
 
 def match_points(
@@ -29,6 +31,7 @@ def match_points(
     target_size: Size,
     window: int | None = None,
     temperature: float = 0.04,
+    unit: Unit = 'pixels',
 ) -> Tensor:
     """Match points of the source image with pixels of the target image.
 
@@ -39,6 +42,13 @@ def match_points(
     From the centre of a border cell outwards all pixels have equal descriptors. Of equally similar pixels the first in
     row order is taken, as in DIFT and DHF up to rounding errors. So an image matches itself exactly except there.
 
+    With the unit 'cells' nothing is upsampled: the descriptor of the cell in which a point lies is compared with those
+    of the target's cells, and the match is the centre of the most similar one, or the mean of a window of cells around
+    it. With a window of 11 cells and a temperature of 0.02 this is the window soft-argmax that GeoAware-SC
+    (arXiv 2311.17034, section 4.4) uses zero-shot, with 15 cells that of its trained models. Unlike GeoAware-SC, cells
+    outside of the window have no weight; there they have that of similarity 0. Unlike there, the centre of a cell is
+    not rounded to a pixel.
+
     Args:
         source: descriptors with shape (C, h, w).
         target: descriptors with shape (C, h', w').
@@ -47,18 +57,28 @@ def match_points(
         target_size: height and width of the target image in pixels.
         window: refine matches within a window of this side, see `UpsampledSimilarity.soft_argmax`.
         temperature: of the refinement.
+        unit: of matches and of the window, 'pixels' of the image or 'cells' of the map.
 
     Returns:
-        (x, y) in pixels of the target image, with shape (N, 2); int64, or floating point if refined.
+        (x, y) in pixels of the target image, with shape (N, 2); int64, or floating point if refined or of cells.
 
     Raises:
-        ValueError: a point is outside of the source image, or the maps differ in channels.
+        ValueError: a point is outside of the source image, the maps differ in channels, or the unit is unknown.
     """
+    if unit not in get_args(Unit):
+        raise ValueError(f'unit is {unit!r}; it is {" or ".join(map(repr, get_args(Unit)))}')
+    if unit == 'cells':
+        height, width = source.shape[1:]
+        cells = pixels_to_cells(points, source_size, (height, width)).round()
+        cells = torch.minimum(cells.clamp(min=0), cells.new_tensor([width - 1, height - 1]))
+        queries, size = descriptors_at(source, cells, (height, width)), tuple(target.shape[1:])
+    else:
+        queries, size = descriptors_at(source, points, source_size), target_size
     matches = []
-    for queries in descriptors_at(source, points, source_size).split(QUERIES):
-        similarity = UpsampledSimilarity.of(queries, target, target_size)
+    for part in queries.split(QUERIES):
+        similarity = UpsampledSimilarity.of(part, target, size)
         matches.append(similarity.argmax() if window is None else similarity.soft_argmax(window, temperature))
-    return torch.cat(matches)
+    return torch.cat(matches) if unit == 'pixels' else cells_to_pixels(torch.cat(matches), target_size, size)
 
 
 def descriptors_at(maps: Tensor, points: Tensor, size: Size) -> Tensor:
@@ -240,6 +260,20 @@ class UpsampledSimilarity:
     def _norm(upper: Tensor, lower: Tensor, cross: Tensor, c: Tensor) -> Tensor:
         square = (1 - c) ** 2 * upper + 2 * c * (1 - c) * cross + c**2 * lower
         return square.clamp_min(1e-24).sqrt()
+
+
+def mutual_distance(source: Tensor, target: Tensor) -> float:
+    """Mean distance of the descriptors, of unit length, of cells that are each other's nearest neighbour.
+
+    GeoAware-SC (arXiv 2311.17034, section 4.1) compares the poses of two images by it.
+
+    Args:
+        source: with shape (C, h, w).
+        target: with shape (C, h', w').
+    """
+    cells = [F.normalize(maps.flatten(1).T.to(precision(maps.device)), dim=1) for maps in (source, target)]  # (h*w, C)
+    rows = mutual_nearest_neighbours(*cells)
+    return torch.linalg.vector_norm(cells[0][rows[:, 0]] - cells[1][rows[:, 1]], dim=1).mean().item()
 
 
 def mutual_nearest_neighbours(

@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from mmengine.model import BaseDataPreprocessor
@@ -15,7 +15,7 @@ from diffseg.structures import HomographySample, PairSample
 
 from ..descriptors import DescriptorEncoder
 from .heads import points_to_cells
-from .matching import Size, match_points
+from .matching import Size, Unit, match_points
 
 Images = Mapping[str, Sequence[Tensor | None]]  # 'image0', 'image1' -> of each pair, None if damaged
 Sample = PairSample | HomographySample
@@ -149,17 +149,22 @@ class PairModel(DescriptorEncoder):
         """Match each pair.
 
         Returns:
-            The samples with the results of `match`. Those of samples that have one already are kept; damaged samples
-            get none. The meta information of all samples has the `protocol`.
+            The samples with the results of `predict_pair`. Those of samples that have one already are kept; damaged
+            samples get none. The meta information of all samples has the `protocol`.
         """
         pending = [i for i, s in enumerate(data_samples) if 'damaged' not in s and self.PREDICTION not in s]
         samples = [data_samples[i] for i in pending]
         pairs = self.encode_pairs({view: [images[i] for i in pending] for view, images in inputs.items()}, samples)
         for sample, descriptors in zip(samples, pairs, strict=True):
-            sample.set_field(self.match(*descriptors, sample), self.PREDICTION)
+            for name, value in self.predict_pair(*descriptors, sample).items():
+                sample.set_field(value, name)
         for sample in data_samples:
             sample.set_metainfo({'protocol': self.protocol})
         return list(data_samples)
+
+    def predict_pair(self, source: Tensor, target: Tensor, sample: Sample) -> dict[str, Tensor]:
+        """All fields that are predicted for one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
+        return {self.PREDICTION: self.match(source, target, sample)}
 
     def match(self, source: Tensor, target: Tensor, sample: Sample) -> Tensor:
         """Prediction for one pair, from descriptors with shapes (C', h, w) and (C', h', w')."""
@@ -242,6 +247,7 @@ class CorrespondenceModel(PairModel):
     ```text
     loss:    descriptors of both images, annotated points -> symmetric cross-entropy
     predict: descriptors of both images, points of the source -> points of the target, `pred_keypoints1`
+                                                              -> and back, `cycle_error`, if requested
     ```
 
     Args:
@@ -250,10 +256,13 @@ class CorrespondenceModel(PairModel):
             side for all, as in DHF (224 or 512). Predictions are in original pixels in both cases.
         window: refine matches to sub-pixel positions, see `match_points`.
         temperature: of the refinement.
+        unit: of matches and of the window, see `match_points`.
+        cycle_error: predict the confidence of every match as well: each sample gets `cycle_error`, see the method
+            `measure_cycle`, which `PCKMetric(confidence='cycle_error')` scores.
         **kwargs: see `PairModel`.
 
     Raises:
-        ValueError: unknown `match_size` or precision.
+        ValueError: unknown `match_size`, unit or precision.
     """
 
     PREDICTION = 'pred_keypoints1'
@@ -264,14 +273,20 @@ class CorrespondenceModel(PairModel):
         match_size: Literal['original'] | int = 'original',
         window: int | None = None,
         temperature: float = 0.04,
+        unit: Unit = 'pixels',
+        cycle_error: bool = False,
         **kwargs: Any,
     ) -> None:
         if match_size != 'original' and (not isinstance(match_size, int) or match_size < 1):
             raise ValueError(f"match_size is {match_size!r}; it is 'original' or a number of pixels")
+        if unit not in get_args(Unit):
+            raise ValueError(f'unit is {unit!r}; it is {" or ".join(map(repr, get_args(Unit)))}')
         super().__init__(*args, **kwargs)
         self.match_size = match_size
         self.window = window
         self.temperature = temperature
+        self.unit = unit
+        self.cycle_error = cycle_error
 
     def loss(self, inputs: Images, data_samples: Sequence[PairSample]) -> dict[str, Tensor]:
         """Mean loss of the pairs with keypoints that are visible in both images."""
@@ -298,8 +313,41 @@ class CorrespondenceModel(PairModel):
         points, sizes, scale = self.frame(sample)
         if not len(points):
             return points
-        matches = match_points(source, target, points, *sizes, window=self.window, temperature=self.temperature)
-        return matches.cpu().double() * scale
+        return self._match_points(source, target, points, *sizes).cpu().double() * scale
+
+    def predict_pair(self, source: Tensor, target: Tensor, sample: PairSample) -> dict[str, Tensor]:
+        """`pred_keypoints1`, and `cycle_error` if the model predicts it; see `match` and `measure_cycle`."""
+        matches = self.match(source, target, sample)
+        fields = {self.PREDICTION: matches}
+        if self.cycle_error:
+            fields['cycle_error'] = self.measure_cycle(source, target, sample, matches)
+        return fields
+
+    def measure_cycle(self, source: Tensor, target: Tensor, sample: PairSample, matches: Tensor) -> Tensor:
+        """How far from its origin a point is after it was matched with the target and back: a match's confidence.
+
+        Args:
+            source: descriptors with shape (C', h, w).
+            target: descriptors with shape (C', h', w').
+            sample: the pair.
+            matches: what `match` returned for it, with shape (V, 2).
+
+        Returns:
+            Distances in original pixels of the source, float64 with shape (V,), on the CPU.
+        """
+        points, sizes, scale = self.frame(sample)
+        if not len(points):
+            return points.new_zeros(0)
+        (height, width), (rows, columns) = sample.ori_shape0, sizes[0]
+        inside = points.new_tensor([sizes[1][1] - 1, sizes[1][0] - 1])
+        there = torch.minimum((matches / scale).clamp(min=0), inside).round()
+        back = self._match_points(target, source, there, *sizes[::-1]).cpu().double()
+        return torch.linalg.vector_norm((back - points) * points.new_tensor([width / columns, height / rows]), dim=1)
+
+    def _match_points(self, source: Tensor, target: Tensor, points: Tensor, *sizes: Size) -> Tensor:
+        return match_points(
+            source, target, points, *sizes, window=self.window, temperature=self.temperature, unit=self.unit
+        )
 
     def frame(self, sample: PairSample) -> tuple[Tensor, list[Size], Tensor]:
         """The frame in which a pair is matched, see `match_size`.
@@ -326,6 +374,8 @@ class CorrespondenceModel(PairModel):
             'ties': 'first in row order',
             'window': self.window,
             'temperature': None if self.window is None else self.temperature,
+            'unit': self.unit,
+            'cycle_error': self.cycle_error,
         }
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -207,3 +208,30 @@ def test_nearest_neighbours_are_those_of_hyperfeatures(reference):
     assert matches[2].tolist() == [30, 29] and published[2].tolist() == [31, 29]  # alike but for rounding errors there
     similarity = upsampled_similarity(descriptors_at(source, points, (32, 32)), target, (32, 32))[2]
     assert similarity[29, 30] == similarity[29, 31] == similarity.max()
+
+
+@pytest.mark.parametrize('window', [3, 11])
+def test_window_soft_argmax_of_cells_in_plain_lines(window):
+    source, target = torch.randn(16, 6, 7), torch.randn(16, 5, 8)
+    points = torch.tensor([[0, 0], [69, 59], [31, 40], [12, 50]])
+    matches = match_points(source, target, points, (60, 70), (50, 160), window=window, temperature=0.02, unit='cells')
+    for (x, y), match in zip(points.tolist(), matches, strict=True):
+        query = source[:, y // 10, x // 10]  # cells of 10 x 10 pixels
+        similarity = torch.cosine_similarity(query[:, None, None], target, dim=0)
+        row, column = divmod(similarity.argmax().item(), 8)
+        total, position = 0.0, torch.zeros(2)
+        for i in range(max(0, row - window // 2), min(5, row + window // 2 + 1)):
+            for j in range(max(0, column - window // 2), min(8, column + window // 2 + 1)):
+                weight = math.exp((similarity[i, j] - similarity.max()) / 0.02)
+                position += weight * torch.tensor([20 * j + 9.5, 10 * i + 4.5])  # centre of a cell of 20 x 10 pixels
+                total += weight
+        torch.testing.assert_close(match, position.double() / total, atol=1e-3, rtol=0)
+
+
+def test_matches_of_cells_without_a_window_are_centres_of_cells():
+    maps = torch.randn(16, 6, 7)
+    points = torch.tensor([[0, 0], [69, 59], [31, 44]])
+    matches = match_points(maps, maps, points, (60, 70), (60, 70), unit='cells')
+    torch.testing.assert_close(matches, torch.tensor([[4.5, 4.5], [64.5, 54.5], [34.5, 44.5]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="unit is 'cell'; it is 'pixels' or 'cells'"):
+        match_points(maps, maps, points, (60, 70), (60, 70), unit='cell')

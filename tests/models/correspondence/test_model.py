@@ -149,6 +149,33 @@ def test_an_image_matches_itself(make: Callable, options: dict):
     assert errors[[0, 2]].max() <= 4 and errors[1].max() <= 9  # pixels for matching are 3.2 to 4 wide, half a cell 4
 
 
+@pytest.mark.parametrize('options', [{}, {'match_size': 40}, {'unit': 'cells', 'window': 3, 'temperature': 0.02}])
+def test_cycle_error_is_the_distance_after_matching_there_and_back(make: Callable, options: dict):
+    model = make(cycle_error=True, **options).eval()
+    batch = make_batch((1, 2))
+    with torch.no_grad():
+        (sample,) = model.test_step(batch)
+        ((source, target),) = model.encode_pairs(model.data_preprocessor(batch)['inputs'], [sample])
+    assert sample.cycle_error.shape == (3,) and sample.cycle_error.dtype == torch.float64
+    returned = PairSample(metainfo={'ori_shape0': sample.ori_shape1, 'ori_shape1': sample.ori_shape0})
+    returned.keypoints0, returned.visible = sample.pred_keypoints1, torch.ones(3, dtype=torch.bool)
+    back = model.match(target, source, returned)
+    origins = sample.keypoints0[sample.visible].double()
+    if 'match_size' in options:  # points are matched from whole pixels of 4 x 3.2
+        scale = origins.new_tensor([4, 3.2])
+        origins = (origins / scale).clamp(max=39).round() * scale
+    torch.testing.assert_close(sample.cycle_error, (back - origins).norm(dim=1))
+    assert sample.cycle_error.max() > 1 and model.protocol['cycle_error']
+
+
+def test_cycle_error_of_an_image_and_itself_is_zero(make: Callable):
+    model = make(cycle_error=True).eval()
+    with torch.no_grad():
+        same, none = model.test_step(make_batch((1, 1))) + model.test_step(make_batch((1, 2), visible=False))
+    assert same.cycle_error[[0, 2]].tolist() == [0, 0]
+    assert none.cycle_error.shape == (0,)
+
+
 def test_only_visible_keypoints_are_matched_and_there_may_be_none(make: Callable):
     (samples,) = predictions(make(), make_batch((1, 2), visible=False))
     assert samples.shape == (0, 2)
@@ -306,6 +333,8 @@ def test_descriptors_that_were_just_computed_stay_on_the_device(make: Callable):
 def test_errors(make: Callable):
     with pytest.raises(ValueError, match='match_size is 0'):
         make(match_size=0)
+    with pytest.raises(ValueError, match="unit is 'cell'; it is 'pixels' or 'cells'"):
+        make(unit='cell')
     with pytest.raises(ValueError, match='store_dtype'):
         make(store_dtype='int8')
     model = make(backbone={'layers': [LAYER, 'mid-vit-out']}).eval()

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffseg.models.correspondence import match_points
+from diffseg.visualization import CORRECT, WRONG
 
 LAYERS = 'up-level3-repeat0-vit-block0-self-k', 'up-level2-repeat0-res-out'  # strides 8 and 16, 32 channels each
 ZERO_SHOT = '--layers', *LAYERS, '--timesteps', '50', '261'
@@ -91,6 +92,21 @@ def test_similarities_are_those_of_the_vae_that_is_given(run: Callable, tiny_pip
     options = '--points', '3,4', '50.5,60', '--model', tiny_pipeline, *ZERO_SHOT
     printed = [run(*options, *vae, files=('a.png', 'b.png')) for vae in ((), ('--vae', tiny_taesd))]
     assert not np.allclose(*(table(text)[:, 4] for text in printed))
+
+
+def test_cycle_errors_are_printed_and_drawn(run: Callable, tiny_pipeline: Path, tmp_path: Path):
+    options = '--points', '3,4', '50.5,60', '40,20', '--model', tiny_pipeline, *ZERO_SHOT, '--cycle-error'
+    printed = run(*options)
+    assert printed.splitlines()[0].endswith(',similarity,cycle_error')
+    assert np.allclose(table(printed)[2, 5], 0)
+    other = json.loads(run(*options, '--format', 'json', files=('a.png', 'b.png')))
+    errors = [row['cycle_error'] for row in other]
+    assert max(errors) > 0
+    picture = Image.open(tmp_path / 'out' / 'matches.png')
+    colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    for error in errors:  # red from a tenth of 96 pixels on
+        share = max(0.0, 1 - error / 9.6)
+        assert tuple(round(w + share * (c - w)) for c, w in zip(CORRECT, WRONG, strict=True)) in colours
 
 
 def test_points_from_files_and_json(run: Callable, tiny_pipeline: Path, tmp_path: Path):
