@@ -15,6 +15,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
 from diffseg.cache import format_size
+from diffseg.devices import fast_dtype
 from diffseg.diffusion.layer_sets import expand, split_timesteps
 from diffseg.diffusion.loading import load_config
 from diffseg.diffusion.placeholders import placeholder_conditioning
@@ -181,7 +182,10 @@ class Search:
             size = (resized, resized) if isinstance(resized, int) else resized
         shapes = {layer: (_channels(site, size, self.tokens), *site.size(*size)) for layer, site in self.sites.items()}
         steps = len(self.candidates) // len(self.sites)
-        raw = _itemsize(self.cfg.model.backbone.get('dtype', 'float32')) * sum(map(math.prod, shapes.values()))
+        dtype = self.cfg.model.backbone.get('dtype', 'float32')
+        if dtype == 'auto':
+            dtype = str(fast_dtype(torch.device(options.device))).removeprefix('torch.')
+        raw = _itemsize(dtype) * sum(map(math.prod, shapes.values()))
         kept = _itemsize(options.dtype) * steps * sum(min(c, self.dim) * h * w for c, h, w in shapes.values())
         micro_batch = options.micro_batch or max(1, min(steps, int(RAW_BYTES // raw)))
         encoded: list[int] = []

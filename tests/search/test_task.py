@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
 
 from diffseg.diffusion.loading import meta_network
@@ -72,6 +73,17 @@ def test_shortlist_has_few_of_each_activation_and_those_of_the_config():
     assert list(map(str, shortlist)) == ['unet-in@0', 'unet-in@1', 'mid-vit-out@0', 'mid-vit-out@1']
     shortlist = search._short(search.candidates)
     assert len(shortlist) == 5 + 4 and set(search.configured) <= set(shortlist)
+
+
+def test_costs_are_estimated_for_the_dtype_that_auto_takes(monkeypatch):
+    cfg = Config.fromfile(ROOT / 'configs/search/pairs.py')
+    available = sites(meta_network(cfg.model.backbone.model))
+    texts = {}
+    for dtype in ('float32', 'bfloat16', 'auto'):
+        monkeypatch.setattr('diffseg.search.task.fast_dtype', lambda device: torch.bfloat16)
+        cfg.model.backbone.dtype = dtype
+        texts[dtype] = Search(cfg, available, Options(count=2)).plan(None, (64, 64)).text
+    assert texts['auto'] == texts['bfloat16'] != texts['float32']
 
 
 def test_a_prompt_that_is_learned_cannot_be_searched():
