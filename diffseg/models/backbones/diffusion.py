@@ -20,6 +20,7 @@ from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 from diffseg.diffusion.options import group_options
 from diffseg.diffusion.schedules import Timestep
+from diffseg.diffusion.sites import kind_of
 
 from ..captions import split_rows
 from .conditioners import build_prompt
@@ -189,6 +190,11 @@ class DiffusionBackbone(FrozenBackbone):
             raise ValueError(f'a conditioner replaces the prompt; leave out prompt={prompt!r}, or the conditioner')
         if self.extractor.vae is None:
             raise ValueError('a model of pixel space reads no prompt; leave out the conditioner')
+        if kind_of(self.extractor.network).part == 'transformer':
+            raise ValueError(
+                f'conditioners are for UNets, not for a {type(self.extractor.network).__name__}; leave out '
+                'the conditioner'
+            )
         self.conditioner = MODELS.build(config)
         conditioning, unet = self.conditioner(), self.extractor.network.config
         expected = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}

@@ -45,7 +45,8 @@ class MetaPromptsBackbone(DiffusionBackbone):
         channels: N for each map.
 
     Raises:
-        ValueError: `refine_steps` is not positive, the model works on pixels, or an error of `DiffusionBackbone`.
+        ValueError: `refine_steps` is not positive, the model works on pixels or is a transformer, or an error of
+            `DiffusionBackbone`.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class MetaPromptsBackbone(DiffusionBackbone):
         if refine_steps < 1:
             raise ValueError(f'refine_steps is {refine_steps}; it is a number of passes, 1 or more')
         configs = load_config(model, revision=options.get('revision'), config=options.get('config'))
-        if configs.pixel_space:
-            raise ValueError(f'{model} works on pixels and reads no prompt; choose a Stable Diffusion model')
+        if configs.pixel_space or configs.part == 'transformer':
+            kind = 'is a transformer' if configs.part == 'transformer' else 'works on pixels and reads no prompt'
+            raise ValueError(f'{model} {kind}; choose a Stable Diffusion model')
         unet = configs.network
         dim = unet['cross_attention_dim']
         conditioner = {
