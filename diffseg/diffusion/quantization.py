@@ -15,12 +15,13 @@ NF4_BLOCKS = 64, 256  # values that share a scale, and scales that share one (QL
 def quantize(network: Network, kind: Quantization) -> None:
     """Keep the weights of linear layers in fewer bits, in place; the network computes in its dtype as before.
 
-    Convolutions, norms, biases and embeddings stay as they are. The kinds:
+    Convolutions, norms, biases and embeddings stay as they are. Weights are loaded with all their bits first, on the
+    CPU, and restored in each call of their layer, which costs time. The kinds:
 
     * 'int8': 8 bits, with a scale for each output channel.
     * 'fp8': 8 bits, float8_e4m3fn, with a scale for each output channel.
     * 'nf4': 4 bits, the normal float of QLoRA (2305.14314) with double quantization, for layers whose number of weights
-      is a multiple of 64 x 256; others stay as they are.
+      is a multiple of 64 x 256; others stay as they are. It takes the CPU minutes for a billion weights.
 
     Args:
         network: The network, whose weights are loaded.

@@ -89,6 +89,12 @@ def test_input_size(make: Callable):
 
 
 @pytest.mark.parametrize('kind', QUICK)
+def test_a_call_that_ends_with_the_last_layer_gives_what_a_whole_one_does(make: Callable, kind: str):
+    x, first = images(), ['vit-block0-out']
+    assert torch.equal(make(kind, layers=first)(x)[0], make(kind, layers=[*first, 'transformer-out'])(x)[0])
+
+
+@pytest.mark.parametrize('kind', QUICK)
 def test_other_layers_are_read_with_the_same_network(make: Callable, kind: str):
     backbone, x = make(kind), images()
     other, expected = (
