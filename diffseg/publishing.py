@@ -174,7 +174,7 @@ def read_figures(checkpoint: Path, results: str | Path | None) -> tuple[str, dic
         return Path(results).name, found
     for folder in sorted((path for path in checkpoint.parent.iterdir() if path.is_dir()), reverse=True):
         path, config = folder / f'{folder.name}.json', folder / 'vis_data/config.py'
-        if path.is_file() and config.is_file() and f'{checkpoint.name}\'\n' in config.read_text():
+        if path.is_file() and config.is_file() and f"{checkpoint.name}'\n" in config.read_text():
             return path.name, numbers(path)
     return None
 

@@ -28,9 +28,13 @@ class PairSample(BaseDataElement):
         visible: bool with shape (N,), whether a keypoint is annotated and inside the picture in both images. The
             coordinates of the others are undefined.
         bbox0, bbox1: the object's box (x1, y1, x2, y2), float32 with shape (4,).
+        mirror_rows: for every keypoint the row of the one that becomes it when the object is mirrored ("left eye" and
+            "right eye"), its own row if mirroring does not change it, -1 if that one is not in the pair; int64 with
+            shape (N,). Absent if the data set does not know.
         pred_keypoints1: predicted positions of the visible keypoints in the target, float64 with shape (V, 2).
         cycle_error: how far from their origin these are when they are matched back, in original pixels of the source,
             float64 with shape (V,), if the model predicts it.
+        pred_keypoints1_aligned: as `pred_keypoints1`, with pose alignment, if the model predicts it.
 
     Meta information:
         img_path0, img_path1: the files; equal paths are equal images, unless augmented at random.

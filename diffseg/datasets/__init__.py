@@ -18,7 +18,7 @@ from .pair_transforms import (
 from .pairs import DamagedFile, PairDataset
 from .pf import PFPascalDataset, PFWillowDataset
 from .scarce import IgnoreSmallClasses, LoadLabelArray, ScarceDataset
-from .spair import SPairDataset, ToyPairDataset
+from .spair import SPairDataset, SPairUDataset, ToyPairDataset
 from .video import LoadVideo
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     'RandomFlipPair',
     'ResizePair',
     'SPairDataset',
+    'SPairUDataset',
     'ScarceDataset',
     'ToyAP10KDataset',
     'ToyPairDataset',

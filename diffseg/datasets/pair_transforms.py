@@ -279,6 +279,10 @@ class PackPair(BaseTransform):
         for key in ('keypoints0', 'keypoints1', 'bbox0', 'bbox1'):
             sample.set_field(torch.from_numpy(results[key].astype(np.float32)), key)
         sample.visible = torch.from_numpy(results['visible'])
+        ids = results.get('keypoint_ids')
+        if ids is not None and results.get('swaps') is not None:
+            rows, partner = {name: row for row, name in enumerate(ids)}, _partners(results['swaps'])
+            sample.mirror_rows = torch.tensor([rows.get(partner.get(name, name), -1) for name in ids], dtype=torch.long)
         images = {
             f'image{view}': torch.from_numpy(np.array(results[f'image{view}'])).permute(2, 0, 1).contiguous()
             for view in VIEWS

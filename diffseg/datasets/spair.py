@@ -1,4 +1,4 @@
-"""SPair-71k (arXiv 1908.10543), in its original layout or with the lists of Diffusion Hyperfeatures."""
+"""SPair-71k (arXiv 1908.10543), in its original layout or with the lists of Diffusion Hyperfeatures, and SPair-U."""
 
 import json
 from collections.abc import Iterable
@@ -144,7 +144,7 @@ class SPairDataset(PairDataset):
             pair = json.loads(Path(raw_data_info['where']).read_text())
             names, points, boxes = '{}_imname', '{}_kps', '{}_bndbox'
             sides = ('src', 'trg')
-            entry = {'keypoint_ids': [int(number) for number in pair['kps_ids']]}
+            entry = self._keypoint_ids(pair)
             for view, side in enumerate(sides):
                 width, height = pair[f'{side}_imsize'][:2]
                 entry[f'ori_shape{view}'] = (height, width)
@@ -156,10 +156,61 @@ class SPairDataset(PairDataset):
             }
         return entry | {'variations': {name: pair[name] for name in _VARIATIONS if name in pair}}
 
+    def _keypoint_ids(self, pair: dict) -> dict:
+        return {'keypoint_ids': [int(number) for number in pair['kps_ids']]}
+
     def _image_path(self, category: str, name: str) -> str:
         path = Path(self.data_root, 'JPEGImages', category, name)
         flat = Path(self.data_root, 'JPEGImages', name)
         return str(flat if self.ann_file and flat.is_file() else path)
+
+
+@DATASETS.register_module()
+class SPairUDataset(SPairDataset):
+    """SPair-U (Jamais Vu, arXiv 2506.08220): SPair-71k's test pairs with keypoints that SPair-71k does not have.
+
+    ::
+
+        SPair-U
+        ├── JPEGImages              a link to SPair-71k's
+        └── PairAnnotation
+            └── test
+                └── PAIR-SOURCE-TARGET:CATEGORY.json
+
+    The annotations are read as SPair-71k's: names, sizes, boxes and keypoints of both images. The ids of the keypoints
+    are not: which of them mirroring exchanges is not published.
+
+    Args:
+        data_root: the folder above.
+        split: "test", the only split.
+        **kwargs: see `PairDataset`.
+
+    Raises:
+        ValueError: as `PairDataset` does, and on another split.
+    """
+
+    METAINFO: ClassVar[dict] = {'dataset': 'SPair-U', 'box': 'object', 'swaps': {}}
+    REMEDY: ClassVar[str] = (
+        'Unpack SPair-U.zip, to which github.com/VICO-UoE/JamaisVu links, and link the images of SPair-71k into it: '
+        'ln -s ../SPair-71k/JPEGImages SPair-U; tools/toy/make_data.py OUT --unseen N draws a toy set'
+    )
+
+    def __init__(self, data_root: str, split: Literal['test'] = 'test', **kwargs) -> None:
+        if split != 'test':
+            raise ValueError(f"split is {split!r}, SPair-U has only 'test'")
+        super().__init__(data_root, split, **kwargs)
+
+    def _layout_pairs(self) -> list[dict]:
+        folder = f'PairAnnotation/{self.split}'
+        require(self.data_root, ('JPEGImages', folder), self.REMEDY)
+        self._metainfo['list'] = folder
+        return [
+            {'pair_id': path.stem, 'category': path.stem.rpartition(':')[2], 'where': str(path)}
+            for path in sorted(Path(self.data_root, folder).glob('*.json'))
+        ]
+
+    def _keypoint_ids(self, pair: dict) -> dict:
+        return {}
 
 
 @DATASETS.register_module()

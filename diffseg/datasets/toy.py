@@ -11,3 +11,5 @@ KEYPOINTS = (
     'eye', 'muzzle', 'ear tip', 'poll', 'withers', 'back', 'tail base', 'tail tip', 'chest', 'belly',
     'near front hoof', 'far front hoof', 'near hind hoof', 'far hind hoof',
 )  # fmt: skip
+# Points between two keypoints, which no toy pair within or across species has.
+UNSEEN = (('eye', 'muzzle'), ('poll', 'withers'), ('withers', 'back'), ('back', 'tail base'))

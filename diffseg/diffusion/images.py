@@ -144,4 +144,3 @@ def resize_images(images: Tensor, size: tuple[int, int], interpolation: Interpol
         levels = F.interpolate(levels, partial, mode='bicubic', align_corners=False, antialias=True)
         levels = levels.round().clamp(0, 255)
     return levels / 127.5 - 1
-

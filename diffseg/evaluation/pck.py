@@ -10,6 +10,8 @@ A figure is named by threshold, base and mean, `PCK@0.1-bbox/point`:
 With a confidence of every match, `PCK@0.1-bbox/coverage0.5` is over the most confident half of the keypoints, and
 `PCK@0.1-bbox/coverage-area` the mean over all numbers of most confident keypoints: the area under the curve of accuracy
 over coverage.
+
+Figures of predictions with pose alignment are apart: `PCK@0.1-bbox/point+aligned`.
 """
 
 import json
@@ -37,6 +39,7 @@ from .common import check_results
 THRESHOLDS = (0.01, 0.05, 0.1, 0.15)
 BASES = ('bbox', 'img')
 COVERAGES = (0.25, 0.5, 0.75)
+ALIGNED = '+aligned'  # behind the names of figures with pose alignment
 PACKAGES = (diffusers, mmengine, mmseg, torch, transformers)
 
 Base = Literal['bbox', 'img']
@@ -132,7 +135,7 @@ def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
         (N, 2), those visible in both images; the target's `bbox`, (x1, y1, x2, y2); the target image's `size`, (height,
         width); the (height, width) of both images as `loaded`, None if that is the original size and "varies" if they
         differ; and the pair's `variations`. If the sample has cycle errors, `cycle_error` has them as fractions of the
-        longer side of the source image.
+        longer side of the source image; if it has predictions with pose alignment, `aligned` has them, (N, 2).
     """
     record = {'pair_id': sample['pair_id'], 'category': sample['category']}
     if 'damaged' in sample:
@@ -140,6 +143,8 @@ def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
     loaded, original = ([tuple(sample[f'{kind}_shape{view}']) for view in (0, 1)] for kind in ('img', 'ori'))
     if 'cycle_error' in sample:
         record['cycle_error'] = (sample['cycle_error'].double() / max(sample['ori_shape0'])).tolist()
+    if 'pred_keypoints1_aligned' in sample:
+        record['aligned'] = sample['pred_keypoints1_aligned'].tolist()
     return record | {
         'predicted': sample['pred_keypoints1'].tolist(),
         'target': sample['keypoints1'][sample['visible']].tolist(),
@@ -177,7 +182,8 @@ def score(
 
     Returns:
         Under 'all' the figures of all pairs with all three means, and under each category, sorted by name, those of its
-        pairs with the means over points and images; with `coverages` also those of `coverage_name`; in percent.
+        pairs with the means over points and images; with `coverages` also those of `coverage_name`; and if all records
+        have predictions with pose alignment, those of these, their names followed by `ALIGNED`; in percent.
 
     Raises:
         ValueError: no pair has a keypoint, or a record has no cycle errors although there are coverages.
@@ -200,7 +206,22 @@ def score(
                         last = max(1, round(coverage * len(curve))) - 1
                         group_figures[coverage_name(threshold, base, coverage)] = curve[last].item()
             figures['all'][figure_name(threshold, base, 'category')] = pck(correct, 'category', categories)
+    if all('aligned' in record for record in pairs):
+        aligned = [{**record, 'predicted': record['aligned']} for record in pairs]
+        for record in aligned:
+            del record['aligned']
+        for group, scores in score(aligned, thresholds, bases).items():
+            figures[group] |= {f'{name}{ALIGNED}': value for name, value in scores.items()}
     return figures
+
+
+def aligned_figures(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]] | None:
+    """Those of the figures of `score` that are with pose alignment, under their plain names; None if there are none."""
+    aligned = {
+        group: {name.removesuffix(ALIGNED): value for name, value in scores.items() if name.endswith(ALIGNED)}
+        for group, scores in figures.items()
+    }
+    return aligned if aligned['all'] else None
 
 
 def _errors(record: Record) -> Tensor:
@@ -336,6 +357,9 @@ class PCKMetric(BaseMetric):
             raise ValueError(f'none of the {len(results)} pairs could be evaluated; the first: {damaged[0]}')
         figures = score(results, self.thresholds, self.bases, self.coverages)
         print_log('\n' + format_table(figures, self.thresholds, self.bases), logger='current')
+        if (aligned := aligned_figures(figures)) is not None:
+            table = format_table(aligned, self.thresholds, self.bases)
+            print_log(f'with pose alignment:\n{table}', logger='current')
         if self.coverages is not None:
             table = format_coverage_table(figures, self.coverages, self.thresholds, self.bases)
             print_log('\n' + table, logger='current')

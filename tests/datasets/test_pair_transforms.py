@@ -190,3 +190,10 @@ def test_load(tmp_path, pair):
     (tmp_path / '0.png').write_bytes(b'')
     with pytest.raises(DamagedFile, match=r'0\.png: cannot be read'):
         apply(paths, 'LoadPair')
+
+
+def test_a_sample_says_what_mirroring_makes_of_its_keypoints(pair):
+    assert apply(pair, 'PackPair')['data_samples'].mirror_rows.tolist() == [1, 0, -1, 3]  # 5 becomes 6, which is absent
+    assert apply({**pair, 'swaps': ()}, 'PackPair')['data_samples'].mirror_rows.tolist() == [0, 1, 2, 3]
+    for unknown in ('swaps', 'keypoint_ids'):
+        assert 'mirror_rows' not in apply({**pair, unknown: None}, 'PackPair')['data_samples']

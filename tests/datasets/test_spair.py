@@ -1,6 +1,7 @@
 """SPair-71k's layout, Diffusion Hyperfeatures' lists, and what happens to damaged files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mmseg.registry import DATASETS
 from PIL import Image
 
 import diffseg  # noqa: F401
-from diffseg.datasets import DamagedFile, SPairDataset
+from diffseg.datasets import DamagedFile, SPairDataset, SPairUDataset
 from diffseg.structures import PairSample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,3 +270,24 @@ def test_real_pairs():
             assert torch.equal(points, theirs.get(f'keypoints{view}'))
             assert (points >= 0).all() and (points <= torch.tensor([width, height])).all()
             assert (ours.get(f'bbox{view}')[2:] > ours.get(f'bbox{view}')[:2]).all()
+
+
+def test_unseen_keypoints(folder):
+    """SPair-U: no layout, no ids, and only the test pairs that are annotated."""
+    shutil.rmtree(folder / 'Layout')
+    for path in sorted((folder / 'PairAnnotation/test').iterdir()):
+        content = json.loads(path.read_text())
+        del content['kps_ids']
+        path.write_text(json.dumps(content))
+    path.unlink()
+    init_default_scope('mmseg')
+    dataset = SPairUDataset(str(folder), pipeline=PIPELINE, test_mode=True, strict=True)
+    assert len(dataset) == 2 and dataset.metainfo['dataset'] == 'SPair-U'
+    sample = dataset[0]['data_samples']
+    assert sample.keypoints1.tolist() == [[5 + i, 5 + 2 * i] for i in range(len(sample.keypoints1))]
+    assert 'mirror_rows' not in sample and dataset[0]['inputs']['image0'].shape[0] == 3
+    with pytest.raises(ValueError, match="split is 'val', SPair-U has only 'test'"):
+        SPairUDataset(str(folder), 'val')
+    shutil.rmtree(folder / 'JPEGImages')
+    with pytest.raises(ValueError, match=r'JPEGImages is missing; .*ln -s'):
+        SPairUDataset(str(folder))

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffseg.evaluation import PCKMetric, correct_keypoints, pck
-from diffseg.evaluation.pck import accuracy_over_coverage, format_coverage_table, format_table, score
+from diffseg.evaluation.pck import accuracy_over_coverage, aligned_figures, format_coverage_table, format_table, score
 from diffseg.models.correspondence import match_points
 
 
@@ -278,3 +278,16 @@ def test_figures_of_coverages(tmp_path):
         PCKMetric(confidence='cosine')
     with pytest.raises(ValueError, match=r'coverages are \(1.5,\)'):
         PCKMetric(coverages=[1.5])
+
+
+def test_figures_with_pose_alignment_are_apart(tmp_path):
+    path = tmp_path / 'pck.json'
+    perfect = [{**s, 'pred_keypoints1_aligned': s['keypoints1'][s['visible']].double()} for s in HAND_MADE]
+    options = {'thresholds': [0.1], 'bases': ['bbox']}
+    figures = evaluate(PCKMetric(out_file=str(path), **options), perfect)
+    plain = evaluate(PCKMetric(**options), HAND_MADE)
+    assert figures == plain | {f'{name}+aligned': 100 for name in plain if name != 'damaged'}
+    result = json.loads(path.read_text())
+    assert score(result['predictions'], **options) == result['figures']
+    assert set(aligned_figures(result['figures'])['dog'].values()) == {100}
+    assert aligned_figures({'all': plain}) is None

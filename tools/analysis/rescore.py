@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffseg.evaluation.pck import BASES, THRESHOLDS, format_coverage_table, format_table, score
+from diffseg.evaluation.pck import BASES, THRESHOLDS, aligned_figures, format_coverage_table, format_table, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     coverages = result['protocol'].get('coverages')
     figures = score(result['predictions'], args.thresholds, args.bases, coverages)
     print(format_table(figures, args.thresholds, args.bases))
+    if (aligned := aligned_figures(figures)) is not None:
+        print(f'with pose alignment:\n{format_table(aligned, args.thresholds, args.bases)}')
     if coverages is not None:
         print(format_coverage_table(figures, coverages, args.thresholds, args.bases))
     different = [

@@ -1,7 +1,8 @@
-"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k, AP-10K and mmseg's data sets."""
+"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k, SPair-U, AP-10K and mmseg."""
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from quadrupeds import ToySample, draw_harness, draw_sample
 from tqdm import tqdm
 
-from diffseg.datasets.toy import FAMILIES, PALETTE, SPECIES
+from diffseg.datasets.toy import FAMILIES, KEYPOINTS, PALETTE, SPECIES, UNSEEN
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
 PART_SPLITS = {'train': 0, 'test': 1_000_000}
@@ -35,6 +36,12 @@ def main(argv: list[str] | None = None) -> None:
         '--across', type=int, default=0, help='pairs per two species (in order) and split (default: none)'
     )
     parser.add_argument(
+        '--unseen',
+        type=int,
+        default=0,
+        help='test pairs per species with other keypoints, into `SPair-U-toy` (default: none)',
+    )
+    parser.add_argument(
         '--ap10k',
         type=int,
         default=0,
@@ -56,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             write_stickers(args.out / 'toy/stickers' / split, getattr(args, split), split, args.seed, args.size)
         if args.mmseg:
             write_mmseg(args.out / 'toy-mmseg', getattr(args, split), split, args.seed, args.size)
+    if args.unseen:
+        write_unseen(args.out / 'SPair-U-toy', args.unseen, args.seed, args.size)
     for split in PAIR_SPLITS:
         if args.pairs:
             write_pairs(args.out / 'SPair-toy', args.pairs, split, args.seed, args.size)
@@ -106,6 +115,23 @@ def write_pairs(root: Path, pairs: int, split: str, seed: int, size: int) -> Non
         for source, target in zip(pictures[::2], pictures[1::2], strict=True):
             layout.append(write_pair(root, split, len(layout), source, target, species))
     write_layout(root, split, layout)
+
+
+def write_unseen(root: Path, pairs: int, seed: int, size: int) -> None:
+    """The test pairs of `write_pairs` with the keypoints `UNSEEN`, as SPair-U lays them out."""
+    for species in SPECIES:
+        for index in range(0, 2 * pairs, 2):
+            both = [draw_picture(species, 'test', index + view, seed, size) for view in (0, 1)]
+            both = [(name, with_unseen_keypoints(sample)) for name, sample in both]
+            for picture in both:
+                write_picture(root, *picture, species)
+            write_pair(root, 'test', index // 2, *both, species)
+
+
+def with_unseen_keypoints(sample: ToySample) -> ToySample:
+    """The same picture with the keypoints `UNSEEN`, each visible where both ends are."""
+    rows = np.array([[KEYPOINTS.index(end) for end in ends] for ends in UNSEEN])
+    return replace(sample, keypoints=sample.keypoints[rows].mean(axis=1), visible=sample.visible[rows].all(axis=1))
 
 
 def write_pairs_across(root: Path, pairs: int, split: str, seed: int, size: int) -> None:

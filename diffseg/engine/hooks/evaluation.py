@@ -19,7 +19,7 @@ from diffseg.structures import PairSample
 
 WITH_RESULT_FILE = (DAVISMetric, HomographyMetric, PCKMetric, TextMaskIoUMetric)
 FILES = 'test-predictions-'  # prefix of the files of ResumableTestHook
-PREDICTED = ('pred_keypoints1', 'cycle_error')  # fields of a sample that it stores, where the model predicts them
+PREDICTED = ('pred_keypoints1', 'pred_keypoints1_aligned', 'cycle_error')  # fields that it stores, if predicted
 
 
 @HOOKS.register_module()

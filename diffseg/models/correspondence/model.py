@@ -15,7 +15,7 @@ from diffseg.structures import HomographySample, PairSample
 
 from ..descriptors import DescriptorEncoder
 from .heads import points_to_cells
-from .matching import Size, Unit, match_points
+from .matching import Size, Unit, match_points, mutual_distance
 
 Images = Mapping[str, Sequence[Tensor | None]]  # 'image0', 'image1' -> of each pair, None if damaged
 Sample = PairSample | HomographySample
@@ -259,6 +259,7 @@ class CorrespondenceModel(PairModel):
         unit: of matches and of the window, see `match_points`.
         cycle_error: predict the confidence of every match as well: each sample gets `cycle_error`, see the method
             `measure_cycle`, which `PCKMetric(confidence='cycle_error')` scores.
+        align_pose: predict with pose alignment as well: each sample gets `pred_keypoints1_aligned`, see `align`.
         **kwargs: see `PairModel`.
 
     Raises:
@@ -275,6 +276,7 @@ class CorrespondenceModel(PairModel):
         temperature: float = 0.04,
         unit: Unit = 'pixels',
         cycle_error: bool = False,
+        align_pose: bool = False,
         **kwargs: Any,
     ) -> None:
         if match_size != 'original' and (not isinstance(match_size, int) or match_size < 1):
@@ -287,6 +289,7 @@ class CorrespondenceModel(PairModel):
         self.temperature = temperature
         self.unit = unit
         self.cycle_error = cycle_error
+        self.align_pose = align_pose
 
     def loss(self, inputs: Images, data_samples: Sequence[PairSample]) -> dict[str, Tensor]:
         """Mean loss of the pairs with keypoints that are visible in both images."""
@@ -322,6 +325,44 @@ class CorrespondenceModel(PairModel):
         if self.cycle_error:
             fields['cycle_error'] = self.measure_cycle(source, target, sample, matches)
         return fields
+
+    def predict(self, inputs: Images, data_samples: Sequence[PairSample]) -> list[PairSample]:
+        """Match each pair, see `PairModel.predict`; with `align_pose` also by the mirrored source."""
+        samples = super().predict(inputs, data_samples)
+        pending = [i for i, s in enumerate(samples) if 'damaged' not in s and 'pred_keypoints1_aligned' not in s]
+        if not self.align_pose or not pending:
+            return samples
+        images = {view: [inputs[view][i] for i in pending] for view in ('image0', 'image1')}
+        chosen = [samples[i] for i in pending]
+        twins = [_mirrored(sample) for sample in chosen]
+        originals = self.encode_pairs(images, chosen)
+        mirrored = self.encode_pairs(images | {'image0': [image.flip(-1) for image in images['image0']]}, twins)
+        for sample, twin, (source, target), (reflection, _) in zip(chosen, twins, originals, mirrored, strict=True):
+            sample.pred_keypoints1_aligned = self.align(source, reflection, target, sample, twin)
+        return samples
+
+    def align(self, source: Tensor, reflection: Tensor, target: Tensor, sample: PairSample, twin: PairSample) -> Tensor:
+        """Match with pose alignment at test time (GeoAware-SC, arXiv 2311.17034, section 4.1).
+
+        The mirrored source replaces the source if cells of it that are mutual nearest neighbours of cells of the target
+        are closer to them on average, see `mutual_distance`. A keypoint is then looked for where its counterpart, such
+        as the left eye for the right one, lies in the mirrored source. A keypoint whose counterpart is not visible in
+        both images keeps its match, as in GeoAware-SC.
+
+        Args:
+            source: descriptors with shape (C', h, w).
+            reflection: those of the mirrored source, with shape (C', h, w).
+            target: descriptors with shape (C', h', w').
+            sample: the pair, with `pred_keypoints1`.
+            twin: the pair with the mirrored source; only keypoints with a counterpart are visible.
+
+        Returns:
+            As `match`, for the visible keypoints of `sample`.
+        """
+        matches = sample.pred_keypoints1.clone()
+        if twin.visible.any() and mutual_distance(reflection, target) < mutual_distance(source, target):
+            matches[twin.visible[sample.visible]] = self.match(reflection, target, twin)
+        return matches
 
     def measure_cycle(self, source: Tensor, target: Tensor, sample: PairSample, matches: Tensor) -> Tensor:
         """How far from its origin a point is after it was matched with the target and back: a match's confidence.
@@ -376,7 +417,26 @@ class CorrespondenceModel(PairModel):
             'temperature': None if self.window is None else self.temperature,
             'unit': self.unit,
             'cycle_error': self.cycle_error,
+            'align_pose': 'mutual neighbours' if self.align_pose else None,
         }
+
+
+def _mirrored(sample: PairSample) -> PairSample:
+    """The pair whose source is mirrored; visible are the keypoints whose counterpart is visible as well."""
+    if 'mirror_rows' not in sample:
+        raise ValueError(
+            f'pair {sample.pair_id} of category {sample.category!r} does not say which keypoints are exchanged by '
+            f'mirroring, so that poses cannot be aligned; set align_pose=False'
+        )
+    rows, visible = sample.mirror_rows.cpu(), sample.visible.cpu()
+    points = sample.keypoints0.cpu()[rows]
+    path = sample.get('img_path0')
+    names = ('pair_id', 'category', 'img_path1', 'ori_shape0', 'ori_shape1')
+    twin = PairSample(metainfo={name: sample.get(name) for name in names})
+    twin.set_metainfo({'img_path0': None if path is None else f'{path} (mirrored)'})  # its key in the store
+    twin.keypoints0 = torch.stack([sample.ori_shape0[1] - 1 - points[:, 0], points[:, 1]], dim=1)
+    twin.visible = visible & visible[rows] & (rows >= 0)
+    return twin
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

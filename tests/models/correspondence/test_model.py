@@ -176,6 +176,42 @@ def test_cycle_error_of_an_image_and_itself_is_zero(make: Callable):
     assert none.cycle_error.shape == (0,)
 
 
+def mirrored_batch(rows: list[int]) -> dict:
+    """A pair of an image and its mirror image; `rows` are what mirroring makes of its keypoints."""
+    batch = make_batch((1, 1))
+    batch['inputs']['image1'] = [image.flip(-1) for image in batch['inputs']['image0']]
+    batch['data_samples'][0].set_metainfo({'img_path1': '1, mirrored by hand'})
+    batch['data_samples'][0].mirror_rows = torch.tensor(rows)
+    return batch
+
+
+def test_poses_are_aligned_where_mutual_neighbours_are_closer(make: Callable):
+    model = make(align_pose=True).eval()
+    left, right = torch.tensor([51.0, 77.0]), torch.tensor([30.0, 40.0])
+    batch = mirrored_batch([2, -1, 0, 3])
+    batch['data_samples'][0].keypoints0[0] = right
+    with torch.no_grad():
+        (sample,) = model.test_step(batch)
+    width = torch.tensor([159.0, 0.0])
+    aligned = sample.pred_keypoints1_aligned
+    assert torch.equal(aligned[0], (width - left * torch.tensor([1, -1])).double())  # where its counterpart is
+    assert torch.equal(aligned[2], (width - right * torch.tensor([1, -1])).double())
+    assert torch.equal(aligned[1], sample.pred_keypoints1[1])  # its counterpart is not in the pair
+    assert not torch.equal(aligned, sample.pred_keypoints1)
+    assert model.protocol['align_pose'] == 'mutual neighbours'
+
+
+def test_a_source_in_the_pose_of_the_target_is_not_mirrored(make: Callable):
+    model = make(align_pose=True).eval()
+    batch = make_batch((1, 1))
+    batch['data_samples'][0].mirror_rows = torch.tensor([2, 1, 0, 3])
+    with torch.no_grad():
+        (sample,) = model.test_step(batch)
+        assert torch.equal(sample.pred_keypoints1_aligned, sample.pred_keypoints1)
+        with pytest.raises(ValueError, match=r"pair 0 of category 'horse' .* set align_pose=False"):
+            model.test_step(make_batch((1, 2)))
+
+
 def test_only_visible_keypoints_are_matched_and_there_may_be_none(make: Callable):
     (samples,) = predictions(make(), make_batch((1, 2), visible=False))
     assert samples.shape == (0, 2)

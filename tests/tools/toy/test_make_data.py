@@ -123,3 +123,21 @@ def test_layout_of_mmseg(folder, draw):
         for sample in dataset:
             labels = np.load(folder / 'toy/real' / split / Path(sample['img_path']).with_suffix('.npy').name)
             assert np.array_equal(sample['gt_seg_map'], labels)
+
+
+def test_unseen_keypoints_lie_between_those_of_the_same_pictures(folder, draw):
+    draw([str(folder), '--train', '0', '--test', '0', '--unseen', '2'])
+    init_default_scope('mmseg')
+    dataset = DATASETS.build({'type': 'SPairUDataset', 'data_root': str(folder / 'SPair-U-toy'), 'test_mode': True})
+    assert len(dataset) == 2 * 4 and not dataset.damaged
+    for path in (folder / 'SPair-U-toy/JPEGImages').rglob('*.jpg'):
+        name = path.relative_to(folder / 'SPair-U-toy/JPEGImages')
+        assert path.read_bytes() == (folder / 'SPair-toy/JPEGImages' / name).read_bytes()
+        seen, unseen = (
+            json.loads((folder / f'{data}/ImageAnnotation' / name.with_suffix('.json')).read_text())['kps']
+            for data in ('SPair-toy', 'SPair-U-toy')
+        )
+        eye, muzzle = seen['0'], seen['1']
+        assert (unseen['0'] is None) == (eye is None or muzzle is None)
+        if unseen['0'] is not None:
+            assert np.abs(np.mean([eye, muzzle], axis=0) - unseen['0']).max() <= 1
