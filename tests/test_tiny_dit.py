@@ -5,13 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel, StableDiffusionPipeline
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
 from quadrupeds import caption
 
+import diffseg  # noqa: F401  registers its parts
 from diffseg.datasets.toy import SPECIES
 from diffseg.diffusion.sites import sites
 
 DEMO = Path(__file__).parents[1] / 'demo'
 FOLDER = DEMO / 'tiny-dit'
+CONFIGS = sorted((DEMO.parent / 'configs/tiny-dit').glob('[!_]*.py'))
 
 
 @pytest.fixture(scope='module')
@@ -58,6 +63,28 @@ def test_it_generates_the_animals_of_its_prompts(pipeline):
         ).images  # fmt: skip
         counts.append(int((species_of(latents) == torch.arange(24) // 6).sum()))
     assert counts[0] >= 16 and counts[1] <= 12  # of 24; by chance, six
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_the_study(path):
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    backbone = cfg.model.backbone
+    assert Path(backbone.model).resolve() == FOLDER
+    assert ('random' in path.stem) == (backbone.get('random') == ['transformer'])
+    assert ('discard' in path.stem) == ('discard' in backbone)
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model).eval()
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        if 'fcn' in path.stem:
+            assert model.encode_decode(images, [{'img_shape': (64, 64)}]).shape == (1, 8, 64, 64)
+        else:
+            descriptors = model.encode(images, [None])
+            assert descriptors.shape == (1, 192 * len(backbone.layers), 8, 8) and descriptors.std() > 0
+
+
+def test_all_configs_are_seen():
+    assert len(CONFIGS) == 7
 
 
 @torch.no_grad()

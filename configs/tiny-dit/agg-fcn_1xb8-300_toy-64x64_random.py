@@ -1,0 +1,3 @@
+_base_ = './agg-fcn_1xb8-300_toy-64x64.py'
+
+model = dict(backbone=dict(random=['transformer']))

@@ -1,0 +1,3 @@
+_base_ = './_zero-shot.py'
+
+model = dict(backbone=dict(random=['transformer']))
