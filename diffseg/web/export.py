@@ -214,7 +214,7 @@ def read_export(folder: PictureFolder, name: str, source: str) -> tuple[list[Cla
         pattern = 'real/train/*.npy' if source == 'labels' else 'masks/*.png'
         return classes, [], dict(_arrays(folder, out.glob(pattern), content['pictures'], len(classes)))
     except (KeyError, TypeError, OSError) as error:
-        raise ValueError(f'the export {name} is damaged: {error!r}') from error
+        raise ValueError(f'the export {name} is damaged ({error!r})') from error
 
 
 def _arrays(

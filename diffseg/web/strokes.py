@@ -1,6 +1,7 @@
 """Classes and strokes that a person paints; every change is on disk before it is acknowledged."""
 
 import json
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,15 +21,25 @@ COLOURS = (
     '#767f89', '#e8553a', '#2f7de1', '#1f9d55', '#b656d6', '#d98e04', '#00a3a3', '#d6478f', '#7a6ff0', '#8a6d3b',
     '#5aa02c', '#c23b3b',
 )  # fmt: skip
-CLASSES, STROKES, POINTS = 64, 20_000, 5_000  # limits
+CLASSES, STROKES, POINTS, LONGEST = 64, 20_000, 5_000, 80  # limits; the last one of names
 
 
 @dataclass(frozen=True)
 class Class:
-    """A class: its name, and its colour as '#rrggbb'."""
+    """A class: its name, and its colour as '#rrggbb'.
+
+    Raises:
+        ValueError: an empty or long name, or one with '{{', which configs of mmengine would replace; or another colour.
+    """
 
     name: str
     colour: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 0 < len(self.name.strip()) <= LONGEST or '{{' in self.name:
+            raise ValueError(f"{self.name!r} is no name of a class; it has 1 to {LONGEST} characters, without '{{{{'")
+        if not isinstance(self.colour, str) or not re.fullmatch('#[0-9a-f]{6}', self.colour):
+            raise ValueError(f"{self.colour!r} is no colour; it is written as '#1f9d55'")
 
     @property
     def rgb(self) -> tuple[int, int, int]:
@@ -129,7 +140,7 @@ class Annotations:
         names = [entry.name for entry in classes]
         if len(classes) > CLASSES:
             raise ValueError(f'{len(classes)} classes; at most {CLASSES} are possible')
-        if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        if len(set(names)) < len(names):
             raise ValueError('every class needs a name of its own')
         with self._lock:
             former = [index for index in kept if index is not None]

@@ -71,7 +71,6 @@ def test_classes_that_move_take_their_strokes_and_labels_along(annotations, tmp_
     ('classes', 'kept', 'message'),
     [
         ([LEAF, LEAF], [0, 1], 'a name of its own'),
-        ([Class(' ', '#000000')], [0], 'a name of its own'),
         ([LEAF], [5], 'changed elsewhere'),
         ([LEAF, BACKGROUND], [0, 0], 'changed elsewhere'),
         ([Class(str(i), '#000000') for i in range(65)], [None] * 65, 'at most 64'),
@@ -83,6 +82,14 @@ def test_wrong_classes_are_refused(annotations, classes, kept, message):
     assert annotations.classes == [BACKGROUND, LEAF]
     with pytest.raises(ValueError, match='no class 2'):
         annotations.add('a.png', 2, 1, [[0, 0]])
+
+
+@pytest.mark.parametrize(
+    ('name', 'colour'), [('', '#000000'), (' ', '#000000'), ('x' * 81, '#000000'), ('{{ a }}', '#000000'), ('a', 'red')]
+)
+def test_names_and_colours_that_would_break_a_config_are_refused(name, colour):
+    with pytest.raises(ValueError, match='is no '):
+        Class(name, colour)
 
 
 def test_a_damaged_file_is_neither_read_nor_lost(annotations, tmp_path):
