@@ -347,7 +347,7 @@ def _add_segmentation(app: FastAPI, session: Session) -> None:
         pictures = [folder[key] for key in body.pictures]
         pictures = [picture for picture in pictures if session.features.is_ready(session.choice, picture)]
         entries, maps = [], []
-        for picture, (mask, uncertainty) in zip(pictures, session.masks(pictures), strict=True):
+        for picture, (mask, uncertainty) in zip(pictures, session.masks(pictures), strict=False):  # all, or none
             high = float(uncertainty.max())
             entries.append({'id': picture.id, 'grid': list(mask.shape), 'high': high})
             maps += [mask, to_bytes(uncertainty, 0.0, high)]

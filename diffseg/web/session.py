@@ -177,12 +177,11 @@ class Session:
     def masks(self, pictures: Sequence[Picture]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Classes (h, w), uint8, and uncertainty (h, w), float32, of pictures, for the page.
 
-        Raises:
-            ValueError: there is no classifier yet.
+        There are none while there is no classifier, for want of strokes of two classes.
         """
         with self._fitting:
             if self.classifier is None:
-                raise ValueError('paint strokes of at least two classes first')
+                return []
             classifier = self.classifier
             ready = self.features.ready(self.choice)
             maps = [self._map(picture, ready) for picture in pictures]

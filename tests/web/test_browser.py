@@ -285,7 +285,7 @@ def test_refused_pictures_and_other_origins_leave_all_tabs_alive(open_page, serv
     first.get_by_text('is no name of a picture').wait_for()
     Image.fromarray(horses[0].image).save(tmp_path / 'new & <i>.png'.replace('<i>', 'i'))
     first.set_input_files('#files', tmp_path / 'new & i.png')
-    second.get_by_text('8 pictures').wait_for()
+    second.wait_for_selector('#count:text-is("8 pictures")')
     classes = len(served.session.annotations.classes)
     first.goto('data:text/html,<title>another page</title>')
     outcome = first.evaluate(
@@ -313,7 +313,7 @@ def test_an_empty_folder_says_what_to_do(browser, tmp_path, horses, cache):
             page.click('#tab-match')
             page.set_input_files('#files', save(tmp_path, horses[:1]) / 'horse_0.png')
             page.wait_for_selector('.tile')
-            page.get_by_text('1 picture').wait_for()
+            page.wait_for_selector('#count:text-is("1 picture")')
             assert not page.is_visible('#empty') and page.is_visible('#stage')
             page.close()
     finally:

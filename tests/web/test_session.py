@@ -131,8 +131,7 @@ def test_a_broken_picture_does_not_stop_the_others(tmp_path, horses, cache):
 
 
 def test_twelve_strokes_on_three_pictures_segment_the_others(session, horses):
-    with pytest.raises(ValueError, match='at least two classes'):
-        session.masks(session.folder.usable())
+    assert session.masks(session.folder.usable()) == []
     paint(session, horses)
     fitted = session.fit()
     assert fitted['present'] == [0, 1, 2, 3] and fitted['seconds'] < 5  # measured: a tenth of a second
@@ -156,8 +155,7 @@ def test_one_class_gives_no_masks(session, horses):
     session.annotations.set_classes([Class('a', '#000000'), Class('b', '#ffffff')], [None, None])
     session.annotations.add('horse_0.png', 1, 2, [[3, 3]])
     assert session.fit()['scores'] == {}
-    with pytest.raises(ValueError, match='at least two classes'):
-        session.masks(session.folder.usable())
+    assert session.masks(session.folder.usable()) == []
 
 
 def test_an_export_trains_with_mmseg_predicts_and_comes_back(session, horses):

@@ -78,7 +78,14 @@ const masksNow = new Latest(async () => {
     if (!active || !wanted.length) return;
     const now = fit;
     const batch = wanted.slice(0, wanted[0] === store.selected ? 1 : BATCH);
-    const { header, bytes } = await postBinary('/api/masks', { pictures: batch });
+    let answer;
+    try {
+      answer = await postBinary('/api/masks', { pictures: batch });
+    } catch (error) {
+      say(error.message);
+      return;
+    }
+    const { header, bytes } = answer;
     let offset = 0;
     for (const { id, grid, high } of header.masks) {
       const count = grid[0] * grid[1];
