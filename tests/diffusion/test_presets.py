@@ -3,7 +3,7 @@ import math
 import pytest
 
 from diffseg.diffusion.latents import latent_space
-from diffseg.diffusion.loading import find_source, load_config, meta_network
+from diffseg.diffusion.loading import SINGLE_FILE_PRESETS, find_source, load_config, meta_network
 from diffseg.diffusion.pipeline_prompts import ENCODINGS, find_pipeline
 from diffseg.diffusion.presets import PRESETS, get_preset, preset_of_repo
 from diffseg.diffusion.schedules import FlowSchedule, build_schedule
@@ -141,6 +141,10 @@ def test_samplers_take_the_timesteps_of_the_repositories(name):
 def test_all_presets_are_there():
     assert list(PRESETS) == NAMES
     assert all(get_preset(name).name == name for name in NAMES)
+
+
+def test_single_files_are_described_by_presets():
+    assert {name for names in SINGLE_FILE_PRESETS.values() for name in names} <= PRESETS.keys()
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

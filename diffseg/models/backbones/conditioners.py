@@ -68,8 +68,9 @@ class LearnedPrompts(nn.Module):
 
     Args:
         num_prompts: number of tokens N.
-        dim: size D of a token, the UNet's `cross_attention_dim` (768 with SD1.5).
-        pooled_dim: size of a pooled embedding, which SDXL needs in addition (1280).
+        dim: size D of a token, the UNet's `cross_attention_dim` (768 with SD1.5), or that of a transformer's text
+            encoder (4096 with SD3, Flux and PixArt).
+        pooled_dim: size of a pooled embedding, which SDXL (1280), SD3 (2048) and Flux (768) need in addition.
         trainable: False keeps the initial values (standard normal). The published frozen rerun of VPD is equivalent,
             since no gradient reaches the prompts there.
 

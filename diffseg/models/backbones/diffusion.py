@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from diffseg.cache import build_cache
 from diffseg.captions import Captions
-from diffseg.diffusion.conditioning import Conditioning, pooled_size
+from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import Interpolation, resize_images
 from diffseg.diffusion.layer_sets import Reading, split_timesteps
 from diffseg.diffusion.lora import TARGET_MODULES, add_lora
 from diffseg.diffusion.options import group_options
+from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.schedules import Timestep
-from diffseg.diffusion.sites import kind_of
 
 from ..captions import split_rows
 from .conditioners import build_prompt
@@ -181,29 +181,28 @@ class DiffusionBackbone(FrozenBackbone):
         self.layers = [reading.label(every) for reading in self._readings]
 
     def _add_conditioner(self, config: Mapping[str, Any], prompt: Any) -> None:
-        """Build a conditioner that fits the UNet and learns.
+        """Build a conditioner that fits the network and learns.
 
         Raises:
-            ValueError: a prompt is given as well, sizes do not match, or a parameter gets no gradient.
+            ValueError: a prompt is given as well, the network does not read one sequence of tokens, sizes do not match,
+                or a parameter gets no gradient.
         """
         if prompt != '':
             raise ValueError(f'a conditioner replaces the prompt; leave out prompt={prompt!r}, or the conditioner')
         if self.extractor.vae is None:
             raise ValueError('a model of pixel space reads no prompt; leave out the conditioner')
-        if kind_of(self.extractor.network).part == 'transformer':
-            raise ValueError(
-                f'conditioners are for UNets, not for a {type(self.extractor.network).__name__}; leave out '
-                'the conditioner'
-            )
+        network = self.extractor.network
+        placeholder = placeholder_conditioning({**network.config, '_class_name': type(network).__name__})
+        if not placeholder.embeds.shape[1] or placeholder.embeds_2 is not None:
+            read = 'two sequences of tokens' if placeholder.embeds.shape[1] else 'a class label'
+            raise ValueError(f'a {type(network).__name__} reads {read}, not a prompt; leave out the conditioner')
         self.conditioner = MODELS.build(config)
-        conditioning, unet = self.conditioner(), self.extractor.network.config
-        expected = {'dim': unet.cross_attention_dim, 'pooled_dim': pooled_size(unet)}
-        sizes = {
-            'dim': conditioning.embeds.shape[-1],
-            'pooled_dim': None if conditioning.pooled is None else conditioning.pooled.shape[-1],
-        }
+        sizes, expected = (
+            {'dim': each.embeds.shape[-1], 'pooled_dim': None if each.pooled is None else each.pooled.shape[-1]}
+            for each in (self.conditioner(), placeholder)
+        )
         if sizes != expected:
-            raise ValueError(f'{config["type"]} has {sizes}, but the UNet of this model needs {expected}')
+            raise ValueError(f'{config["type"]} has {sizes}, but the network of this model needs {expected}')
         leaves = self._leaves()
         if lost := [name for name, parameter in self.conditioner.named_parameters() if parameter not in leaves]:
             raise ValueError(

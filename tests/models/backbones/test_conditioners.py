@@ -146,8 +146,26 @@ def test_sdxl_needs_a_pooled_embedding(tiny_sdxl_pipeline, images):
     found = gradients(build(), images)
     assert set(found) == {'conditioner.embeds', 'conditioner.pooled'}
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
-    with pytest.raises(ValueError, match=r"'pooled_dim': None\}, but the UNet of this model needs .*'pooled_dim': 32"):
+    with pytest.raises(ValueError, match=r"'pooled_dim': None\}, but the network of this model .*'pooled_dim': 32"):
         build(pooled_dim=None)
+
+
+@pytest.mark.parametrize(('kind', 'sizes'), [('flux', (32, 32)), ('pixart-sigma', (16, None))])
+def test_prompts_are_learned_through_transformers(pipeline_folder, images, kind, sizes):
+    conditioner = {'type': 'LearnedPrompts', 'num_prompts': 5, 'dim': sizes[0], 'pooled_dim': sizes[1]}
+    options = {'model': str(pipeline_folder(kind)), 'layers': ['vit-block1-out'], 'timesteps': [50]}
+    backbone = DiffusionBackbone(**options, conditioner=conditioner)
+    before = {name: x.clone() for name, x in backbone.named_parameters() if x.requires_grad}
+    assert list(before) == [f'conditioner.{name}' for name in ('embeds', 'pooled')[: 1 + (sizes[1] is not None)]]
+    optimizer = torch.optim.SGD([x for x in backbone.parameters() if x.requires_grad], lr=1)
+    sum(x.square().mean() for x in backbone(images)).backward()
+    optimizer.step()
+    assert not any(torch.equal(x, before[name]) for name, x in backbone.named_parameters() if name in before)
+
+
+def test_class_labels_are_not_learned(pipeline_folder):
+    with pytest.raises(ValueError, match='reads a class label, not a prompt; leave out the conditioner'):
+        DiffusionBackbone(str(pipeline_folder('dit')), ['vit-block1-out'], [50], conditioner=LEARNED)
 
 
 def test_attention_to_learned_prompts_has_their_number_of_channels(make, images):

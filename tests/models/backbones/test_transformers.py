@@ -248,7 +248,7 @@ def test_training_under_autocast_and_beside_half_precision(make: Callable, kind:
         ('flux', {'lora': {'target_modules': ['to_qkv']}}, r"\['to_qkv'\] of LoRA name no linear layer"),
         ('pixart-sigma', {'lora_weights': ['lora.safetensors']}, 'no LoRA weights for a PixArtTransformer2DModel'),
         ('flux', {'type': 'MetaPromptsBackbone', 'prompt': ''}, 'is a transformer; choose a Stable'),
-        ('flux', {'conditioner': {'type': 'LearnedPrompts'}, 'prompt': ''}, 'conditioners are for UNets, not for a'),
+        ('hunyuan-dit', {'conditioner': {'type': 'LearnedPrompts'}, 'prompt': ''}, 'reads two sequences of tokens'),
         ('flux', {'frozen': False, 'trainable': ['up_blocks.*']}, r"\['up_blocks.\*'\] select no parameter"),
     ],
 )
