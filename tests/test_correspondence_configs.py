@@ -34,6 +34,7 @@ DATASETS = {
     'pf-pascal': 'PFPascalDataset',
     'cub': 'CUBPairsDataset',
     'spair-u': 'SPairUDataset',
+    'tss': 'TSSDataset',
     'ap10k': 'AP10KDataset',
     'ap10k-cross-species': 'AP10KDataset',
     'ap10k-cross-family': 'AP10KDataset',
@@ -86,7 +87,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (63, 7)
+    assert (len(CONFIGS), len(TOY)) == (64, 7)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -19,6 +19,7 @@ from .pairs import DamagedFile, PairDataset
 from .pf import PFPascalDataset, PFWillowDataset
 from .scarce import IgnoreSmallClasses, LoadLabelArray, ScarceDataset
 from .spair import SPairDataset, SPairUDataset, ToyPairDataset
+from .tss import TSSDataset
 from .video import LoadVideo
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     'SPairDataset',
     'SPairUDataset',
     'ScarceDataset',
+    'TSSDataset',
     'ToyAP10KDataset',
     'ToyPairDataset',
 ]

@@ -1,4 +1,4 @@
-"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k, SPair-U, AP-10K and mmseg."""
+"""Draw toy quadrupeds into the folder layouts of Horse-21 (DatasetDDPM), SPair-71k, SPair-U, AP-10K, TSS and mmseg."""
 
 import argparse
 import json
@@ -6,12 +6,14 @@ from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 from quadrupeds import ToySample, draw_harness, draw_sample
 from tqdm import tqdm
 
 from diffseg.datasets.toy import FAMILIES, KEYPOINTS, PALETTE, SPECIES, UNSEEN
+from diffseg.datasets.tss import write_flow
 
 # First picture number of every split: disjoint ranges, so that no picture is in two splits.
 PART_SPLITS = {'train': 0, 'test': 1_000_000}
@@ -42,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         help='test pairs per species with other keypoints, into `SPair-U-toy` (default: none)',
     )
     parser.add_argument(
+        '--tss', type=int, default=0, help='pairs per group with a dense flow, into `TSS-toy` (default: none)'
+    )
+    parser.add_argument(
         '--ap10k',
         type=int,
         default=0,
@@ -63,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             write_stickers(args.out / 'toy/stickers' / split, getattr(args, split), split, args.seed, args.size)
         if args.mmseg:
             write_mmseg(args.out / 'toy-mmseg', getattr(args, split), split, args.seed, args.size)
+    if args.tss:
+        write_tss(args.out / 'TSS-toy', args.tss, args.seed, args.size)
     if args.unseen:
         write_unseen(args.out / 'SPair-U-toy', args.unseen, args.seed, args.size)
     for split in PAIR_SPLITS:
@@ -115,6 +122,29 @@ def write_pairs(root: Path, pairs: int, split: str, seed: int, size: int) -> Non
         for source, target in zip(pictures[::2], pictures[1::2], strict=True):
             layout.append(write_pair(root, split, len(layout), source, target, species))
     write_layout(root, split, layout)
+
+
+def write_tss(root: Path, pairs: int, seed: int, size: int) -> None:
+    """`pairs` pictures per group, each with itself under a random similarity, and both flows, as TSS lays them out."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=2)  # (H, W, 2), x and y
+    for group in ('FG3DCar', 'JODS', 'PASCAL'):
+        for index in range(pairs):
+            folder = root / group / f'{index:03d}'
+            folder.mkdir(parents=True, exist_ok=True)
+            sample = draw_picture(SPECIES[index % len(SPECIES)], 'test', index, seed, size)[1]
+            centre, angle, scale = (size - 1) / 2, rng.uniform(-15, 15), rng.uniform(0.8, 1)
+            there = cv2.getRotationMatrix2D((centre, centre), angle, scale)
+            images = sample.image, cv2.warpAffine(sample.image, there, (size, size), borderMode=cv2.BORDER_REPLICATE)
+            mask = np.where(sample.mask > 0, 255, 0).astype(np.uint8)
+            masks = mask, cv2.warpAffine(mask, there, (size, size), flags=cv2.INTER_NEAREST)
+            ways = there, cv2.invertAffineTransform(there)
+            for number, (image, mask, way) in enumerate(zip(images, masks, ways, strict=True), start=1):
+                flow = grid @ way[:, :2].T + way[:, 2] - grid
+                Image.fromarray(image).save(folder / f'image{number}.png')
+                Image.fromarray(mask).save(folder / f'mask{number}.png')
+                write_flow(folder / f'flow{number}.flo', np.where(mask[..., None] > 0, flow, 1e10))
+            (folder / 'flip_gt.txt').write_text('0\n')
 
 
 def write_unseen(root: Path, pairs: int, seed: int, size: int) -> None:
