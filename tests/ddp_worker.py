@@ -1,5 +1,8 @@
-"""One of two processes that train a tiny segmentor together."""
+"""One of two processes that train or test together."""
 
+import json
+import os
+import runpy
 from pathlib import Path
 
 import torch
@@ -21,4 +24,14 @@ def train_as_one_of_two(rank: int, pipeline: Path, folder: Path) -> None:
         model.train_step(batch(4 * step + 2 * rank, 4 * step + 2 * rank + 1), optim_wrapper)
     assert all(torch.equal(buffer, network[name]) for name, buffer in model.module.backbone.named_buffers())
     torch.save(model.module.state_dict(), folder / f'rank{rank}.pt')
+    distributed.destroy_process_group()
+
+
+def run_test_as_one_of_two(rank: int, tool: Path, config: Path, folder: Path) -> None:
+    """Test a config with `tool` (tools/test.py), and write the figures to `folder`."""
+    torch.set_num_threads(1)
+    os.environ['LOCAL_RANK'] = str(rank)  # as torchrun does
+    distributed.init_process_group('gloo', f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    figures = runpy.run_path(str(tool))['main']([str(config), '--launcher', 'pytorch'])
+    (folder / f'rank{rank}.json').write_text(json.dumps(figures))
     distributed.destroy_process_group()

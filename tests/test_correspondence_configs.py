@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import tiny_vision
 import torch
+from ddp_worker import run_test_as_one_of_two
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import MODELS
 from parts import described, members
+from processes import forkserver
 from shrink import divide, shrink_backbone, shrink_neck
 from torch import nn
 
@@ -275,6 +277,19 @@ def test_every_zero_shot_kind_is_tested_without_a_checkpoint(stem, models, data,
     metrics = runpy.run_path(str(ROOT / 'tools/test.py'))['main']([str(tmp_path / 'config.py')])
     protocol = check_result(tmp_path / 'work', metrics)
     assert protocol['split'] == 'test' and not protocol['selection_on_test']
+
+
+def test_two_processes_share_the_pairs_of_a_model_that_does_not_train(models, data, tmp_path):
+    shrink(ZERO_SHOT['DIFT'], models, data, tmp_path / 'work').dump(tmp_path / 'config.py')
+    alone = runpy.run_path(str(ROOT / 'tools/test.py'))['main']([str(tmp_path / 'config.py')])
+    context, arguments = forkserver(), (ROOT / 'tools/test.py', tmp_path / 'config.py', tmp_path)
+    processes = [context.Process(target=run_test_as_one_of_two, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=900)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert json.loads((tmp_path / 'rank0.json').read_text()) == pytest.approx(alone)
 
 
 @pytest.mark.parametrize('stem', TRAINED.values(), ids=TRAINED.keys())

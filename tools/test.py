@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     cfg.load_from = args.checkpoint or cfg.get('load_from')
+    if args.launcher != 'none' and not cfg.load_from:  # DistributedDataParallel refuses a model that does not train
+        cfg.setdefault('model_wrapper_cfg', dict(type='MMSeparateDistributedDataParallel'))
     try:
         if args.show or args.show_dir:
             draw_predictions(cfg, args.show, args.show_dir, args.wait_time)
