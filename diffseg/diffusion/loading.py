@@ -372,8 +372,8 @@ def _load_tiny(
         raise ValueError(f'{source.location} works on pixels, without VAE; leave out vae={str(location)!r}')
     if (kind := configs.vae.get('_class_name', AutoencoderKL.__name__)) not in TINY_REPLACES:
         raise ValueError(
-            f'the VAE of {source.location} is a {kind}; an AutoencoderTiny replaces only {" or ".join(TINY_REPLACES)}. '
-            f'Leave out vae={str(location)!r}'
+            f'the VAE of {source.location} is of class {kind}; an AutoencoderTiny replaces only '
+            f'{" or ".join(TINY_REPLACES)}. Leave out vae={str(location)!r}'
         )
     vae = _read_tiny(location, configs.vae['latent_channels'], dtype, decoder, seed)
     expected, theirs = (
@@ -406,7 +406,7 @@ def _read_tiny(
     try:
         config = AutoencoderTiny.load_config(text)
         if config.get('_class_name') != name:
-            raise ValueError(f'{location} is a {config.get("_class_name")}, not an {name}')
+            raise ValueError(f'{location} is of class {config.get("_class_name")}, not an {name}')
         if seed is not None:
             return _initialise('vae', _complete('vae', config), seed, dtype)
         return _read_pretrained(AutoencoderTiny, 'vae', text, text, dtype)

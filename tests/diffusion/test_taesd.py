@@ -124,12 +124,12 @@ def test_what_does_not_fit(make, tiny_taesd, tmp_path):
 
 
 def test_a_vae_of_another_kind_is_not_replaced(pipeline_folder, tiny_taesd):
-    with pytest.raises(ValueError, match=r'is a AutoencoderDC; an AutoencoderTiny replaces only AutoencoderKL'):
+    with pytest.raises(ValueError, match=r'is of class AutoencoderDC; an AutoencoderTiny replaces only AutoencoderKL'):
         load_parts(pipeline_folder('sana'), vae=tiny_taesd)
 
 
 def test_wrong_sources(make, tiny_pipeline, tiny_taesd, tmp_path):
-    with pytest.raises(ValueError, match=r'vae is a AutoencoderKL, not an AutoencoderTiny'):
+    with pytest.raises(ValueError, match=r'vae is of class AutoencoderKL, not an AutoencoderTiny'):
         make(tiny_pipeline / 'vae')
     with pytest.raises(FileNotFoundError, match=r'no AutoencoderTiny at .*none.safetensors; give a hub id'):
         make(tmp_path / 'none.safetensors')

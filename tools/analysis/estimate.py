@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> None:
         settings = {name: SETTINGS[name] for name in args.settings or SETTINGS}
     images = args.images or list(DATASETS.values())
     names = [f'{n:,} images' for n in images] if args.images else [f'{name} ({n:,})' for name, n in DATASETS.items()]
-    how = f'{args.rate:g} TFLOP per second' if args.rate else f'measured: {machine(args.device)}'
+    version = f'torch {torch.__version__}'
+    how = f'{args.rate:g} TFLOP per second; {version}' if args.rate else f'measured: {machine(args.device)}'
     vae = f'; VAE {args.vae}' if args.vae else ''
-    sys.stdout.write(f'{how}{vae}; stored in {args.save_dtype}; torch {torch.__version__}\n\n')
+    sys.stdout.write(f'{how}{vae}; stored in {args.save_dtype}\n\n')
     columns = ['setting', 'size', 'T', 'E', 'TFLOP/image', 'TFLOP/s', 'per image', *names]
     sys.stdout.write(f'{table_head(columns)}\n')
     for cells in rows(args, settings, images):
