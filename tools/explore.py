@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
-from diffseg.command_line import add_dtype_argument, parse_size
+from diffseg.command_line import add_dtype_argument, parse_size, parse_timestep
 from diffseg.devices import choose_dtype, default_device
 from diffseg.web.guard import check_host, is_loopback
 
@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--layers', nargs='+', help='layer names, aliases, patterns or set names (default: recommended)'
     )
-    parser.add_argument('--timesteps', nargs='+', type=int, help='(default: recommended)')
+    parser.add_argument('--timesteps', nargs='+', type=parse_timestep, help='(default: recommended)')
     parser.add_argument(
         '--size',
         help="network's input, S or HxW, aspect not kept; 'own' for that of each picture (default: the model's)",

@@ -53,7 +53,7 @@ class ChoiceBody(Body):
     """Layers to read, and timesteps."""
 
     layers: Annotated[list[Text], Field(min_length=1, max_length=64)]
-    timesteps: Annotated[list[int], Field(min_length=1, max_length=32)]
+    timesteps: Annotated[list[int | float], Field(min_length=1, max_length=32)]
 
 
 class MatchBody(Body):
