@@ -13,7 +13,7 @@ from ddp_worker import run_test_as_one_of_two
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, METRICS, MODELS
 from parts import described, members
 from processes import forkserver
 from shrink import divide, shrink_backbone, shrink_neck
@@ -30,7 +30,7 @@ NAME = re.compile(
     r'(?P<method>[^_]+?)(?P<published>-published)?_(?P<gpus>\d+)xb(?P<batch>\d+)-'
     r'(?P<schedule>zero-shot|(?P<trained_on>spair-)?(?P<iterations>\d+)k)_(?P<dataset>[^_]+)-(?P<height>\d+)x(?P<width>\d+)'
 )
-DATASETS = {
+DATASET_TYPES = {
     'spair': 'SPairDataset',
     'pf-willow': 'PFWillowDataset',
     'pf-pascal': 'PFPascalDataset',
@@ -114,7 +114,7 @@ def test_a_config_is_what_its_name_says(path):
         assert (loader is not None) == (trains or kind == 'test')
         if loader is not None:
             assert loader.batch_size == int(name['batch'])
-            assert loader.dataset.type == DATASETS[name['dataset']]
+            assert loader.dataset.type == DATASET_TYPES[name['dataset']]
             sizes = [step.size for step in loader.dataset.pipeline if step.type == 'ResizePair']
             if not sizes:  # each member resizes the pictures itself
                 assert all(part.interpolation == 'bicubic' for part in parts)
@@ -364,3 +364,28 @@ def test_toy_study_scores_pairs_within_and_across_species(tmp_path):
     for name, pairs in (('within', 4), ('across', 12)):
         assert 0 < metrics[f'{name}/PCK@0.1-bbox/point'] < 100
         assert json.loads((tmp_path / f'work/{name}.json').read_text())['protocol']['pairs'] == pairs
+
+
+@pytest.fixture(scope='module')
+def toy_data(tmp_path_factory) -> Path:
+    """One toy pair of each kind that the configs of protocols name."""
+    folder = tmp_path_factory.mktemp('data')
+    arguments = [str(folder), '--train', '0', '--test', '0', '--ap10k', '1', '--unseen', '1', '--tss', '1']
+    runpy.run_path(str(ROOT / 'tools/toy/make_data.py'))['main'](arguments)
+    return folder
+
+
+@pytest.mark.parametrize(
+    'path', sorted(ROOT.glob('configs/correspondence/toy-protocols/*.py')), ids=lambda path: path.stem
+)
+def test_toy_protocols_find_their_data_and_say_their_options(path, toy_data):
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    init_default_scope('mmseg')
+    data = cfg.test_dataloader.dataset
+    dataset = DATASETS.build({**data, 'data_root': str(toy_data / Path(data.data_root).relative_to('data'))})
+    assert len(dataset) >= 2 and not dataset.damaged
+    protocol = MODELS.build(cfg.model).protocol
+    options = {name: cfg.model[name] for name in ('unit', 'window', 'temperature', 'cycle_error') if name in cfg.model}
+    assert {name: protocol[name] for name in options} == options
+    assert (protocol['align_pose'] is not None) == ('align_pose' in cfg.model) == (path.stem == 'aligned')
+    assert METRICS.build(cfg.test_evaluator).confidence == ('cycle_error' if path.stem == 'confidence' else None)
