@@ -5,9 +5,10 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP = $(VENV)/.installed
 DOCS_STAMP = $(VENV)/.installed-docs
+QUANTIZATION = $(VENV)/quantization
 SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
-.PHONY: install test demo explore lint benchmark docs linkcheck notebooks
+.PHONY: install test test-quantization demo explore lint benchmark docs linkcheck notebooks
 
 install: $(STAMP)
 
@@ -25,6 +26,13 @@ $(DOCS_STAMP): $(STAMP)
 
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# torchao is apart from the environment: diffusers imports it at every start, which takes a second and prints lines.
+test-quantization: $(QUANTIZATION)
+	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest --quiet tests/diffusion/test_quantization.py
+
+$(QUANTIZATION): $(STAMP)
+	$(PIP) --no-deps --target $@ torchao
 
 demo: install
 	$(BIN)/python demo/run.py

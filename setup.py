@@ -111,7 +111,6 @@ with tempfile.TemporaryDirectory() as build_base:
                 'pytest-xdist',
                 'ruff',
                 'setuptools>=70.1',
-                'torchao',
             ],
             'web': ['fastapi', 'uvicorn'],
             'docs': ['furo', 'myst-nb', 'sphinx', 'sphinx-copybutton'],

@@ -428,7 +428,6 @@ CHANGES = {
     'vae_sample': 'mode',
     'attention_maps': ['up_cross'],
     'input_size': 64,
-    'quantization': 'int8',
 }
 
 

@@ -24,7 +24,6 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
-from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,6 +124,8 @@ def _masked(x: Inputs) -> dict[str, Any]:
 
 
 def _hunyuan(x: Inputs) -> dict[str, Any]:
+    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid  # a slow import
+
     config = x.network.config
     base = 512 // PIXELS // config.patch_size
     rotary = get_2d_rotary_pos_embed(

@@ -19,6 +19,8 @@ from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.quantization import Quantization, quantize
 from diffseg.models import DiffusionBackbone
 
+pytest.importorskip('torchao', reason='torchao is missing: make test-quantization')
+
 LAYERS = ['vit-block0-mod', 'vit-block1-cross-map', 'vit-block1-out']
 
 
