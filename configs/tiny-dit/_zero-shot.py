@@ -1,5 +1,5 @@
 # matching with block 5 of the small transformer, on the pairs of ../correspondence/toy and at the timestep that
-# tools/search.py configs/tiny-dit/pairs.py finds best on training pairs; every seed draws other noise
+# tools/search.py configs/tiny-dit/search-pairs.py finds best on training pairs; every seed draws other noise
 _base_ = '../correspondence/toy/_zero-shot.py'
 
 model = dict(
