@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
 from diffseg.diffusion.conditioning import NoPromptEncoder, PromptEncoder
 from diffseg.diffusion.loading import ModelSource, explain, find_source, fingerprint
@@ -327,7 +327,12 @@ class PipelinePromptEncoder(PromptStore):
 
     @property
     def _pipeline_class(self) -> type[DiffusionPipeline]:
-        return getattr(diffusers, self.pipeline_name)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # of what image processors, which are not used, lack
+        try:
+            return getattr(diffusers, self.pipeline_name)
+        finally:
+            logging.set_verbosity(verbosity)
 
     def _pipeline_of(self, **components: Any) -> DiffusionPipeline:
         """The pipeline with these components alone."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import adm
-import httpx
+import httpx2
 import huggingface_hub
 import ldm
 import pytest
@@ -277,10 +277,10 @@ def test_gated_repositories_name_licence_and_token(offline, monkeypatch):
 
     def refuse(*args, **kwargs):
         raise OSError('401') from GatedRepoError(
-            'Cannot access gated repo', response=httpx.Response(401, request=request)
+            'Cannot access gated repo', response=httpx2.Response(401, request=request)
         )
 
-    request = httpx.Request('GET', 'https://huggingface.co')
+    request = httpx2.Request('GET', 'https://huggingface.co')
     monkeypatch.setattr(FluxTransformer2DModel, 'from_pretrained', refuse)
     with pytest.raises(
         OSError, match=r'gated: accept its licence .*https://huggingface.co/black-forest-labs/FLUX.1-schnell'

@@ -473,12 +473,19 @@ def test_parts_of_a_network_of_pixels_train(make_pixels: Callable, pattern: str)
     assert not any(name.startswith('up_blocks.2') for name in trained)  # behind the layers
 
 
+def test_lora_beside_a_network_of_pixels_trains(make_pixels: Callable):
+    backbone = make_pixels(lora={'r': 2})
+    sum(m.square().mean() for m in backbone(make_images())).backward()
+    trained = {name: p.grad for name, p in backbone.extractor.network.named_parameters() if p.requires_grad}
+    assert trained and all('lora_' in name for name in trained)
+    assert any(grad.abs().sum() > 0 for grad in trained.values())
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         ({'prompt': 'a horse'}, "leave out 'a horse'"),
         ({'conditioner': {'type': 'LearnedPrompts', 'num_prompts': 3, 'dim': 32}}, 'leave out the conditioner'),
-        ({'lora': {'r': 2}}, 'no LoRA for a UNet2DModel'),
     ],
 )
 def test_what_models_of_pixel_space_do_not_take(make_pixels: Callable, options: dict, message: str):
