@@ -6,6 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 STAMP = $(VENV)/.installed
 DOCS_STAMP = $(VENV)/.installed-docs
 QUANTIZATION = $(VENV)/quantization
+JOBS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
 .PHONY: install test test-quantization demo explore lint benchmark docs linkcheck notebooks
@@ -24,8 +25,9 @@ $(DOCS_STAMP): $(STAMP)
 	$(PIP) --no-build-isolation --editable '.[docs]'
 	touch $@
 
+# One process more than there are cores, since some tests wait; the largest files are not kept for the end.
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # torchao is apart from the environment: diffusers imports it at every start, which takes a second and prints lines.
 test-quantization: $(QUANTIZATION)

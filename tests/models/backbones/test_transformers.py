@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_pipelines
 import torch
 from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
 from mmseg.registry import MODELS
@@ -148,7 +147,7 @@ def test_beside_other_backbones_under_necks_and_heads(
 # ---- prompts and the cache of maps
 
 
-@pytest.mark.parametrize('kind', tiny_pipelines.TEXTS)
+@pytest.mark.parametrize('kind', QUICK)
 def test_prompts_of_images(make: Callable, pipeline_folder: Callable, tmp_path: Path, kind: str):
     """Captions and files of embeddings give the maps of the same prompts, which other prompts do not."""
     x = images(2)
@@ -204,8 +203,9 @@ def test_checkpoints_hold_the_fingerprint_and_refuse_another(make: Callable, tmp
         load_checkpoint(make(kind, timesteps=[261]), str(tmp_path / 'a.pth'))
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('part', ['parameters', 'lora'])
+@pytest.mark.parametrize(
+    ('part', 'kind'), [*(('parameters', kind) for kind in QUICK), *(('lora', kind) for kind in KINDS)]
+)
 def test_parts_train(make: Callable, kind: str, part: str):
     """All that is chosen gets the gradient that it gets under gradient checkpointing, and is in the checkpoint."""
     last = {'lumina2': 'layers', 'z-image': 'layers', 'hunyuan-dit': 'blocks', 'auraflow': 'joint_transformer_blocks'}
