@@ -6,10 +6,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 STAMP = $(VENV)/.installed
 DOCS_STAMP = $(VENV)/.installed-docs
 QUANTIZATION = $(VENV)/quantization
-JOBS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
-.PHONY: install test test-quantization demo explore lint benchmark docs linkcheck notebooks
+.PHONY: install test test-slow test-quantization demo explore lint benchmark docs linkcheck notebooks
 
 install: $(STAMP)
 
@@ -25,9 +24,14 @@ $(DOCS_STAMP): $(STAMP)
 	$(PIP) --no-build-isolation --editable '.[docs]'
 	touch $@
 
-# One process more than there are cores, since some tests wait; the largest files are not kept for the end.
+# What needs a browser or the kernel of a notebook, and takes its time, is apart.
+SLOW = tests/web/test_browser.py tests/tools/analysis/test_benchmark_explorer.py tests/test_notebooks.py
+
 test: install
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(SLOW))
+
+test-slow: install
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(SLOW)
 
 # torchao is apart from the environment: diffusers imports it at every start, which takes a second and prints lines.
 test-quantization: $(QUANTIZATION)
