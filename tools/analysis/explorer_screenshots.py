@@ -1,7 +1,7 @@
 """Take the screenshots of docs/explorer.md: draw toy pictures, paint strokes, train a head, look at all four views.
 
     python tools/analysis/explorer_screenshots.py docs/images
-    python tools/analysis/explorer_screenshots.py /tmp/narrow --width 390 --dark
+    python tools/analysis/explorer_screenshots.py work_dirs/narrow --width 390 --dark
 
 Needs Playwright and Debian's chromium (or another one: --browser).
 """
