@@ -84,6 +84,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'transformers>=5,<6',
             'accelerate',
             'filelock',
+            'fsspec',
             'numpy',
             'pillow',
             'safetensors',

@@ -1,10 +1,14 @@
-"""Atomic writes: files are complete or absent, also with concurrent or killed writers."""
+"""Atomic writes: files are complete or absent, also with concurrent or killed writers; and paths of fsspec."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 
 @contextmanager
@@ -35,3 +39,29 @@ def whole_file(path: str | Path, folder: str | Path | None = None) -> Iterator[P
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def locate(url: str | Path) -> tuple[AbstractFileSystem, str]:
+    """Split a URL of fsspec, such as `s3://bucket/folder`, or a local path into its file system and the path there.
+
+    Local paths become absolute, without `..`.
+
+    Raises:
+        ValueError: fsspec knows no such protocol.
+        ImportError: The protocol needs a package that is not installed, which the message names.
+    """
+    fs, path = (LocalFileSystem(), str(url)) if isinstance(url, Path) else url_to_fs(url)
+    return fs, Path(os.path.abspath(path)).as_posix() if isinstance(fs, LocalFileSystem) else path
+
+
+def write_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> None:
+    """Write a file that is complete or absent: locally as `whole_file` does, elsewhere in one put."""
+    if isinstance(fs, LocalFileSystem):
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
+        return
+    try:
+        fs.pipe_file(path, data)
+    except FileNotFoundError:  # not an object store: its folders must exist
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        fs.pipe_file(path, data)

@@ -15,13 +15,14 @@ import argparse
 import collections
 import itertools
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
 from diffseg.devices import choose_dtype, default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import image_size, read_image
+from diffseg.diffusion.images import image_size, read_pixels, scale_pixels
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config
 from diffseg.diffusion.placeholders import placeholder_conditioning
@@ -39,23 +40,26 @@ from diffseg.feature_files import (
     Item,
     check_configuration,
     count_suffixes,
+    features_to_bytes,
     find_images,
     header,
     is_complete,
-    write_features,
 )
+from diffseg.files import locate, write_bytes
 from diffseg.inspection import available_sites
+
+HEADER = 2**16  # bytes of an image to read for its size
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('input', type=Path, help='a folder (searched in depth), a .txt file of paths, or one image')
+    parser.add_argument('input', help='a folder (searched in depth), a .txt file of paths, or one image')
     parser.add_argument('--model', required=True, help='preset, hub id, diffusers folder or checkpoint file')
     add_vae_argument(parser)
     parser.add_argument('--layers', nargs='+', required=True, help='layer names, aliases, patterns or set names')
     parser.add_argument('--timesteps', nargs='+', type=parse_timestep, required=True)
-    parser.add_argument('--out', type=Path, required=True)
-    parser.add_argument('--root', type=Path, help="names are relative to it (default: the input's folder)")
+    parser.add_argument('--out', required=True)
+    parser.add_argument('--root', help="names are relative to it (default: the input's folder)")
     parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
     parser.add_argument('--prompt', default='')
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
@@ -107,10 +111,15 @@ def _sizes(items: Sequence[Item], size: tuple[int, int] | None) -> collections.C
     sizes: collections.Counter[tuple[int, int]] = collections.Counter()
     for item in items:
         try:
-            sizes[size or image_size(item.path)] += 1
-        except ValueError:
+            sizes[size or _header_size(item)] += 1
+        except (OSError, ValueError):
             continue  # reported when the image is processed
     return sizes
+
+
+def _header_size(item: Item) -> tuple[int, int]:
+    with item.fs.open(item.path, 'rb', block_size=HEADER) as file:
+        return image_size(file)
 
 
 def batches(
@@ -121,8 +130,8 @@ def batches(
     def read() -> Iterator[tuple[Item, Tensor]]:
         for item in items:
             try:
-                yield item, read_image(item.path, size)
-            except ValueError as error:
+                yield item, scale_pixels(read_pixels(item.path, size, item.content()))
+            except (OSError, ValueError) as error:
                 failures[item.name] = str(error)
                 bar.update()
 
@@ -152,8 +161,8 @@ def extract(
 
 
 def run(args: argparse.Namespace) -> int:
-    root = Path(os.path.abspath(args.root or (args.input if args.input.is_dir() else args.input.parent)))
-    items, others = find_images(args.input, root)
+    items, others, root = find_images(args.input, args.root)
+    store, folder = locate(args.out)
     index, count = args.shard
     items = items[index::count]
     if others:
@@ -161,17 +170,16 @@ def run(args: argparse.Namespace) -> int:
 
     available, _ = available_sites(args.model)
     layers = expand(args.layers, available)
-    todo = [item for item in items if not item.output(args.out).exists()]
+    todo = [item for item in items if not store.exists(item.output(folder))]
     itemsize = DTYPES[args.save_dtype].itemsize
     tokens = placeholder_conditioning(load_config(args.model).network).tokens
     needed = estimate(todo, args.size, [available[name] for name in layers], len(args.timesteps), itemsize, tokens)
-    existing = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = _free(store, folder)
     print(
         f'{len(items)} images, {len(layers)} layers x {len(args.timesteps)} timesteps; {len(todo)} to write: '
-        f'{_bytes(needed)} in {args.save_dtype}, {_bytes(free)} free at {args.out}'
+        f'{_bytes(needed)} in {args.save_dtype}' + ('' if free is None else f', {_bytes(free)} free at {args.out}')
     )
-    if needed > free:
+    if free is not None and needed > free:
         raise ValueError(f'not enough space at {args.out}: {_bytes(needed)} are needed, {_bytes(free)} are free')
     if args.dry_run:
         return 0
@@ -191,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
         **extractor.fingerprint,
         'size': args.size,
         'save_dtype': args.save_dtype,
-        'root': str(root),
+        'root': root,
     }
     check_configuration(args.out, configuration)
 
@@ -204,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             failures[item.name] = str(error)
         else:
-            if not is_complete(item.output(args.out), headers[item.name]):
+            if not is_complete(store, item.output(folder), headers[item.name]):
                 todo.append(item)
     finished = len(headers) - len(todo)
     with tqdm(total=len(headers), initial=finished, unit='image', disable=None) as bar:
@@ -215,12 +223,21 @@ def run(args: argparse.Namespace) -> int:
                         failures[item.name] = str(result)
                     else:
                         size = 'x'.join(map(str, images.shape[2:]))
-                        write_features(item.output(args.out), result, headers[item.name] | {'input_size': size})
+                        data = features_to_bytes(result, headers[item.name] | {'input_size': size})
+                        write_bytes(store, item.output(folder), data)
                     bar.update()
     print(f'{len(items) - finished - len(failures)} written, {finished} already there, {len(failures)} failed')
     for name, reason in failures.items():
         print(f'failed: {name}: {reason}', file=sys.stderr)
     return 1 if failures else 0
+
+
+def _free(store: AbstractFileSystem, folder: str) -> int | None:
+    """Bytes that fit there; None where there is no such limit."""
+    if not isinstance(store, LocalFileSystem):
+        return None
+    existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _bytes(count: float) -> str:
@@ -235,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         return run(args)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
 

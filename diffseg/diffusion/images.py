@@ -1,8 +1,9 @@
 """Reading of image files as tensors, and checks of such tensors."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -16,19 +17,23 @@ Interpolation = Literal['bilinear', 'bicubic']
 RANGE = 1.25  # images are in [-1, 1]; bicubic resizing overshoots a little
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Read an image file as RGB.
 
     The EXIF orientation is applied, as viewers and mmseg's loader do. Unlike DIFT, DHF and GDF, which leave such
     photographs lying on their side; images without the tag (SPair-71k, ADE20K, ...) are the same. Transparency is
     dropped, and the first frame of an animation is read.
 
+    Args:
+        path: the file.
+        content: of the file, if it has been read; `path` then only names it in errors.
+
     Raises:
         ValueError: the file cannot be read, is damaged or truncated, is not an image, or has more than 8 bits a
             channel.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(f'{path}: cannot be read as an image ({error})') from error
@@ -42,8 +47,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
     Args:
         path: the file.
-        size: (height, width) to resize to, bicubically and without keeping the aspect ratio, as DIFT and GDF do; None
-            keeps the size.
+        size: as in `read_pixels`.
 
     Returns:
         A tensor with shape (3, H, W) in [-1, 1], float32, RGB.
@@ -51,10 +55,34 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         ValueError: as `open_image` does.
     """
-    image = open_image(path)
+    return scale_pixels(read_pixels(path, size))
+
+
+def read_pixels(path: str | Path, size: tuple[int, int] | None = None, content: bytes | None = None) -> Tensor:
+    """Read the 8-bit values of an image file, as `open_image` does.
+
+    Args:
+        path: the file.
+        size: (height, width) to resize to, bicubically and without keeping the aspect ratio, as DIFT and GDF do; None
+            keeps the size.
+        content: of the file, as in `open_image`.
+
+    Returns:
+        A tensor with shape (3, H, W), uint8, RGB.
+
+    Raises:
+        ValueError: as `open_image` does.
+    """
+    image = open_image(path, content)
     if size is not None and size != (image.height, image.width):
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """8-bit values as what a network reads: float32 in [-1, 1], with the same bits on every device."""
+    scale = torch.tensor(127.5, device=pixels.device)  # CUDA would multiply by the inverse of a number
+    return pixels.float() / scale - 1
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
@@ -65,18 +93,18 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(file: str | Path | BinaryIO) -> tuple[int, int]:
     """Read an image's (height, width) from its header, its EXIF orientation applied.
 
     Raises:
         ValueError: the header cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            rotated = file.getexif().get(0x0112) in ROTATED  # 0x0112: Orientation
-            return file.size if rotated else file.size[::-1]
+        with Image.open(file) as image:
+            rotated = image.getexif().get(0x0112) in ROTATED  # 0x0112: Orientation
+            return image.size if rotated else image.size[::-1]
     except Exception as error:
-        raise ValueError(f'{path}: cannot be read as an image ({error})') from error
+        raise ValueError(f'{file}: cannot be read as an image ({error})') from error
 
 
 def check_images(images: Tensor, cell: int) -> None:

@@ -108,12 +108,12 @@ def test_resumes_and_ignores_halves(run, tmp_path, capsys):
 
 
 def test_nothing_is_seen_of_an_interrupted_write(run, tool, tmp_path, monkeypatch):
-    def interrupted(tensors, path, metadata):
-        Path(path).write_bytes(b'half')
+    def interrupted(path, data):
+        path.open('wb').write(data[:99])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr('diffseg.feature_files.save_file', interrupted)
+        patch.setattr(Path, 'write_bytes', interrupted)
         run()
     assert outputs(tmp_path / 'out') == ['config.json']
     assert run() == 0

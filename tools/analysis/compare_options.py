@@ -95,8 +95,7 @@ def read(args: argparse.Namespace) -> list[Tensor]:
     if args.images is None:
         noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return [F.interpolate(noise, (args.size, args.size), mode='bilinear')]
-    root = args.images if args.images.is_dir() else args.images.parent
-    items, _ = find_images(args.images, root.absolute())
+    items, *_ = find_images(args.images)
     return [read_image(item.path, (args.size, args.size))[None] for item in items[: args.count]]
 
 
