@@ -128,17 +128,18 @@ def peak(device: str) -> int | None:
     return None
 
 
-def in_subprocess(tool: str | Path, case: Any) -> dict[str, Any]:
+def in_subprocess(tool: str | Path, case: Any, option: str = '--case') -> dict[str, Any]:
     """Measure a case in a fresh process, so that cases do not share memory.
 
     Args:
         tool: script that, given `--case JSON`, measures the case and prints the result as the last line, in JSON.
         case: a dataclass.
+        option: what stands in place of `--case`.
 
     Raises:
         RuntimeError: the process failed.
     """
-    command = [sys.executable, str(tool), '--case', json.dumps(asdict(case))]
+    command = [sys.executable, str(tool), option, json.dumps(asdict(case))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f'{case} ended with status {done.returncode}')

@@ -1,6 +1,8 @@
 """Processes that tests start and kill."""
 
 import multiprocessing
+import os
+import runpy
 
 PRELOAD = [
     'diffseg.datasets',
@@ -21,3 +23,9 @@ def forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOAD)
     return context
+
+
+def run_script(script: str, device: str) -> None:
+    """Run a script on the CPU, also where there is a GPU, or on a GPU whose matrix products can be repeated."""
+    os.environ.update({'CUDA_VISIBLE_DEVICES': ''} if device == 'cpu' else {'CUBLAS_WORKSPACE_CONFIG': ':4096:8'})
+    runpy.run_path(script, run_name='__main__')

@@ -5,6 +5,7 @@
     python tools/benchmark.py --model adm-imagenet-256 --random --sizes 256 --layers adm-4 --ensembles 8
     python tools/benchmark.py --model sdxl --sizes 1024 --layers practical legacy --count-only
     python tools/benchmark.py --model flux-dev --sizes 1024 --layers vit-block28-mod --count-only
+    python tools/benchmark.py --gpu-report work_dirs/gpu
 
 Each case (size, layers, T timesteps, E ensemble members, dtype) runs in a separate process, where both procedures use
 the same modules in turn, ours, published, ours, ... The ratio is the median over these pairs.
@@ -27,6 +28,12 @@ The last column is the share of a pass that runs before it is stopped.
 
 Peak memory is that of the whole process while a procedure runs, weights included: the device's own count on CUDA, the
 kernel's high-water mark of the resident set on Linux.
+
+`--gpu-report DIR` measures a GPU instead: SD 1.5 at 512 pixels (E = 1 and 8), DIFT (SD 2.1 at 768, E = 8) and SDXL at
+1024, with random weights in the dtype that the GPU is fastest in; one image, and the largest power of two of them that
+fits; with sdpa and, where it is installed, xformers; eager, and with compiled transformer blocks. DIR/report.md and
+report.json hold time, peak memory, the share of the rate of large matrix products, and the kernels of the slowest case.
+They are written after each case, and when called again, it goes on with those that are missing.
 """
 
 import argparse
@@ -35,6 +42,7 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +51,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffseg import gpu_report
 from diffseg.benchmarking import (
     Operations,
     executed,
@@ -236,6 +245,7 @@ def line(row: Mapping[str, Any]) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--case', help=argparse.SUPPRESS)
+    parser.add_argument('--gpu-case', help=argparse.SUPPRESS)
     parser.add_argument('--model', default='demo/tiny-sd', help='preset, hub id or diffusers folder')
     parser.add_argument('--random', action='store_true', help='random weights: read none')
     parser.add_argument('--sizes', nargs='+', type=int, default=[64], help='image sides, pixels')
@@ -247,6 +257,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--count-only', action='store_true', help='count operations and measure nothing')
+    parser.add_argument('--gpu-report', type=Path, metavar='DIR', help='measure a GPU and write a report there')
     parser.add_argument('--json', type=Path, help='write the results there as well')
     return parser.parse_args(argv)
 
@@ -256,9 +267,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.case:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return 0
+    if args.gpu_case:
+        print(json.dumps(gpu_report.measure(gpu_report.Case.from_json(args.gpu_case))))
+        return 0
+    if args.gpu_report:
+        return report_gpu(args)
     how = f'counted; torch {torch.__version__}' if args.count_only else machine(args.device)
     title = f'{args.model}{", random weights" * args.random}; {how}'
     return print_table(title, titles(not args.count_only), rows(args), args.json)
+
+
+def report_gpu(args: argparse.Namespace) -> int:
+    """Measure a GPU; the exit status."""
+    if torch.device(args.device).type != 'cuda' or not torch.cuda.is_available():
+        sys.stderr.write(
+            f'error: --gpu-report needs a GPU: --device is {args.device!r}, and torch.cuda.is_available() is '
+            f'{torch.cuda.is_available()}\n'
+        )
+        return 2
+    run = functools.partial(in_subprocess, __file__, option='--gpu-case')
+    try:
+        report = gpu_report.Report(args.gpu_report, args.device, run, repeat=args.repeat)
+        report.complete()
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f'error: {error}\n')
+        return 2
+    sys.stdout.write(report.markdown())
+    return 0
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

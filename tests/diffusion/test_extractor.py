@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from gpu import DEVICES
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -293,17 +294,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, images):
         torch.testing.assert_close(gradient, gradients[1][name], **CLOSE)
 
 
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', ['bfloat16', torch.float16])
-def test_half_precision(make, images, dtype):
+def test_half_precision(make, images, dtype, device):
     exact, half = make(vae_sample='mode', ensemble=2)(images), make(vae_sample='mode', ensemble=2, dtype=dtype)
-    for name, x in half(images).items():
-        assert x.dtype == half.network.dtype
-        assert (x.float() - exact[name]).norm() < 0.05 * exact[name].norm()
+    for name, x in half.to(device)(images.to(device)).items():
+        assert x.dtype == half.network.dtype and x.device.type == device
+        assert (x.cpu().float() - exact[name]).norm() < 0.05 * exact[name].norm()
 
 
-def test_autocast_leaves_the_vae_alone(make, images):
-    extractor = make()
-    with torch.autocast('cpu', torch.bfloat16):
+@pytest.mark.parametrize('device', DEVICES)
+def test_autocast_leaves_the_vae_alone(make, images, device):
+    extractor, images = make().to(device), images.to(device)
+    with torch.autocast(device, torch.bfloat16):
         latent = extractor.encode(images)
         assert extractor(images)[LAYERS[1]].dtype == torch.bfloat16
     assert torch.equal(latent, extractor.encode(images))

@@ -2,7 +2,6 @@
 
 import os
 import random
-import runpy
 import signal
 import sys
 import time
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu import GPU
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from PIL import Image
-from processes import forkserver
+from processes import forkserver, run_script
 from tiny_mmseg import CLASSES, segmentor_config
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +27,14 @@ CHECKPOINTS = (2, 4, 6, 8)  # after so many iterations
 
 @pytest.fixture(scope='module')
 def start() -> Iterator[Callable[..., BaseProcess]]:
-    """`start(*arguments)` starts tools/train.py in a process of its own, forked from one that has done the imports."""
+    """`start(device, *arguments)` starts tools/train.py in its own process, forked from one that did the imports."""
     context = forkserver()
     with pytest.MonkeyPatch.context() as patch:
 
-        def run(*arguments: str | Path) -> BaseProcess:
+        def run(device: str, *arguments: str | Path) -> BaseProcess:
             script = str(ROOT / 'tools' / 'train.py')
             patch.setattr(sys, 'argv', [script, *map(str, arguments)])
-            process = context.Process(target=runpy.run_path, args=(script,), kwargs={'run_name': '__main__'})
+            process = context.Process(target=run_script, args=(script, device))
             process.start()
             return process
 
@@ -43,9 +43,9 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
 
 @pytest.fixture
 def configure(tiny_pipeline: Path, tmp_path: Path) -> Callable[..., Path]:
-    """`configure(workers, **backbone)` writes the config of a segmentor with dropout, fresh noise and random flips."""
+    """`configure(device, workers, **backbone)` writes the config of a segmentor with dropout and flips."""
 
-    def write(workers: int, **backbone: Any) -> Path:
+    def write(device: str, workers: int, **backbone: Any) -> Path:
         generator = np.random.default_rng(0)
         for kind, shape, values in (('images', (64, 96, 3), 256), ('labels', (64, 96), CLASSES)):
             (tmp_path / kind).mkdir()
@@ -59,6 +59,7 @@ def configure(tiny_pipeline: Path, tmp_path: Path) -> Callable[..., Path]:
         config.merge_from_dict(
             {
                 'model': model,
+                'randomness': {'deterministic': device != 'cpu'},  # sums of a GPU have no order otherwise
                 'train_dataloader': {
                     'batch_size': 2,
                     'num_workers': workers,
@@ -107,18 +108,19 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ('kills', 'workers', 'backbone'),
+    ('device', 'kills', 'workers', 'backbone'),
     [
-        pytest.param(2, 0, {}, id='frozen'),
-        pytest.param(1, 0, {'lora': {'r': 2}}, id='lora'),
-        pytest.param(1, 2, {'frozen': False, 'trainable': ['up_blocks.1.*']}, id='trained'),
+        pytest.param('cpu', 2, 0, {}, id='frozen'),
+        pytest.param('cpu', 1, 0, {'lora': {'r': 2}}, id='lora'),
+        pytest.param('cpu', 1, 2, {'frozen': False, 'trainable': ['up_blocks.1.*']}, id='trained'),
+        pytest.param('cuda', 1, 0, {'lora': {'r': 2}}, id='on a GPU', marks=GPU),
     ],
 )
 def test_killed_and_resumed(
-    start: Callable, configure: Callable, tmp_path: Path, kills: int, workers: int, backbone: dict
+    start: Callable, configure: Callable, tmp_path: Path, device: str, kills: int, workers: int, backbone: dict
 ):
-    config, whole, parts = configure(workers, **backbone), tmp_path / 'whole', tmp_path / 'parts'
-    undisturbed = start(config, '--work-dir', whole)
+    config, whole, parts = configure(device, workers, **backbone), tmp_path / 'whole', tmp_path / 'parts'
+    undisturbed = start(device, config, '--work-dir', whole)
     undisturbed.join()
     assert undisturbed.exitcode == 0
     times = [(whole / f'iter_{i}.pth').stat().st_mtime for i in CHECKPOINTS]
@@ -127,7 +129,7 @@ def test_killed_and_resumed(
     print(f'seed of the moments: {seed}')
     moments = random.Random(seed)
     for step in sorted(moments.sample(CHECKPOINTS[:-2], kills)):
-        run = start(config, '--work-dir', parts, '--resume')
+        run = start(device, config, '--work-dir', parts, '--resume')
         while run.is_alive() and not (parts / f'iter_{step}.pth').exists():
             time.sleep(0.002)
         time.sleep(moments.uniform(0, min(b - a for a, b in pairwise(times))))
@@ -140,7 +142,7 @@ def test_killed_and_resumed(
     if named.is_file() and named != first:
         os.truncate(named, named.stat().st_size // 2)  # as if killed while `save_best` writes it again
 
-    resumed = start(config, '--work-dir', parts, '--resume')
+    resumed = start(device, config, '--work-dir', parts, '--resume')
     resumed.join()
     assert resumed.exitcode == 0
     assert (first.stat().st_mtime_ns == begun) == resumable

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import DEVICES
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import save_checkpoint
 from tiny_mmseg import batch, build_segmentor
@@ -39,12 +40,14 @@ def test_learning_rates_by_paramwise_cfg(model: nn.Module):
         assert found[id(parameter)] == pytest.approx((1e-4, 0.0) if slow else (1e-3, 0.01)), name
 
 
-def test_a_step_under_autocast(model: nn.Module):
+@pytest.mark.parametrize('device', DEVICES)
+def test_a_step_under_autocast(model: nn.Module, device: str):
     """Gradients reach everything that is trained, in single precision and near those without autocast."""
+    model.to(device)
     gradients = []
     for enabled in (False, True):
         model.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
             data = model.data_preprocessor(batch(0, 1), training=True)
             losses = model(**data, mode='loss')
         losses['decode.loss_ce'].backward()

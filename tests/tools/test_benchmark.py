@@ -144,6 +144,16 @@ def test_count_only_and_errors(tool, capsys):
     assert 'no-such-layer' in capsys.readouterr().err
 
 
+def test_a_gpu_report_needs_a_gpu_and_measures_each_case_in_a_process(tool, tiny_pipeline, tmp_path, capsys):
+    assert tool.main(['--gpu-report', str(tmp_path), '--device', 'cpu']) == 2
+    assert "error: --gpu-report needs a GPU: --device is 'cpu', and" in capsys.readouterr().err
+    setting = tool.gpu_report.Setting(str(tiny_pipeline), 64, (QUERY,))
+    case = tool.gpu_report.Case('tiny', setting, 'sdpa', False, 'cpu', profiled=True)
+    assert tool.main(['--gpu-case', json.dumps(asdict(case))]) == 0
+    kernels = json.loads(capsys.readouterr().out)['kernels']
+    assert 'convolution' in ''.join(kernel['name'] for kernel in kernels)
+
+
 def test_architectures_are_the_published_ones(tool):
     """SD1.5 has 859.5M parameters, and at 512 pixels needs 1.12 TFLOP to encode and 0.80 for the UNet."""
     unet = tool.meta_network('sd15')

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import tiny_vision
 import torch
+from gpu import DEVICES
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -92,11 +93,12 @@ def test_maps_are_joined_level_by_level():
     assert join_levels(['abc', 'xyz', 'u'], [[2, 0, 1], [1, 2, 0], [0, 0, 1]]) == list('abxyzcu')
 
 
+@pytest.mark.parametrize('device', DEVICES)
 @torch.no_grad()
-def test_the_maps_are_those_of_each_backbone_alone(members: list[dict]):
-    ensemble = MODELS.build({'type': 'EnsembleBackbone', 'backbones': members})
-    x = make_images()
-    a, b = (MODELS.build({k: v for k, v in member.items() if k != 'levels'})(x) for member in members)
+def test_the_maps_are_those_of_each_backbone_alone(members: list[dict], device: str):
+    ensemble = MODELS.build({'type': 'EnsembleBackbone', 'backbones': members}).to(device)
+    x = make_images().to(device)
+    a, b = (MODELS.build({k: v for k, v in member.items() if k != 'levels'}).to(device)(x) for member in members)
     expected = [a[0], a[1], b[0], b[1], a[2], a[3], b[2]]
     maps = ensemble(x)
     assert len(maps) == len(expected) and all(torch.equal(y, z) for y, z in zip(maps, expected, strict=True))
@@ -302,10 +304,12 @@ def test_offloading_changes_no_bit(members: list[dict], trained: nn.Module):
     assert torch.equal(logits(train(build_segmentor(members, offload='sequential'))), logits(trained))
 
 
-def test_offloading_under_autocast(members: list[dict]):
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+@pytest.mark.parametrize('device', DEVICES)
+def test_offloading_under_autocast(members: list[dict], device: str):
+    x = make_images().to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         plain, offloaded = (
-            EnsembleBackbone(members, offload=offload)(make_images()) for offload in (None, 'sequential')
+            EnsembleBackbone(members, offload=offload).to(device)(x) for offload in (None, 'sequential')
         )
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(plain, offloaded, strict=True))
 
