@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from diffseg.devices import DTYPES, choose_dtype, default_device
+from diffseg.devices import DTYPES, default_device
 from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.schedules import parse_timestep as read_timestep
 
@@ -39,8 +39,8 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--dtype',
         choices=('auto', *DTYPES),
-        default='float32',
-        help="to compute in; 'auto' is the fastest one of the device (default: %(default)s)",
+        default='auto',
+        help="to compute in; 'auto' is the device's fastest, float32 for small networks (default: %(default)s)",
     )
 
 
@@ -82,6 +82,6 @@ def matcher_of(args: argparse.Namespace) -> tuple['CorrespondenceModel', list[di
 
     if args.config is not None:
         return load_matcher(args.config, args.checkpoint, args.category)
-    options = {name: getattr(args, name) for name in ('vae', 'size', 'trajectory', 'prompt', 'ensemble')}
-    options['dtype'] = choose_dtype(args.dtype, args.device)
+    names = 'vae', 'size', 'trajectory', 'prompt', 'ensemble', 'dtype', 'device'
+    options = {name: getattr(args, name) for name in names}
     return zero_shot_matcher(args.model, args.layers, args.timesteps, **options)

@@ -103,7 +103,7 @@ def sustained_rate(
     setting: Setting, device: str, repeat: int = 3, vae: str | Path | None = None, **options: Any
 ) -> float:
     """FLOP per second of extraction on a device: those of `cost` over the median time of one image."""
-    extractor = build(setting, vae, **options).to(device)
+    extractor = build(setting, vae, **options, device=device).to(device)
     image = torch.zeros(1, 3, setting.size, setting.size, device=device)
     with torch.inference_mode():
         extractor(image)

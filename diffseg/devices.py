@@ -8,6 +8,7 @@ from torch import Tensor
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+SMALL_NETWORK = 50_000_000  # parameters, below which 16 bits do not shorten a pass
 NATIVE_BFLOAT16 = ('avx512_bf16', 'amx_bf16')  # instruction sets of CPUs that multiply it, as PyTorch names them
 
 logger = logging.getLogger(__name__)
@@ -18,17 +19,24 @@ def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else 'cpu'
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = None) -> torch.dtype:
+def choose_dtype(
+    dtype: str | torch.dtype, device: torch.device | str | None = None, parameters: int | None = None
+) -> torch.dtype:
     """A dtype by its name, or for 'auto' the fastest one of a device, see `fast_dtype`.
+
+    Small networks stay in float32: their time is that of starting operations, and conversions add to it.
 
     Args:
         dtype: 'auto', the name of one of PyTorch's, or one of these itself.
         device: The device of the computation; None is the accelerator, or the CPU where there is none.
+        parameters: Number of parameters of the network; it is small below `SMALL_NETWORK`.
 
     Raises:
         ValueError: There is no such dtype.
     """
     if dtype == 'auto':
+        if parameters is not None and parameters < SMALL_NETWORK:
+            return torch.float32
         device = torch.device(device or default_device())
         return _chosen('dtype', fast_dtype(device), device.type)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -148,16 +148,17 @@ def test_every_kind_trains_saves_resumes_and_tests(stem, models, data, tmp_path)
         pytest.skip(reason)
     path = ROOT / f'segmentation/{stem}.py'
     data_root = data[NAME.fullmatch(stem)['dataset']]
-    for iterations in (1, 2):
-        cfg = shrink(path, models, data_root, tmp_path, max_iters=iterations, resume=iterations > 1)
-        runner = Runner.from_cfg(cfg)
-        runner.train()
+    runner = Runner.from_cfg(shrink(path, models, data_root, tmp_path, max_iters=2))
+    runner.train()
     first, second = (CheckpointLoader.load_checkpoint(str(tmp_path / f'iter_{i}.pth'), 'cpu') for i in (1, 2))
     assert second['meta']['iter'] == 2
     assert len(second['message_hub']['log_scalars']['train/loss'].data[0]) == 2
     trained = {name for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
     moved = {name for name in trained if not torch.equal(first['state_dict'][name], second['state_dict'][name])}
     assert trained - moved == set()
+    runner.resume(str(tmp_path / 'iter_1.pth'))
+    parameters = dict(runner.model.named_parameters())
+    assert runner.iter == 1 and all(torch.equal(first['state_dict'][name], parameters[name]) for name in trained)
     assert 0 <= runner.test()['mIoU'] <= 100
 
 
@@ -224,6 +225,14 @@ def test_published_recipes():
     }
     assert dtypes.pop('sd15-vpd-frozen-t51') == {'float32'}
     assert set().union(*dtypes.values()) == {'float16'}
+
+
+def test_defaults_that_become_faster_do_not_change_published_values():
+    paths = [path for path in ROOT.rglob('*published*.py') if '_base_' not in path.parts]
+    assert len(paths) == 29
+    for path in paths:
+        for part in members(read(path).model.backbone):
+            assert part.dtype in ('float16', 'float32') and part.memory_format == 'contiguous', path
 
 
 def test_config_of_the_demo():

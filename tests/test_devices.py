@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffseg import devices
-from diffseg.devices import choose_dtype, choose_memory_format, fast_dtype
+from diffseg.devices import SMALL_NETWORK, choose_dtype, choose_memory_format, fast_dtype
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 
@@ -57,6 +57,13 @@ def test_memory_formats(cpu_of):
     assert choose_memory_format('contiguous', torch.bfloat16) == torch.contiguous_format
     with pytest.raises(ValueError, match=r"memory_format is True; it is one of 'auto', 'contiguous', 'channels_last'"):
         choose_memory_format(True, torch.float32)
+
+
+def test_small_networks_stay_in_float32(cpu_of):
+    cpu_of('amx_bf16')
+    assert choose_dtype('auto', parameters=SMALL_NETWORK - 1) == torch.float32
+    assert choose_dtype('auto', parameters=SMALL_NETWORK) == torch.bfloat16
+    assert choose_dtype('bfloat16', parameters=1) == torch.bfloat16
 
 
 def test_named_dtypes():

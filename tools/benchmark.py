@@ -63,7 +63,7 @@ from diffseg.benchmarking import (
     table_head,
     timed,
 )
-from diffseg.devices import default_device
+from diffseg.devices import DTYPES, choose_dtype, default_device
 from diffseg.diffusion.conditioning import Conditioning
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import latent_space, scale_latents
@@ -200,6 +200,7 @@ def measure(case: Case) -> dict[str, Any]:
         ensemble=case.ensemble,
         dtype=case.dtype,
         weights={'random': parts if case.random else ()},
+        runtime={'device': case.device},
     ).to(case.device)
     images = torch.rand(case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
     procedures = {'ours': lambda: extractor(images), 'published': lambda: published(extractor, images, prompt)}
@@ -252,7 +253,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--layers', nargs='+', default=['practical'], help='sets, each a name or names with commas')
     parser.add_argument('--timesteps', nargs='+', type=int, default=[1], help='numbers of timesteps')
     parser.add_argument('--ensembles', nargs='+', type=int, default=[1], help='numbers of ensemble members')
-    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'float16', 'bfloat16'))
+    parser.add_argument('--dtypes', nargs='+', default=['auto'], choices=('auto', *DTYPES))
     parser.add_argument('--batch', type=int, default=1, help='images in one forward pass')
     parser.add_argument('--repeat', type=int, default=3, help='pairs of measurements')
     parser.add_argument('--device', default=default_device())
@@ -299,7 +300,9 @@ def report_gpu(args: argparse.Namespace) -> int:
 def rows(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each case's results and its line of the table."""
     choices = itertools.product(args.sizes, args.layers, args.timesteps, args.ensembles, args.dtypes)
+    parameters = sum(parameter.numel() for parameter in meta_network(args.model).parameters())
     for size, layers, timesteps, ensemble, dtype in choices:
+        dtype = str(choose_dtype(dtype, args.device, parameters)).removeprefix('torch.')
         case = Case(
             args.model, size, layers, timesteps, ensemble, dtype, args.batch, args.random, args.device, args.repeat
         )

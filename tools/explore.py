@@ -21,7 +21,7 @@ from pathlib import Path
 
 import diffseg  # noqa: F401  registers its parts and lets checkpoints be read
 from diffseg.command_line import add_dtype_argument, parse_size, parse_timestep
-from diffseg.devices import choose_dtype, default_device
+from diffseg.devices import default_device
 from diffseg.web.guard import check_host, is_loopback
 
 PORT = 8765
@@ -120,7 +120,8 @@ def backbone_config(args: argparse.Namespace, layers: list[str], timesteps: list
         'trajectory': args.trajectory,
         'prompt': args.prompt,
         'ensemble': args.ensemble,
-        'dtype': str(choose_dtype(args.dtype, args.device)).removeprefix('torch.'),
+        'dtype': args.dtype,
+        'device': args.device,
     }
     return config if args.cache is None else {**config, 'cache': str(args.cache)}
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
-from diffseg.devices import choose_dtype, default_device
+from diffseg.devices import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import image_size, read_pixels, scale_pixels
 from diffseg.diffusion.layer_sets import expand
@@ -192,8 +192,9 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         ensemble=args.ensemble,
         seed=args.seed,
-        dtype=choose_dtype(args.dtype, args.device),
+        dtype=args.dtype,
         weights={'vae': args.vae},
+        runtime={'device': args.device},
     ).to(args.device)
     configuration = {
         **extractor.fingerprint,

@@ -20,6 +20,8 @@ model = dict(
         channels=[channels for level in levels for channels in level.values()],
         timesteps=[51],
         noise='random',
+        dtype='float32',
+        memory_format='contiguous',
         cache=None,
     ),
     neck=dict(

@@ -8,7 +8,7 @@ _base_ = [
 # timestep 51 is where t=50 leads in the PNDM schedule of diffusers, with its steps_offset of 1
 channels = list(_base_.layers.values())
 model = dict(
-    backbone=dict(timesteps=[51], prompt=_base_.prompt, noise='random'),
+    backbone=dict(timesteps=[51], prompt=_base_.prompt, noise='random', dtype='float16', memory_format='contiguous'),
     neck=dict(_delete_=True, type='ConcatNeck', levels=[channels], output_sizes=[128]),
     head=dict(type='ConvDescriptorHead', in_channels=sum(channels)),
     prompt=None,

@@ -5,5 +5,9 @@ _base_ = [
     '../_base_/schedules/schedule_dhf_5k.py',
 ]
 
-model = dict(backbone=dict(model='sd21-base', noise='random'), neck=dict(resize='before'), match_size=512)
+model = dict(
+    backbone=dict(model='sd21-base', noise='random', dtype='float16', memory_format='contiguous'),
+    neck=dict(resize='before'),
+    match_size=512,
+)
 train_cfg = dict(max_iters=4000)  # of 5000 steps, the last whose weights the released code saves

@@ -8,7 +8,15 @@ _base_ = [
 # timestep 51 is where t=50 leads in the PNDM schedule of diffusers, which SD 1.5 has, with its steps_offset of 1
 steps = {'sdxl': [50], 'sd15': [51], 'playground-v2': [50]}
 backbones = [
-    dict(member, timesteps=steps[member.model], prompt=_base_.prompt, noise='random') for member in _base_.backbones
+    dict(
+        member,
+        timesteps=steps[member.model],
+        prompt=_base_.prompt,
+        noise='random',
+        dtype='float16',
+        memory_format='contiguous',
+    )
+    for member in _base_.backbones
 ]
 model = dict(
     backbone=dict(backbones=backbones),

@@ -7,7 +7,7 @@ _base_ = [
 
 channels = list(_base_.layers.values())
 model = dict(
-    backbone=dict(prompt=_base_.prompt, noise='random'),
+    backbone=dict(prompt=_base_.prompt, noise='random', dtype='float16', memory_format='contiguous'),
     neck=dict(_delete_=True, type='ConcatNeck', levels=[channels], output_sizes=[128]),
     head=dict(type='ConvDescriptorHead', in_channels=sum(channels)),
     prompt=None,

@@ -5,6 +5,10 @@ _base_ = './sdxl+sd15+playground-v2_pixel-classifier_1xb64-100e_horse-21-1024x10
 
 maps = {'sdxl': 'nearest', 'sd15': 'nearest', 'playground-v2': 'bilinear'}
 model = dict(
-    backbone=dict(backbones=[dict(member, noise='random') for member in _base_.backbones]),
+    backbone=dict(
+        backbones=[
+            dict(member, noise='random', dtype='float16', memory_format='contiguous') for member in _base_.backbones
+        ]
+    ),
     decode_head=dict(resize=[maps[member.model] for member in _base_.backbones for _ in member.channels]),
 )

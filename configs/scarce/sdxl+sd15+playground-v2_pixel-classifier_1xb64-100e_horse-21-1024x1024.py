@@ -22,7 +22,6 @@ backbones = [
         interpolation='bicubic',
         prompt=_base_.model.backbone.prompt,
         attention_maps=['up_cross'] if 'attn' in layers else [],
-        dtype='float16',
     )
     for name, layers, timestep, size in (
         ('sdxl', sdxl, 50, 1024),

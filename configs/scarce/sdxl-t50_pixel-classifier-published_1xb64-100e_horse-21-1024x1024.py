@@ -2,4 +2,6 @@
 # repeated to the size of the largest one before they are interpolated
 _base_ = './sdxl-t50_pixel-classifier_1xb64-100e_horse-21-1024x1024.py'
 
-model = dict(backbone=dict(noise='random'), decode_head=dict(resize='nearest'))
+model = dict(
+    backbone=dict(noise='random', dtype='float16', memory_format='contiguous'), decode_head=dict(resize='nearest')
+)

@@ -16,7 +16,6 @@ model = dict(
         channels=[channels for level in levels for channels in level.values()],
         timesteps=[50],
         input_size=1024,
-        dtype='float16',
         prompt='a highly realistic photo of the real world. '
         'It can be an indoor scene, or an outdoor scene, or a photo of nature. high quality.',
     ),

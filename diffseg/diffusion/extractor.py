@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny, DiTTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from diffseg.devices import choose_dtype, choose_memory_format, upload
+from diffseg.devices import choose_memory_format, upload
 from diffseg.diffusion.class_labels import ClassLabelEncoder
 from diffseg.diffusion.concepts import ConceptRecorder
 from diffseg.diffusion.controlnet import load_control
@@ -85,8 +85,8 @@ class DiffusionExtractor(nn.Module):
         attention_maps: Categories of aggregated attention ('up_cross', ...) to return too: after the layers, or where
             `layers` says ('attn', or 'attn-16' and so on).
         attention_mode: How it is aggregated: 'concat' as in GDF or 'average' as in VPD, see `aggregates`.
-        dtype: Of the network, and of the VAE unless it would overflow; 'auto' is the fastest one of the accelerator,
-            or of the CPU where there is none, see `fast_dtype`.
+        dtype: Of the network, and of the VAE unless it would overflow; 'auto' is the fastest one of the device, and
+            float32 for small networks, see `choose_dtype`.
         vae_sample: Take a 'sample' of the VAE's posterior or its 'mode'.
         scale_latent: Multiply latents by the VAE's scaling factor, as in the training of the UNet; VPD and Meta Prompts
             do not.
@@ -126,7 +126,7 @@ class DiffusionExtractor(nn.Module):
         seed: int = 0,
         attention_maps: Sequence[str] = (),
         attention_mode: AttentionMode = 'concat',
-        dtype: str | torch.dtype = 'float32',
+        dtype: str | torch.dtype = 'auto',
         vae_sample: str = 'sample',
         scale_latent: bool = True,
         truncate_prompts: bool = False,
@@ -153,7 +153,8 @@ class DiffusionExtractor(nn.Module):
             **source,
             network_weights=weights.network_weights,
             vae=True if weights.vae is None else weights.vae,
-            dtype=choose_dtype(dtype),
+            dtype=dtype,
+            device=runtime.device,
             attention=runtime.attention,
             random=weights.random,
         )
@@ -224,7 +225,7 @@ class DiffusionExtractor(nn.Module):
         self.micro_batch = runtime.micro_batch
         self.check_finite = runtime.check_finite
 
-        self.memory_format = choose_memory_format(runtime.memory_format, network_dtype(self.network))
+        self.memory_format = choose_memory_format(runtime.memory_format, network_dtype(self.network), runtime.device)
         if self.memory_format is torch.channels_last:
             for part in filter(None, (self.network, self.vae)):
                 _use_channels_last(part)

@@ -9,6 +9,7 @@ A model whose UNet is a `UNet2DModel` works on pixels and has only a UNet and a 
 
 import hashlib
 import inspect
+import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffseg.devices import choose_dtype
 from diffseg.diffusion.adm import convert_adm_unet, is_adm_checkpoint
 from diffseg.diffusion.latents import DECODER_PARTS, VAE, VAES, latent_space, vae_scale_factor
 from diffseg.diffusion.network_call import transformer_call
@@ -246,7 +248,8 @@ def load_parts(
     variant: str | None = None,
     config: str | Path | None = None,
     network_weights: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = 'auto',
+    device: str | None = None,
     attention: str = 'auto',
     vae: bool | str | Path = True,
     random: Sequence[str] = (),
@@ -262,8 +265,9 @@ def load_parts(
         network_weights: File of the network's state dict in diffusers' names, or of a Flux or SD3 transformer in the
             names of its authors, that is read, strictly, instead of the model's weights. None is that of the preset
             (CleanDIFT has one), else none.
-        dtype: Of the parts. The VAE stays in float32 if this is float16 and its config has `force_upcast`, since it
-            would overflow.
+        dtype: Of the parts, or 'auto', see `choose_dtype`. The VAE stays in float32 if this is float16 and its config
+            has `force_upcast`, since it would overflow.
+        device: Where the parts will run, for the choice of 'auto'; None is the accelerator, or the CPU.
         attention: 'sdpa' (torch's fused attention), 'eager' (plain matrix products), 'xformers' (needs a GPU), or
             'auto', which is 'sdpa'.
         vae: Whether the VAE is loaded, if there is one; or the hub id, folder or file of an `AutoencoderTiny` to load
@@ -277,7 +281,7 @@ def load_parts(
         ValueError: Invalid arguments, or weights that do not match the architecture.
         ImportError: xformers is requested and not installed.
     """
-    if not dtype.is_floating_point:
+    if dtype != 'auto' and not (dtype := choose_dtype(dtype)).is_floating_point:
         raise ValueError(f'dtype is {dtype}; it is one of float32, float16, bfloat16, float64')
     source = find_source(model, revision=revision, variant=variant, config=config)
     checkpoint = read_checkpoint(source.location) if source.kind == 'file' else None
@@ -292,6 +296,9 @@ def load_parts(
         )
     if network_weights is None and source.preset is not None and source.preset.network_weights is not None:
         network_weights = None if configs.part in random else _download(*source.preset.network_weights)
+
+    if dtype == 'auto':
+        dtype = choose_dtype(dtype, device, _number_of_parameters(configs.part, json.dumps(configs.network)))
 
     def load(part: str, dtype: torch.dtype) -> ModelMixin:
         part_config = configs.part_config(part)
@@ -639,6 +646,12 @@ def _complete(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _on_meta(part: str, config: Mapping[str, Any]) -> ModelMixin:
     with torch.device('meta'):
         return _class_of(part, config).from_config(dict(config)).eval()
+
+
+@lru_cache(maxsize=64)
+def _number_of_parameters(part: str, config: str) -> int:
+    """Of a part, from its config in JSON."""
+    return sum(parameter.numel() for parameter in _on_meta(part, json.loads(config)).parameters())
 
 
 def _initialise(part: str, config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> ModelMixin:

@@ -51,6 +51,8 @@ class Runtime:
 
     Attributes:
         attention: Implementation of attention: 'auto', 'sdpa', 'xformers' or 'eager'.
+        device: Where the network will run, which decides what 'auto' is for dtype and memory format; None is the
+            accelerator, or the CPU where there is none. The extractor is made on the CPU, whatever it is.
         memory_format: Of the convolutions: 'contiguous', 'channels_last', or 'auto' for the faster one, see
             `fast_memory_format`.
         compile: Compile the transformer blocks in which nothing is read; a dict gives `torch.compile` options.
@@ -64,7 +66,8 @@ class Runtime:
     """
 
     attention: str = 'auto'
-    memory_format: str = 'contiguous'
+    device: str | None = None
+    memory_format: str = 'auto'
     compile: bool | Mapping[str, Any] = False
     micro_batch: int | None = None
     vae_slicing: bool = False

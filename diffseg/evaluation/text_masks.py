@@ -1,4 +1,4 @@
-"""Mean IoU of segmentors that are told the names of classes, with what they were told."""
+"""Mean IoU of segmentors that get the names of classes, with their protocol."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +18,12 @@ class TextMaskIoUMetric(IoUMetric):
 
     Args:
         out_file: JSON file to write; with `ResultFileHook`, a relative path is in the work dir. It holds the `protocol`
-            (number of images, what the model was told, versions), the `figures` and the `iou` of each class in percent,
+            (number of images, the model's input, versions), the `figures` and the `iou` of each class in percent,
             None for one that is neither predicted nor true anywhere.
         **kwargs: see `IoUMetric`.
 
     Raises:
-        ValueError: while testing, if the model was told other classes than the data set has, or says nothing of it.
+        ValueError: while testing, if the model has other classes than the data set, or no protocol.
     """
 
     def __init__(self, out_file: str | None = None, **kwargs: Any) -> None:
@@ -35,15 +35,15 @@ class TextMaskIoUMetric(IoUMetric):
         """Store the areas of each image, and the protocol of the model."""
         for sample in data_samples:
             self._model = sample.get('protocol', {})
-            told, classes = self._model.get('classes'), list(self.dataset_meta['classes'])
-            if told is None:
+            names, classes = self._model.get('classes'), list(self.dataset_meta['classes'])
+            if names is None:
                 raise ValueError(
-                    'the model does not say what it was told; TextMaskIoUMetric is for TextMaskSegmentor, IoUMetric '
-                    'for others'
+                    'predictions of the model have no protocol with its classes; TextMaskIoUMetric is for '
+                    'TextMaskSegmentor, IoUMetric for others'
                 )
-            if list(told) != classes:
+            if list(names) != classes:
                 raise ValueError(
-                    f'the model was told {len(told)} classes ({_listed(told)}), but the data set has {len(classes)} '
+                    f'the model has {len(names)} classes ({_listed(names)}), but the data set has {len(classes)} '
                     f'({_listed(classes)}); give the segmentor the classes of the data set, in its order'
                 )
         super().process(data_batch, data_samples)

@@ -52,7 +52,7 @@ def write_results(folder: Path, cfg: Config, selection: Selection) -> None:
     selected = {
         'selected': list(map(str, selection.chosen)),
         'steps': [describe(*step) for step in selection.steps],
-        'own': None if selection.configured is None else describe(*selection.configured),
+        'configured': None if selection.configured is None else describe(*selection.configured),
         'settings': selection.settings,
     }
     _write_json(folder / 'selected.json', selected)

@@ -258,7 +258,7 @@ def _add_features(app: FastAPI, session: Session) -> None:
         return describe_choice(session, session.features.choose(body.layers, body.timesteps))
 
     @app.post('/api/match')
-    def match(body: MatchBody) -> Response:
+    def match_points(body: MatchBody) -> Response:
         """Heat maps: for each target a byte for each cell, from its lowest similarity to its highest."""
         choice, folder = session.features.by_id(body.choice), session.folder
         targets = [folder[key] for key in body.targets]
@@ -268,8 +268,8 @@ def _add_features(app: FastAPI, session: Session) -> None:
             raise ValueError(f'the features of {source.name} are not extracted yet')
         matches = session.match(choice, source, body.points, targets)
         entries, maps = [], []
-        for target, found in zip(targets, matches, strict=True):
-            similarity = found.similarity.numpy()
+        for target, match in zip(targets, matches, strict=True):
+            similarity = match.similarity.numpy()
             low, high = float(similarity.min()), float(similarity.max())
             maps.append(to_bytes(similarity, low, high))
             entries.append(
@@ -278,10 +278,10 @@ def _add_features(app: FastAPI, session: Session) -> None:
                     'grid': session.features.get(choice, target).grid,
                     'low': low,
                     'high': high,
-                    'point': found.point,
-                    'score': found.score,
-                    'back': found.back,
-                    'mutual': found.mutual,
+                    'point': match.point,
+                    'score': match.score,
+                    'back': match.back,
+                    'mutual': match.mutual,
                 }
             )
         return binary({'matches': entries}, maps)

@@ -195,6 +195,8 @@ class Session:
             self.fit()
             backbone = {**self.options, 'layers': list(self.choice.layers)}
             backbone.pop('timesteps', None)
+            backbone.pop('device', None)  # training chooses its device
+            backbone['dtype'] = self.features.backbone.extractor.fingerprint['dtype']
             return write_export(
                 self.folder,
                 name,

@@ -321,7 +321,10 @@ def test_memory_options_change_nothing(make, images):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_what_is_chosen_for_the_device_is_in_the_fingerprint(make, images, monkeypatch, dtype):
     monkeypatch.setattr(devices, 'fast_dtype', lambda device: dtype)
-    extractor, exact = make(dtype='auto', memory_format='auto'), make()
+    exact = make()
+    assert exact.network.dtype == torch.float32  # it is small
+    monkeypatch.setattr(devices, 'SMALL_NETWORK', 0)
+    extractor = make()
     assert extractor.network.dtype == extractor.vae.dtype == dtype
     rounded = dtype == torch.bfloat16
     assert extractor.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last) == rounded

@@ -221,8 +221,8 @@ def test_labels_of_an_image_do_not_reach_the_model(build, images):
         assert one.seg_logits.data.equal(other.seg_logits.data)
         assert one.pred_sem_seg.data[0].equal(one.seg_logits.data.argmax(0))
         assert one.metainfo['protocol'] == model.protocol == other.metainfo['protocol']
-    told = {'classes': CLASSES, 'concepts': CLASSES, 'templates': ['{}'], 'prompt': '', 'method': 'ConceptAttention'}
-    assert told.items() <= json.loads(json.dumps(model.protocol)).items()
+    fixed = {'classes': CLASSES, 'concepts': CLASSES, 'templates': ['{}'], 'prompt': '', 'method': 'ConceptAttention'}
+    assert fixed.items() <= json.loads(json.dumps(model.protocol)).items()
     assert len(model.predict(images)) == 2
 
 
@@ -237,15 +237,15 @@ def test_nothing_is_trained_or_saved(build, images):
 # ---- metric
 
 
-def evaluated(metric, classes=('horse', 'sky'), told=('horse', 'sky')):
+def evaluated(metric, classes=('horse', 'sky'), names=('horse', 'sky')):
     metric.dataset_meta = {'classes': list(classes)}
     labels = torch.tensor([[[0, 0], [1, 255]]]), torch.tensor([[[0, 1], [1, 1]]])
-    protocol = {} if told is None else {'protocol': {'classes': list(told), 'prompt': 'x'}}
+    protocol = {} if names is None else {'protocol': {'classes': list(names), 'prompt': 'x'}}
     metric.process({}, [{'gt_sem_seg': {'data': labels[0]}, 'pred_sem_seg': {'data': labels[1]}, **protocol}])
     return metric.evaluate(1)
 
 
-def test_figures_are_written_with_what_the_model_was_told(tmp_path):
+def test_figures_are_written_with_the_protocol(tmp_path):
     figures = evaluated(TextMaskIoUMetric(out_file=str(tmp_path / 'x.json')))
     result = json.loads((tmp_path / 'x.json').read_text())
     assert result['iou'] == {'horse': 50, 'sky': 50} and result['figures']['mIoU'] == figures['mIoU'] == 50
@@ -259,16 +259,16 @@ def test_classes_that_are_nowhere_have_no_iou(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'told, message',
+    'names, message',
     [
-        (('horse',), r'told 1 classes \(horse\), but the data set has 2 \(horse, sky\)'),
+        (('horse',), r'model has 1 classes \(horse\), but the data set has 2 \(horse, sky\)'),
         (('sky', 'horse'), 'in its order'),
-        (None, 'does not say what it was told'),
+        (None, 'have no protocol with its classes'),
     ],
 )
-def test_other_classes_are_refused(told, message):
+def test_other_classes_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
-        evaluated(TextMaskIoUMetric(), told=told)
+        evaluated(TextMaskIoUMetric(), names=names)
 
 
 def test_a_test_on_no_pictures_is_refused():

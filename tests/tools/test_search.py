@@ -72,8 +72,8 @@ def test_what_a_search_leaves_behind(undisturbed):
     selected = json.loads(outputs['selected.json'])
     steps = [step['PCK@0.1-bbox/image'] for step in selected['steps']]
     assert steps == sorted(steps) and 1 <= len(selected['selected']) <= 4
-    assert len(selected['own']['candidates']) == 4 and all(
-        name.endswith('@50') for name in selected['own']['candidates']
+    assert len(selected['configured']['candidates']) == 4 and all(
+        name.endswith('@50') for name in selected['configured']['candidates']
     )
 
 

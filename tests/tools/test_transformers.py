@@ -120,8 +120,8 @@ def test_a_search_over_blocks_and_sigmas(load_tool, pipeline_folder, pairs, tmp_
     assert load_tool('search').main([str(config), *grid, '--out', str(tmp_path), '--device', 'cpu']) == 0
     rows = list(csv.DictReader((tmp_path / 'ranking.csv').open()))
     assert {row['timestep'] for row in rows} == {'260', '500'} and len(rows) == 5 * 2
-    own = json.loads((tmp_path / 'selected.json').read_text())['own']
-    assert own['candidates'] == [f'{layer}@260']
+    configured = json.loads((tmp_path / 'selected.json').read_text())['configured']
+    assert configured['candidates'] == [f'{layer}@260']
     selected = Config.fromfile(tmp_path / 'selected.py').model.backbone
     assert all(name.endswith(('@260', '@500')) for name in selected.layers)
 

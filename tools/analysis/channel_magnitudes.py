@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     if args.config is not None:
         complete(args)
     layers = expand(args.layers, sites(meta_network(args.model)))
-    extractor = DiffusionExtractor(args.model, layers, args.timesteps, prompt=args.prompt or '').to(args.device)
+    extractor = DiffusionExtractor(
+        args.model, layers, args.timesteps, prompt=args.prompt or '', runtime={'device': args.device}
+    ).to(args.device)
     images = [read_image(path, args.size and (args.size, args.size)) for path in list_images(args.images)]
     with torch.inference_mode():
         magnitudes = [

@@ -80,10 +80,10 @@ def parse_options(text: str) -> dict[str, Any]:
 
 def build(args: argparse.Namespace, options: Mapping[str, Any]) -> DiffusionExtractor:
     network, config = meta_network(args.model), load_config(args.model)
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = {'device': args.device}
     if args.random:
         parts = (config.part,) if config.pixel_space else (config.part, 'vae')
-        defaults = {'prompt': placeholder_conditioning(config.network), 'random': parts}
+        defaults |= {'prompt': placeholder_conditioning(config.network), 'random': parts}
     layers = expand(args.layers, sites(network))
     return DiffusionExtractor(args.model, layers, args.timesteps, **group_options({**defaults, **options})).to(
         args.device

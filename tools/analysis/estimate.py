@@ -23,7 +23,7 @@ from diffseg.benchmarking import machine, table_head
 from diffseg.cache import format_size
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
 from diffseg.costs import DATASETS, SETTINGS, Setting, cost, sustained_rate
-from diffseg.devices import choose_dtype, default_device
+from diffseg.devices import default_device
 from diffseg.feature_files import DTYPES
 
 
@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--images', type=int, nargs='+', help='numbers of images, instead of those of data sets')
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store (default: %(default)s)')
     add_dtype_argument(parser)
-    parser.add_argument('--memory-format', default='contiguous', help="with --measure: 'auto', 'channels_last', ...")
+    parser.add_argument('--memory-format', default='auto', help="with --measure: 'contiguous', 'channels_last', ...")
     parser.add_argument('--device', default=default_device())
     args = parser.parse_args(argv)
     if args.rate is not None and args.rate <= 0:
@@ -58,7 +58,7 @@ def rows(args: argparse.Namespace, settings: dict[str, Setting], images: Sequenc
         one = cost(setting, args.vae)
         rate = (args.rate or 0) * 1e12
         if args.measure:
-            options = {'dtype': choose_dtype(args.dtype, args.device), 'memory_format': args.memory_format}
+            options = {'dtype': args.dtype, 'memory_format': args.memory_format}
             rate = sustained_rate(setting, args.device, vae=args.vae, **options)
         size = one.values * DTYPES[args.save_dtype].itemsize
         cells = [name, f'{setting.size}', f'{len(setting.timesteps)}', f'{setting.ensemble}']

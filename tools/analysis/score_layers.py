@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffseg.command_line import add_dtype_argument, parse_timestep
-from diffseg.devices import choose_dtype
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
@@ -69,9 +68,10 @@ def score(args: argparse.Namespace) -> None:
         args.timestep,
         prompt=args.prompt,
         ensemble=args.ensemble,
-        dtype=choose_dtype(args.dtype, args.device),
+        dtype=args.dtype,
         discard=args.discard,
         weights={'random': [kind_of(network).part] if args.random else []},
+        runtime={'device': args.device},
     ).to(args.device)
     paths = sorted((args.data / 'PairAnnotation' / args.split).glob('*.json'))
     if not paths:

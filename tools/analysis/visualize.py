@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
-from diffseg.devices import choose_dtype, default_device
+from diffseg.devices import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
 from diffseg.diffusion.layer_sets import expand
@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         ensemble=args.ensemble,
         seed=args.seed,
-        dtype=choose_dtype(args.dtype, args.device),
+        dtype=args.dtype,
         weights={'vae': args.vae},
+        runtime={'device': args.device},
     ).to(args.device)
     rows = [[to_picture(image)] for image in images]
     with torch.inference_mode():

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
-from diffseg.devices import choose_dtype, default_device
+from diffseg.devices import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.latents import decode
 from diffseg.diffusion.layer_sets import expand
@@ -92,9 +92,10 @@ def run(args: argparse.Namespace) -> None:
             **{name: value for name, value in options.items() if value is not None},
         },
         prompt=args.prompt,
-        dtype=choose_dtype(args.dtype, args.device),
+        dtype=args.dtype,
         embedded_guidance=args.embedded_guidance,
         weights={'vae': args.vae},
+        runtime={'device': args.device},
     ).to(args.device)
     vae = None
     if extractor.vae is not None:

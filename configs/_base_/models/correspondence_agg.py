@@ -2,6 +2,6 @@
 # this say which
 model = dict(
     type='CorrespondenceModel',
-    backbone=dict(type='DiffusionBackbone', dtype='float16'),
+    backbone=dict(type='DiffusionBackbone'),
     neck=dict(type='AggregationNeck', out_channels=384),
 )

@@ -29,7 +29,6 @@ backbones = [
         timesteps=timesteps,
         input_size=size,  # of pictures that come in their own sizes
         interpolation='bicubic',
-        dtype='float16',
     )
     for name, (layers, size) in members.items()
 ]

@@ -16,7 +16,6 @@ backbones = [
         channels=[channels for level in sd15 for channels in level.values()],
         levels=[len(level) for level in sd15],
         timesteps=timesteps,
-        dtype='float16',
     ),
     dict(
         type='VisionBackbone',
@@ -25,7 +24,6 @@ backbones = [
         channels=[channels for level in dinov2 for channels in level.values()],
         levels=[len(level) for level in dinov2],
         input_size=518,
-        dtype='float16',
     ),
 ]
 pairs = list(zip(sd15, dinov2, strict=True))

@@ -15,7 +15,6 @@ backbones = [
         channels=[channels for level in sd15 for channels in level.values()],
         levels=[len(level) for level in sd15],
         timesteps=[50],
-        dtype='float16',
     ),
     dict(
         type='DiffusionBackbone',

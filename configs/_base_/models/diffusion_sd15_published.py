@@ -11,6 +11,8 @@ model = dict(
         channels=[c for level in channels for c in level],
         timesteps=timesteps,
         noise='random',
+        dtype='float16',
+        memory_format='contiguous',
         input_size=512,
     ),
     neck=dict(_delete_=True, type='ConcatNeck', levels=channels, order='coarse-to-fine'),

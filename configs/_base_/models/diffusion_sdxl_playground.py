@@ -21,7 +21,6 @@ backbones = [
         levels=[len(level) for level in levels],
         timesteps=timesteps,
         input_size=1024,
-        dtype='float16',
     )
     for name, levels in (('sdxl', sdxl), ('playground-v2', playground))
 ]

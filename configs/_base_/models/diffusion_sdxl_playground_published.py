@@ -11,6 +11,8 @@ backbones = [
         levels=[len(level) for level in levels],
         timesteps=timesteps,
         noise='random',
+        dtype='float16',
+        memory_format='contiguous',
     )
     for member, levels in zip(_base_.backbones, (sdxl, playground), strict=True)
 ]

@@ -11,6 +11,8 @@ model = dict(
         channels=[c for level in channels for c in level],
         timesteps=timesteps,
         noise='random',
+        dtype='float16',
+        memory_format='contiguous',
     ),
     neck=dict(_delete_=True, type='ConcatNeck', levels=channels, order='coarse-to-fine'),
     decode_head=dict(in_channels=[sum(level) for level in channels], pool_scales=(1, 2)),

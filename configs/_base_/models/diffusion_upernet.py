@@ -11,7 +11,7 @@ norm_cfg = dict(type='BN')  # on several devices, set sync_bn='torch'
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=data_preprocessor,
-    backbone=dict(type='DiffusionBackbone', dtype='float16'),
+    backbone=dict(type='DiffusionBackbone'),
     neck=dict(type='AggregationNeck', out_channels=512),
     decode_head=dict(
         type='UPerHead',

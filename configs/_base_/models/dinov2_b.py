@@ -11,7 +11,6 @@ model = dict(
         layers=list(layers),
         channels=list(layers.values()),
         input_size=518,
-        dtype='float16',
     ),
     neck=dict(
         levels=[[channels] for channels in layers.values()],

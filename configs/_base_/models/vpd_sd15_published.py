@@ -17,6 +17,7 @@ model = dict(
         timesteps=timesteps,
         noise='random',
         input_size=512,
+        memory_format='contiguous',
         dtype='float32',  # in which the released code keeps the UNet when it tunes prompts
         # in the place of the prompt: noise of its shape (335 tokens name the 150 classes), to which no gradient comes
         conditioner=dict(type='LearnedPrompts', num_prompts=335, dim=768, trainable=False),

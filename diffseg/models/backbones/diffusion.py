@@ -54,7 +54,7 @@ class DiffusionBackbone(FrozenBackbone):
         interpolation: by which they are resized, 'bilinear' as tensors in GDF or 'bicubic' as picture files in GDF and
             DIFT, see `resize_images`. The latter is for images at the size of their files, so that each member of an
             ensemble resizes them to its `input_size`.
-        frozen: train nothing.
+        frozen: train nothing. Otherwise `dtype` is 'float32' by default.
         trainable: with `frozen=False`, patterns in the style of `fnmatch` on the UNet's parameter names, such as
             `up_blocks.1.*`; all of the UNet by default. Parameters that no activation depends on stay frozen.
         prompt: see `DiffusionExtractor`; or `dict(type='class_names', dataset='ADE20KDataset', template='{}')`, the
@@ -112,6 +112,8 @@ class DiffusionBackbone(FrozenBackbone):
         constant = prompt if self.captions is None and conditioner is None else None
         readings, timesteps = split_timesteps(layers, timesteps)
         names = list(dict.fromkeys(reading.layer for reading in readings))
+        if not frozen:
+            extractor.setdefault('dtype', 'float32')  # in which the steps of an optimizer are not rounded away
         self.extractor = DiffusionExtractor(model, names, timesteps, prompt=constant, **group_options(extractor)).eval()
         self._add_readings(readings, timesteps)
         if self.captions is not None:

@@ -27,6 +27,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from diffseg.cache import build_cache
+from diffseg.devices import choose_dtype
 from diffseg.diffusion.images import check_images, check_range, extend_images
 from diffseg.diffusion.loading import fingerprint
 from diffseg.diffusion.sites import refuse_string
@@ -43,7 +44,6 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     'vit_mae': ViTMAEModel,
     'clip_vision_model': CLIPVisionModel,
 }
-DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
 FOLDER_FILES = 'config.json, preprocessor_config.json and model.safetensors'
 # for types without a backbone class
 FINAL_NORMS = {'vit': 'layernorm', 'vit_mae': 'layernorm', 'clip_vision_model': 'post_layernorm'}
@@ -288,7 +288,7 @@ def load_normalization(model: str | Path, revision: str | None = None) -> tuple[
 def load_vision_model(
     model: str | Path,
     config: PreTrainedConfig,
-    dtype: torch.dtype,
+    dtype: str | torch.dtype,
     *,
     random: bool = False,
     revision: str | None = None,
@@ -298,15 +298,19 @@ def load_vision_model(
     Args:
         model: preset, hub id or folder.
         config: from `load_vision_config`.
-        dtype: of the weights.
+        dtype: of the weights, see `choose_dtype`.
         random: initialise at random with a fixed seed instead of reading weights.
         revision: of a hub model.
 
     Raises:
         OSError: weights cannot be read, or some are missing.
+        ValueError: there is no such dtype.
     """
     cls = CLASSES[config.model_type]
     options = {'add_pooling_layer': False} if cls is ViTModel else {}  # DINO has no pooling layer
+    with torch.device('meta'):
+        parameters = sum(parameter.numel() for parameter in cls(config, **options).parameters())
+    dtype = choose_dtype(dtype, parameters=parameters)
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -359,7 +363,8 @@ class VisionBackbone(FrozenBackbone):
         input_size: side or (height, width) to which images are resized (bilinear, aspect ratio not kept).
         layernorm: apply the model's final layer norm to every map, as the linear evaluations of DINOv2 do and as
             transformers' backbones do by default. DINOv3's last hidden state is always normalised.
-        dtype: of the network.
+        dtype: of the network; 'auto' is the fastest one of the device, and float32 for small networks, see
+            `choose_dtype`.
         random: initialise at random instead of loading weights; the configuration of hub models without preset is still
             read.
         revision: commit, tag or branch of a hub model.
@@ -384,7 +389,7 @@ class VisionBackbone(FrozenBackbone):
         channels: Sequence[int] | None = None,
         input_size: int | Sequence[int] | None = None,
         layernorm: bool = True,
-        dtype: str = 'float32',
+        dtype: str = 'auto',
         random: bool = False,
         revision: str | None = None,
         cache: str | Mapping[str, Any] | None = None,
@@ -403,8 +408,6 @@ class VisionBackbone(FrozenBackbone):
         self.layernorm = layernorm
         self.cache = build_cache(cache)
         self.check_finite = check_finite
-        if dtype not in DTYPES:
-            raise ValueError(f'unknown dtype {dtype!r}; use {", ".join(DTYPES)}')
 
         mean, std = load_normalization(model, revision)
         self.normalization = {'mean': list(mean), 'std': list(std)}
@@ -416,7 +419,7 @@ class VisionBackbone(FrozenBackbone):
         if has_backbone:
             config.out_features = self._out_features
             config.apply_layernorm = layernorm
-        network = load_vision_model(model, config, DTYPES[dtype], random=random, revision=revision)
+        network = load_vision_model(model, config, dtype, random=random, revision=revision)
         self._weights = fingerprint(network.state_dict())
         if not has_backbone:
             norm = getattr(network, FINAL_NORMS[config.model_type]) if layernorm else None

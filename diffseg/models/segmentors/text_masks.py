@@ -25,7 +25,7 @@ from ..backbones.frozen import freeze
 
 @dataclass(frozen=True, kw_only=True)
 class Background:
-    """How the class that stands for all else is told, which has no name to look for.
+    """How the class that stands for all else, and has no name to look for, is recognised.
 
     Its score is the largest of those of `concepts`, or `threshold` if that is larger.
 
@@ -49,10 +49,10 @@ class TextMaskSegmentor(BaseSegmentor):
     image (B, 3, H, W) -> VAE -> noise -> transformer with these -> maps (B, K, h, w) -> scores (B, classes, H, W)
     ```
 
-    Nothing is trained, and a test needs no checkpoint. It is told the same of every image: the names of all classes,
+    Nothing is trained, and a test needs no checkpoint. The text is the same for every image: the names of all classes,
     and one prompt. Unlike the released code of the paper, whose evaluation on Pascal VOC gives the model the names of
-    the classes that each image shows, in its prompt too. The `protocol` in the meta information of all predictions says
-    what it was told; `TextMaskIoUMetric` writes it beside the figures.
+    the classes that each image shows, in its prompt too. The `protocol` in the meta information of all predictions has
+    the text; `TextMaskIoUMetric` writes it beside the figures.
 
     Scores (`seg_logits`) are not logits, but shares between 0 and 1 that sum to 1 over all concepts. `VoteTTAModel`
     averages those of augmentations.
@@ -146,7 +146,7 @@ class TextMaskSegmentor(BaseSegmentor):
             'templates': self.templates,
             'background': None if self.background is None else asdict(self.background),
             'prompt': prompt,
-            'told': 'the names of all classes and one prompt, the same for every image',
+            'text': 'the names of all classes and one prompt, the same for every image',
             'blocks': sorted(blocks),
             'interaction': interaction,
             'zero_pooled': zero_pooled,
@@ -175,7 +175,7 @@ class TextMaskSegmentor(BaseSegmentor):
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
-        """Everything that a prediction depends on, ready for JSON; above all, what the model was told."""
+        """Everything that a prediction depends on, ready for JSON; above all, the text that the model gets."""
         return {**self.settings, 'model': self.extractor.fingerprint}
 
     def extract_feat(self, inputs: Tensor) -> Tensor:
