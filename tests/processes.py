@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import runpy
+import sys
+from pathlib import Path
 
 PRELOAD = [
     'diffseg.datasets',
@@ -29,3 +31,9 @@ def run_script(script: str, device: str) -> None:
     """Run a script on the CPU, also where there is a GPU, or on a GPU whose matrix products can be repeated."""
     os.environ.update({'CUDA_VISIBLE_DEVICES': ''} if device == 'cpu' else {'CUBLAS_WORKSPACE_CONFIG': ':4096:8'})
     runpy.run_path(script, run_name='__main__')
+
+
+def run_tool(path: Path, output: Path, arguments: list[str]) -> None:
+    """Run the `main` of a tool, in a process of its own, with its output in a file; exit with its status."""
+    with output.open('w', buffering=1) as sys.stdout:
+        sys.exit(runpy.run_path(str(path))['main'](arguments))

@@ -20,7 +20,7 @@ WIDTH = 32  # of necks
 
 
 def shrink(
-    path: Path, models: Mapping[str, Path], data_root: Path, work_dir: Path, max_iters: int, resume: bool = False
+    path: Path, models: Mapping[str, Path], data_root: Path, work_dir: Path, max_iters: int
 ) -> Config:
     """Read a config and change nothing but sizes, places, and numbers of channels.
 
@@ -30,7 +30,6 @@ def shrink(
         data_root: of the data set.
         work_dir: of the run.
         max_iters: iterations to train.
-        resume: go on from the last checkpoint in `work_dir`.
     """
     # formatting the text of a config takes a second, and a run does it six times
     cfg = Config(Config.fromfile(path).to_dict(), filename=str(path), format_python_code=False)
@@ -55,7 +54,7 @@ def shrink(
     # the first steps of a warm-up are below the resolution of float32
     cfg.param_scheduler = [scheduler for scheduler in cfg.param_scheduler if scheduler.type != 'LinearLR']
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
-    cfg.work_dir, cfg.resume = str(work_dir), resume
+    cfg.work_dir = str(work_dir)
     return cfg
 
 

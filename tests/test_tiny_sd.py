@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from quadrupeds import draw_sample
@@ -38,11 +37,10 @@ def test_the_vae_reconstructs_unseen_pictures():
     assert psnr.mean() >= 26
 
 
-@pytest.mark.parametrize('timestep', [50, 200])
-def test_pretraining_makes_parts_alike(timestep):
+def test_pretraining_makes_parts_alike():
     scores = {}
     for random in ((), ('unet',)):
-        extractor = DiffusionExtractor(FOLDER, ['up-level2-repeat1-vit-out'], [timestep], weights={'random': random})
+        extractor = DiffusionExtractor(FOLDER, ['up-level2-repeat1-vit-out'], [50], weights={'random': random})
         hits = []
         for number in range(16):
             species = SPECIES[number % 4]

@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import httpx2
 import pytest
 from explorer import MODEL, draw_horses, save
+from processes import forkserver, run_tool
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'explore.py'
 
@@ -20,19 +20,22 @@ def tool(load_tool):
 
 
 def test_it_serves_until_it_is_interrupted(tmp_path):
-    folder = save(tmp_path / 'pictures', draw_horses(1))
-    command = [sys.executable, TOOL, folder, '--model', MODEL, '--no-browser', '--port', '0', '--device', 'cpu']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            printed = iter(server.stdout.readline, '')
-            address = next(found[1] for line in printed if (found := re.match(r'open (http://127.0.0.1:\d+/) ', line)))
-            assert '<main' in httpx2.get(address).text
-            assert [p['name'] for p in httpx2.get(f'{address}api/state').json()['pictures']] == ['horse_0.png']
-            assert httpx2.get(address, headers={'Host': 'evil.example'}).status_code == 421
-        finally:
-            server.send_signal(signal.SIGINT)
-            errors = server.communicate(timeout=30)[1]
-    assert server.returncode == 0 and 'Traceback' not in errors
+    folder, output = save(tmp_path / 'pictures', draw_horses(1)), tmp_path / 'output'
+    arguments = [str(folder), '--model', str(MODEL), '--no-browser', '--port', '0', '--device', 'cpu']
+    server = forkserver().Process(target=run_tool, args=(TOOL, output, arguments))
+    server.start()
+    try:
+        while not (output.exists() and (opened := re.search(r'open (http://127.0.0.1:\d+/) ', output.read_text()))):
+            assert server.is_alive()
+            time.sleep(0.05)
+        address = opened[1]
+        assert '<main' in httpx2.get(address).text
+        assert [p['name'] for p in httpx2.get(f'{address}api/state').json()['pictures']] == ['horse_0.png']
+        assert httpx2.get(address, headers={'Host': 'evil.example'}).status_code == 421
+    finally:
+        os.kill(server.pid, signal.SIGINT)
+        server.join(timeout=30)
+    assert server.exitcode == 0
 
 
 @pytest.mark.parametrize(
