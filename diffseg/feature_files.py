@@ -20,6 +20,8 @@ from diffseg.files import locate, write_bytes
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float16', 'bfloat16')}
 
+VERSIONS = ('ETag', 'etag', 'blob_id', 'CRC', 'mtime', 'LastModified', 'last_modified', 'created')  # in fsspec's `info`
+
 
 class Item(NamedTuple):
     """An image behind fsspec, and its path relative to the root, which names its output."""
@@ -42,7 +44,7 @@ class Item(NamedTuple):
             raise OSError(f'{self.path}: cannot be read ({error})') from error
 
     def state(self) -> str:
-        """What changes with the file: size and time of modification, or whatever a remote store knows.
+        """What changes with the file: its size, and its time of modification or what else a store says of its content.
 
         Raises:
             OSError: There is no such file.
@@ -50,7 +52,9 @@ class Item(NamedTuple):
         if isinstance(self.fs, LocalFileSystem):
             stat = os.stat(self.path)
             return f'{stat.st_size} bytes, modified {stat.st_mtime_ns} ns'
-        return self.fs.ukey(self.path)
+        info = self.fs.info(self.path)
+        version = next((f', {key} {info[key]}' for key in VERSIONS if info.get(key)), '')
+        return f'{info["size"]} bytes{version}'
 
     def output(self, folder: str) -> str:
         """Path of its activations in a folder."""

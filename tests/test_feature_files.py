@@ -53,7 +53,10 @@ def test_a_folder_is_searched_wherever_it_is(kind, tmp_path, memory):
     items, others, root = find_images(url)
     assert [item.name for item in items] == NAMES and others == {'.npy': 1} and root == expected
     assert [item.content() for item in pickle.loads(pickle.dumps(items))] == [CONTENT[name] for name in NAMES]
-    assert len({item.state() for item in items}) == 3
+    states = [item.state() for item in items]
+    assert len(set(states)) == 3
+    type(items[0].fs).clear_instance_cache()
+    assert [item.state() for item in find_images(url)[0]] == states, 'of another process as well'
 
 
 def test_a_list_names_paths_and_urls(tmp_path, memory):

@@ -7,48 +7,55 @@ it comes from. The extension stays in the name, so that `b.jpg` and `b.png` do n
 records the configuration, and a run with another one is refused there.
 
 An interrupted run continues where it stopped: a file gets its name only when it is complete. Several runs can share the
-work with `--shard 0/4` ... `--shard 3/4`. Images that cannot be used are listed at the end, and the exit status is then
-1; all others are processed. EXIF orientation is applied (see `diffseg.diffusion.images.read_image`).
+work with `--shard 0/4` ... `--shard 3/4`. Images that cannot be used, and those whose file cannot be written, are
+listed at the end, and the exit status is then 1; all others are processed. EXIF orientation is applied (see
+`diffseg.diffusion.images.open_image`).
+
+Images and features may be behind any URL of fsspec: `s3://bucket/photos` (with the package `s3fs`),
+`zip://photos::photos.zip`, ... With `--batch`, images of one size share a forward pass, wherever they are in the
+folder. Images are decoded by other processes (`--workers`) and files are written by threads, while the device computes.
 """
 
 import argparse
 import collections
-import itertools
 import math
 import shutil
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import torch
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
-from torch import Tensor
 from tqdm import tqdm
 
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
 from diffseg.devices import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import image_size, read_pixels, scale_pixels
+from diffseg.diffusion.images import image_size
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config
 from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.sites import Site
+from diffseg.feature_extraction import WORKERS, default_workers, extract_features, start_fork_server
 from diffseg.feature_files import (
     DTYPES,
     Item,
     check_configuration,
     count_suffixes,
-    features_to_bytes,
     find_images,
     header,
     is_complete,
 )
-from diffseg.files import locate, write_bytes
+from diffseg.files import locate
 from diffseg.inspection import available_sites
 
 HEADER = 2**16  # bytes of an image to read for its size
+READERS = 16  # threads that look at files, most of whose time is the latency of a remote store
+IMPORTED = ('diffseg.diffusion.extractor', 'diffseg.inspection')  # by this file, which workers run
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,6 +76,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store')
     parser.add_argument('--batch', type=int, default=1, help='images of one size in one forward pass')
     parser.add_argument('--device', default=default_device())
+    parser.add_argument(
+        '--workers',
+        type=int,
+        help=f'processes that decode (default: none for a CPU or few images; else half of the cores, up to {WORKERS})',
+    )
     parser.add_argument('--shard', default='0/1', metavar='I/N', help='do the I-th of N parts, 0 <= I < N')
     parser.add_argument('--dry-run', action='store_true', help='only print what would be written')
     args = parser.parse_args(argv)
@@ -76,7 +88,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error('--size takes one number or two')
     args.size = tuple(args.size * 2)[:2] if args.size else None
     if args.batch < 1:
-        parser.error('--batch must be at least 1')
+        parser.error(f'--batch is {args.batch}; it must be at least 1')
+    if args.workers is not None and args.workers < 0:
+        parser.error(f'--workers is {args.workers}; it is a number of processes, or 0')
     try:
         index, count = map(int, args.shard.split('/'))
     except ValueError:
@@ -107,57 +121,37 @@ def estimate(
     return total
 
 
-def _sizes(items: Sequence[Item], size: tuple[int, int] | None) -> collections.Counter[tuple[int, int]]:
-    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    for item in items:
-        try:
-            sizes[size or _header_size(item)] += 1
-        except (OSError, ValueError):
-            continue  # reported when the image is processed
-    return sizes
+def _sizes(items: Sequence[Item], size: tuple[int, int] | None) -> collections.Counter[tuple[int, int] | None]:
+    if size is not None:
+        return collections.Counter({size: len(items)})
+    with ThreadPoolExecutor(READERS) as readers:
+        return collections.Counter(filter(None, readers.map(_read_size, items)))
 
 
-def _header_size(item: Item) -> tuple[int, int]:
-    with item.fs.open(item.path, 'rb', block_size=HEADER) as file:
-        return image_size(file)
-
-
-def batches(
-    items: Sequence[Item], size: tuple[int, int] | None, length: int, failures: dict[str, str], bar: tqdm
-) -> Iterator[tuple[list[Item], Tensor]]:
-    """Read images and batch consecutive ones of one size; errors of unreadable images go to `failures`."""
-
-    def read() -> Iterator[tuple[Item, Tensor]]:
-        for item in items:
-            try:
-                yield item, scale_pixels(read_pixels(item.path, size, item.content()))
-            except (OSError, ValueError) as error:
-                failures[item.name] = str(error)
-                bar.update()
-
-    for _, group in itertools.groupby(read(), key=lambda pair: pair[1].shape):
-        while part := list(itertools.islice(group, length)):
-            yield [item for item, _ in part], torch.stack([image for _, image in part])  # (B, 3, H, W)
-
-
-def extract(
-    extractor: DiffusionExtractor, members: Sequence[Item], images: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[Item, dict[str, Tensor] | Exception]]:
-    """Yield each image's {layer: (T, C, h, w)}; if a batch fails, its images are run one by one."""
+def _read_size(item: Item) -> tuple[int, int] | None:
+    """Height and width; None for what is no image, which is reported when it is processed."""
     try:
-        activations = {name: value.to(dtype).cpu() for name, value in extractor(images).items()}  # (B, T, C, h, w)
-        for name, value in activations.items():
-            if not value.isfinite().all():
-                raise ValueError(f'{name} does not fit {dtype}; store it with --save-dtype float32')
-    except (ValueError, FloatingPointError) as error:
-        if len(members) == 1:
-            yield members[0], error
-        else:
-            for i, item in enumerate(members):
-                yield from extract(extractor, [item], images[i : i + 1], dtype)
-        return
-    for i, item in enumerate(members):
-        yield item, {name: value[i].contiguous() for name, value in activations.items()}
+        with item.fs.open(item.path, 'rb', block_size=HEADER) as file:
+            return image_size(file)
+    except (OSError, ValueError):
+        return None
+
+
+def read_headers(
+    items: Sequence[Item], configuration: Mapping[str, Any]
+) -> tuple[dict[Item, dict[str, str]], dict[Item, str]]:
+    """Headers of the images' files, and why others cannot be read."""
+
+    def read(item: Item) -> dict[str, str] | OSError:
+        try:
+            return header(item, configuration)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        headers = dict(zip(items, readers.map(read, items), strict=True))
+    failures = {item: str(entry) for item, entry in headers.items() if isinstance(entry, OSError)}
+    return {item: entry for item, entry in headers.items() if item not in failures}, failures
 
 
 def run(args: argparse.Namespace) -> int:
@@ -170,7 +164,8 @@ def run(args: argparse.Namespace) -> int:
 
     available, _ = available_sites(args.model)
     layers = expand(args.layers, available)
-    todo = [item for item in items if not store.exists(item.output(folder))]
+    existing = set(store.find(folder))
+    todo = [item for item in items if item.output(folder) not in existing]
     itemsize = DTYPES[args.save_dtype].itemsize
     tokens = placeholder_conditioning(load_config(args.model).network).tokens
     needed = estimate(todo, args.size, [available[name] for name in layers], len(args.timesteps), itemsize, tokens)
@@ -183,6 +178,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f'not enough space at {args.out}: {_bytes(needed)} are needed, {_bytes(free)} are free')
     if args.dry_run:
         return 0
+    workers = default_workers(len(todo), args.device) if args.workers is None else args.workers
+    if workers:
+        start_fork_server(IMPORTED)
 
     extractor = DiffusionExtractor(
         args.model,
@@ -194,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         dtype=args.dtype,
         weights={'vae': args.vae},
-        runtime={'device': args.device},
+        runtime={'device': args.device, 'check_finite': False},  # `extract_features` checks what is stored
     ).to(args.device)
     configuration = {
         **extractor.fingerprint,
@@ -204,32 +202,22 @@ def run(args: argparse.Namespace) -> int:
     }
     check_configuration(args.out, configuration)
 
-    failures: dict[str, str] = {}
-    headers: dict[str, dict[str, str]] = {}
-    todo = []
-    for item in items:
-        try:
-            headers[item.name] = header(item, configuration)
-        except OSError as error:
-            failures[item.name] = str(error)
-        else:
-            if not is_complete(store, item.output(folder), headers[item.name]):
-                todo.append(item)
-    finished = len(headers) - len(todo)
+    headers, failures = read_headers(items, configuration)
+    with ThreadPoolExecutor(READERS) as readers:
+        there = [item for item in headers if item.output(folder) in existing]
+        complete = readers.map(lambda item: is_complete(store, item.output(folder), headers[item]), there)
+        done = {item for item, whole in zip(there, complete, strict=True) if whole}
+    todo = {item: entry for item, entry in headers.items() if item not in done}
+    finished = len(done)
+    options = {'size': args.size, 'dtype': DTYPES[args.save_dtype], 'batch': args.batch, 'workers': workers}
     with tqdm(total=len(headers), initial=finished, unit='image', disable=None) as bar:
-        for members, images in batches(todo, args.size, args.batch, failures, bar):
-            with torch.inference_mode():
-                for item, result in extract(extractor, members, images.to(args.device), DTYPES[args.save_dtype]):
-                    if isinstance(result, Exception):
-                        failures[item.name] = str(result)
-                    else:
-                        size = 'x'.join(map(str, images.shape[2:]))
-                        data = features_to_bytes(result, headers[item.name] | {'input_size': size})
-                        write_bytes(store, item.output(folder), data)
-                    bar.update()
+        for item, failure in extract_features(extractor, todo, store, folder, **options):
+            if failure is not None:
+                failures[item] = failure
+            bar.update()
     print(f'{len(items) - finished - len(failures)} written, {finished} already there, {len(failures)} failed')
-    for name, reason in failures.items():
-        print(f'failed: {name}: {reason}', file=sys.stderr)
+    for item in sorted(failures, key=lambda item: item.name):
+        print(f'failed: {item.name}: {failures[item]}', file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -251,11 +239,16 @@ def _bytes(count: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # files are finished, as by Ctrl-C
     try:
         return run(args)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +35,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     try:
         with Image.open(path if content is None else BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
+    except UnidentifiedImageError as error:
+        raise ValueError(f'{path}: cannot be read as an image (of no format that Pillow knows)') from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(f'{path}: cannot be read as an image ({error})') from error
     if image.mode == 'F' or image.mode.startswith('I'):

@@ -1,19 +1,24 @@
 """Features on disk: all of them, once, whole, of one configuration."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
+from diffseg import feature_extraction
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
+from diffseg.files import write_bytes
 
 DEMO = Path(__file__).resolve().parents[2] / 'demo/tiny-sd'
 LAYERS = ['up-level1-repeat1-vit-block0-cross-q', 'up-level2-repeat0-res-out']
@@ -118,6 +123,33 @@ def test_nothing_is_seen_of_an_interrupted_write(run, tool, tmp_path, monkeypatc
     assert outputs(tmp_path / 'out') == ['config.json']
     assert run() == 0
     assert outputs(tmp_path / 'out') == WHOLE
+
+
+def test_a_run_that_is_ended_finishes_its_files(run, tmp_path, monkeypatch, capsys):
+    def write(fs, path, data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_bytes(fs, path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='143'):
+        patch.setattr(feature_extraction, 'write_bytes', write)
+        run()
+    written = len(outputs(tmp_path / 'out')) - 1
+    assert 1 <= written < 5 and run() == 0
+    assert f'{5 - written} written, {written} already there' in capsys.readouterr().out
+    assert outputs(tmp_path / 'out') == WHOLE
+
+
+def test_archives_and_stores(run, photos, tmp_path, capsys):
+    archive = shutil.make_archive(tmp_path / 'photos', 'zip', photos)
+    store = MemoryFileSystem()
+    for expected in ('5 written, 0 already there', '0 written, 5 already there'):
+        assert run(source=f'zip://::{archive}', out='memory://features/a') == 0
+        assert expected in capsys.readouterr().out
+    assert run() == 0
+    for name in NAMES:
+        stored = load(store.cat_file(f'/features/a/{name}.safetensors'))
+        torch.testing.assert_close(stored, load_file(tmp_path / f'out/{name}.safetensors'), rtol=0, atol=0)
+    store.rm('/features', recursive=True)
 
 
 def test_a_replaced_image_is_extracted_again(run, photos, tmp_path, capsys):
