@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffseg.models.necks import MixingWeights
 
 
+# AggregationNeck and the necks derived from it
+AGGREGATION_NECKS = ('AggregationNeck', 'GatedAggregationNeck', 'OrderedAggregationNeck', 'UpsamplingNeck')
 PACKED_SAMPLE_SIZE = 128  # cells of the latent of a 1024 pixel image; configurations of packed networks do not say it
 
 
@@ -151,9 +153,9 @@ def _literal(node: ast.expr) -> Any:
 
 
 def aggregation_necks(config: Any, name: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name in the model and the config of every AggregationNeck."""
+    """Yield the name in the model and the config of every AggregationNeck, of those derived from it as well."""
     if isinstance(config, Mapping):
-        if config.get('type') == 'AggregationNeck':
+        if config.get('type') in AGGREGATION_NECKS:
             yield name, dict(config)
         parts = config.items()
     elif isinstance(config, list | tuple):

@@ -27,6 +27,8 @@ class PairSample(BaseDataElement):
         keypoints0, keypoints1: float32 with shape (N, 2); equal rows are the same part of the object.
         visible: bool with shape (N,), whether a keypoint is annotated and inside the picture in both images. The
             coordinates of the others are undefined.
+        keypoint_ids: which keypoint of the category each row is, int64 with shape (N,). Absent if the data set does not
+            know.
         bbox0, bbox1: the object's box (x1, y1, x2, y2), float32 with shape (4,).
         mirror_rows: for every keypoint the row of the one that becomes it when the object is mirrored ("left eye" and
             "right eye"), its own row if mirroring does not change it, -1 if that one is not in the pair; int64 with

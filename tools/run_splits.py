@@ -8,7 +8,8 @@ pictures (`resplit`), so that all configs see the same splits. Runs follow one a
 each writes WORK_DIR/CONFIG/seedN.json. A config without `train_cfg` is only tested. When called again, the tool skips
 finished runs and resumes an interrupted one. It refuses to mix results of different versions of a config.
 
-The standard deviation is that of a sample (divided by the number of seeds - 1).
+The standard deviation is that of a sample (divided by the number of seeds - 1). With `--baseline CONFIG`, one of the
+configs, a second table has the differences from it, of the same seed each.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
     parser.add_argument('--seeds', type=int, default=5, help='how many (default: 5)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/splits'), help='(default: %(default)s)')
+    parser.add_argument('--baseline', type=Path, metavar='CONFIG', help='print the differences from this one as well')
+    parser.add_argument('--metrics', default='*', metavar='PATTERN', help='print these only (default: all)')
     parser.add_argument('--no-resplit', action='store_true', help='keep the split of the folders')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     args = parser.parse_args(argv)
     stems = [path.stem for path in args.configs]
     if len(set(stems)) < len(stems):
         parser.error(f'configs need different file names, but these repeat: {", ".join(stems)}')
+    if args.baseline is not None and args.baseline.stem not in stems:
+        parser.error(f'--baseline {args.baseline} is none of the configs')
 
     rows = {}
     for path in args.configs:
@@ -52,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             cfg = Config.fromfile(path)
             cfg.merge_from_dict(args.cfg_options)
             records.append(run(cfg, path, seed, args.work_dir / path.stem, resplit=not args.no_resplit))
-        rows[path.stem] = [record['metrics'] for record in records]
+        rows[path.stem] = [select(record['metrics'], args.metrics) for record in records]
     print(table(rows))
+    if args.baseline is not None:
+        print(f'\ndifferences from `{args.baseline.stem}`, of the same seed each\n')
+        print(table(differences(rows, args.baseline.stem)))
 
 
 def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict[str, Any]:
@@ -98,6 +107,23 @@ def run(cfg: Config, path: Path, seed: int, folder: Path, resplit: bool) -> dict
     gc.collect()
     torch.cuda.empty_cache()
     return record
+
+
+def select(metrics: Mapping[str, float], pattern: str) -> dict[str, float]:
+    """The metrics whose names match a pattern in the style of `fnmatch`."""
+    return {name: value for name, value in metrics.items() if fnmatchcase(name, pattern)}
+
+
+def differences(rows: Mapping[str, Sequence[Mapping[str, float]]], baseline: str) -> dict[str, list[dict[str, float]]]:
+    """For every other config the metrics of each seed minus those of the baseline with this seed."""
+    return {
+        config: [
+            {name: value - reference[name] for name, value in run.items() if name in reference}
+            for run, reference in zip(runs, rows[baseline], strict=True)
+        ]
+        for config, runs in rows.items()
+        if config != baseline
+    }
 
 
 def scarce_datasets(node: Any) -> Iterator[dict]:

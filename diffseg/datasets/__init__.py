@@ -14,6 +14,7 @@ from .pair_transforms import (
     RandomCropPair,
     RandomFlipPair,
     ResizePair,
+    SelectKeypointsPair,
 )
 from .pairs import DamagedFile, PairDataset
 from .pf import PFPascalDataset, PFWillowDataset
@@ -48,6 +49,7 @@ __all__ = [
     'SPairDataset',
     'SPairUDataset',
     'ScarceDataset',
+    'SelectKeypointsPair',
     'TSSDataset',
     'ToyAP10KDataset',
     'ToyPairDataset',

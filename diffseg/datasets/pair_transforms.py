@@ -6,6 +6,7 @@ They work on the `results` that `PairDataset` describes, and on the Pillow image
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -88,6 +89,31 @@ class CropToBoxPair(BaseTransform):
             int(start - _round_half_away((side - length) / 2)) for start, length in zip(low, extent, strict=True)
         )
         return left, top, side
+
+
+@TRANSFORMS.register_module()
+class SelectKeypointsPair(BaseTransform):
+    """Make all but some keypoints invisible, so that neither training nor a test sees them.
+
+    Args:
+        keypoint_ids: those to keep, by their ids in the annotations.
+
+    Raises:
+        ValueError: the annotation has no ids.
+    """
+
+    def __init__(self, keypoint_ids: Sequence[int]) -> None:
+        self.keypoint_ids = list(keypoint_ids)
+
+    def transform(self, results: dict) -> dict:
+        """Change `visible`."""
+        if results.get('keypoint_ids') is None:
+            raise ValueError(
+                f'pair {results["pair_id"]} does not say which keypoints it has, so that none can be selected; leave '
+                f'out SelectKeypointsPair'
+            )
+        results['visible'] = results['visible'] & np.isin(results['keypoint_ids'], self.keypoint_ids)
+        return results
 
 
 @TRANSFORMS.register_module()
@@ -280,6 +306,8 @@ class PackPair(BaseTransform):
             sample.set_field(torch.from_numpy(results[key].astype(np.float32)), key)
         sample.visible = torch.from_numpy(results['visible'])
         ids = results.get('keypoint_ids')
+        if ids is not None:
+            sample.keypoint_ids = torch.tensor(ids, dtype=torch.long)
         if ids is not None and results.get('swaps') is not None:
             rows, partner = {name: row for row, name in enumerate(ids)}, _partners(results['swaps'])
             sample.mirror_rows = torch.tensor([rows.get(partner.get(name, name), -1) for name in ids], dtype=torch.long)

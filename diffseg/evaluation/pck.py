@@ -15,7 +15,7 @@ Figures of predictions with pose alignment are apart: `PCK@0.1-bbox/point+aligne
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ THRESHOLDS = (0.01, 0.05, 0.1, 0.15)
 BASES = ('bbox', 'img')
 COVERAGES = (0.25, 0.5, 0.75)
 ALIGNED = '+aligned'  # behind the names of figures with pose alignment
+PER_KEYPOINT = ('predicted', 'target', 'cycle_error', 'aligned', 'keypoint_ids')  # lists in a record
 PACKAGES = (diffusers, mmengine, mmseg, torch, transformers)
 
 Base = Literal['bbox', 'img']
@@ -135,7 +136,8 @@ def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
         (N, 2), those visible in both images; the target's `bbox`, (x1, y1, x2, y2); the target image's `size`, (height,
         width); the (height, width) of both images as `loaded`, None if that is the original size and "varies" if they
         differ; and the pair's `variations`. If the sample has cycle errors, `cycle_error` has them as fractions of the
-        longer side of the source image; if it has predictions with pose alignment, `aligned` has them, (N, 2).
+        longer side of the source image; if it has predictions with pose alignment, `aligned` has them, (N, 2); if it
+        has the ids of the keypoints, `keypoint_ids` has those of the visible ones.
     """
     record = {'pair_id': sample['pair_id'], 'category': sample['category']}
     if 'damaged' in sample:
@@ -143,6 +145,8 @@ def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
     loaded, original = ([tuple(sample[f'{kind}_shape{view}']) for view in (0, 1)] for kind in ('img', 'ori'))
     if 'cycle_error' in sample:
         record['cycle_error'] = (sample['cycle_error'].double() / max(sample['ori_shape0'])).tolist()
+    if 'keypoint_ids' in sample:
+        record['keypoint_ids'] = sample['keypoint_ids'][sample['visible']].tolist()
     if 'pred_keypoints1_aligned' in sample:
         record['aligned'] = sample['pred_keypoints1_aligned'].tolist()
     return record | {
@@ -153,6 +157,21 @@ def make_record(sample: Mapping[str, Any]) -> dict[str, Any]:
         'loaded': None if loaded == original else list(loaded[0]) if loaded[0] == loaded[1] else 'varies',
         'variations': dict(sample.get('variations', {})),
     }
+
+
+def select_keypoints(record: Record, keypoint_ids: Collection[int]) -> Record:
+    """A record with some of its keypoints only, by their ids.
+
+    Raises:
+        ValueError: the record has no ids.
+    """
+    if 'damaged' in record:
+        return record
+    if 'keypoint_ids' not in record:
+        raise ValueError(f'pair {record["pair_id"]} does not say which keypoints it has, so that none can be selected')
+    rows = [row for row, name in enumerate(record['keypoint_ids']) if name in keypoint_ids]
+    lists = {name: record[name] for name in PER_KEYPOINT if name in record}
+    return {**record, **{name: [values[row] for row in rows] for name, values in lists.items()}}
 
 
 def figure_name(threshold: float, base: Base, mean: Mean) -> str:
@@ -301,6 +320,8 @@ class PCKMetric(BaseMetric):
             the `predictions`, one record for each pair, from which `tools/analysis/rescore.py` recomputes the figures
             without the model.
         categories: `fnmatch` patterns; pairs of other categories are ignored. By default all count.
+        keypoint_ids: score these keypoints only, by their ids in the annotations, such as those that were not trained
+            on. By default all count.
         allow_selection_on_test: allow to select checkpoints by figures on the test split, as for some published
             figures; it is recorded in the protocol. See `SelectionGuardHook`.
         confidence: 'cycle_error' ranks the matches by the cycle errors that a `CorrespondenceModel(cycle_error=True)`
@@ -318,6 +339,7 @@ class PCKMetric(BaseMetric):
         bases: Sequence[Base] = BASES,
         out_file: str | None = None,
         categories: Sequence[str] | None = None,
+        keypoint_ids: Sequence[int] | None = None,
         allow_selection_on_test: bool = False,
         confidence: Literal['cycle_error'] | None = None,
         coverages: Sequence[float] = COVERAGES,
@@ -336,6 +358,7 @@ class PCKMetric(BaseMetric):
         self.bases = tuple(bases)
         self.out_file = out_file
         self.categories = None if categories is None else list(categories)
+        self.keypoint_ids = None if keypoint_ids is None else list(keypoint_ids)
         self.allow_selection_on_test = allow_selection_on_test
         self._model: dict[str, Any] = {}
 
@@ -351,6 +374,8 @@ class PCKMetric(BaseMetric):
             results = [r for r in results if any(fnmatchcase(r['category'], pattern) for pattern in self.categories)]
             if not results:
                 raise ValueError(f'no pair has a category that matches {self.categories}')
+        if self.keypoint_ids is not None:
+            results = [select_keypoints(record, self.keypoint_ids) for record in results]
         check_results(results, 'pair')
         damaged = [record['damaged'] for record in results if 'damaged' in record]
         if len(damaged) == len(results):
@@ -381,6 +406,7 @@ class PCKMetric(BaseMetric):
         return {
             **{key: data.get(key) for key in ('dataset', 'split', 'protocol', 'list', 'box')},
             'categories': self.categories,
+            'keypoint_ids': self.keypoint_ids,
             'pairs': len(results),
             'damaged': sum('damaged' in record for record in results),
             'loaded_size': loaded[0] if all(size == loaded[0] for size in loaded) else 'varies',

@@ -12,7 +12,7 @@ from .backbones import (
 from .captions import CaptionPreProcessor
 from .correspondence import CorrespondenceModel, SparseMatcher
 from .decode_heads import PixelClassifierHead
-from .necks import AggregationNeck, ConcatNeck
+from .necks import AggregationNeck, ConcatNeck, GatedAggregationNeck, OrderedAggregationNeck, UpsamplingNeck
 from .propagation import LabelPropagator
 from .segmentors import TextMaskSegmentor
 from .tta import VoteTTAModel
@@ -24,14 +24,17 @@ __all__ = [
     'CorrespondenceModel',
     'DiffusionBackbone',
     'EnsembleBackbone',
+    'GatedAggregationNeck',
     'LabelPropagator',
     'LearnedPrompts',
     'MetaPrompts',
     'MetaPromptsBackbone',
+    'OrderedAggregationNeck',
     'PixelClassifierHead',
     'SparseMatcher',
     'TextAdapter',
     'TextMaskSegmentor',
+    'UpsamplingNeck',
     'VisionBackbone',
     'VoteTTAModel',
 ]

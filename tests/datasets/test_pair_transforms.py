@@ -197,3 +197,12 @@ def test_a_sample_says_what_mirroring_makes_of_its_keypoints(pair):
     assert apply({**pair, 'swaps': ()}, 'PackPair')['data_samples'].mirror_rows.tolist() == [0, 1, 2, 3]
     for unknown in ('swaps', 'keypoint_ids'):
         assert 'mirror_rows' not in apply({**pair, unknown: None}, 'PackPair')['data_samples']
+
+
+def test_selected_keypoints_alone_are_visible(pair):
+    selected = apply(pair, 'SelectKeypointsPair', keypoint_ids=[1, 7, 8])
+    assert selected['visible'].tolist() == [False, True, False, False]
+    assert pair['visible'].tolist() == [True, True, True, False]
+    assert apply(selected, 'PackPair')['data_samples'].keypoint_ids.tolist() == [0, 1, 5, 7]
+    with pytest.raises(ValueError, match='does not say which keypoints it has'):
+        apply({**pair, 'keypoint_ids': None}, 'SelectKeypointsPair', keypoint_ids=[1])

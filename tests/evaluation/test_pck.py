@@ -128,6 +128,21 @@ def test_pairs_of_some_categories_alone(tmp_path):
         evaluate(PCKMetric(categories=['cat']), HAND_MADE)
 
 
+def test_some_keypoints_alone(tmp_path):
+    path = tmp_path / 'pck.json'
+    samples = [make_sample('0', 'cow', [(0, 0), (50, 0), (9, 0)], [(0, 0), (0, 0), (0, 0)])]
+    samples[0]['keypoint_ids'] = torch.tensor([4, 7, 2, 9])  # the last is not visible
+    figures = {
+        ids: evaluate(PCKMetric(keypoint_ids=ids, out_file=str(path)), samples)['PCK@0.1-bbox/point']
+        for ids in ((4, 2), (7, 9), (4, 7))
+    }
+    assert figures == {(4, 2): 100, (7, 9): 0, (4, 7): 50}
+    result = json.loads(path.read_text())
+    assert result['protocol']['keypoint_ids'] == [4, 7] and result['predictions'][0]['predicted'] == [[0, 0], [50, 0]]
+    with pytest.raises(ValueError, match='pair 0 does not say which keypoints it has'):
+        evaluate(PCKMetric(keypoint_ids=[4]), HAND_MADE)
+
+
 def test_table_has_a_row_for_each_category_and_all_means():
     metric = PCKMetric(thresholds=[0.1], bases=['bbox'])
     metric.process({}, HAND_MADE)
@@ -161,6 +176,7 @@ def test_result_file_holds_protocol_figures_and_predictions(tmp_path):
         'list': 'Layout/large/test.txt',
         'box': 'object',
         'categories': None,
+        'keypoint_ids': None,
         'pairs': 5,
         'damaged': 1,
         'loaded_size': [64, 64],

@@ -86,8 +86,9 @@ def test_an_ensemble(shallow_sd15):
             'resize': 'before',
         },
         {'type': 'ConcatNeck', 'timesteps': 2, 'normalize': True},
+        {'type': 'GatedAggregationNeck', 'timesteps': 2, 'out_channels': 16, 'num_groups': 2},
     ],
-    ids=['AggregationNeck', 'AggregationNeck, pruned', 'ConcatNeck'],
+    ids=['AggregationNeck', 'AggregationNeck, pruned', 'ConcatNeck', 'GatedAggregationNeck'],
 )
 def test_necks(neck):
     model = MODELS.build({**neck, 'levels': CHANNELS}).eval()

@@ -126,10 +126,19 @@ def test_a_config_without_training_is_only_tested(tool, configs, tmp_path, capsy
     assert not list(tmp_path.glob('work/**/*.pth'))
 
 
+def test_differences_are_those_of_the_same_seed(tool):
+    rows = {'a': [{'x': 1.0, 'y': 5.0}, {'x': 3.0, 'y': 5.0}], 'b': [{'x': 2.0}, {'x': 5.0}]}
+    assert tool.differences(rows, 'a') == {'b': [{'x': 1.0}, {'x': 2.0}]}
+    assert tool.select(rows['a'][0], 'x*') == {'x': 1.0}
+
+
 def test_two_configs_of_one_name(tool, configs, capsys):
     with pytest.raises(SystemExit):
         tool.main([str(configs[0]), f'elsewhere/{configs[0].name}'])
     assert 'scarce, scarce' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main([str(configs[0]), '--baseline', 'configs/another.py'])
+    assert 'another.py is none of the configs' in capsys.readouterr().err
 
 
 def test_summary(tool):

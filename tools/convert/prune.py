@@ -53,7 +53,11 @@ def find_neck(model: Mapping[str, Any]) -> str:
         raise ValueError(f'only a DiffusionBackbone can be pruned; the backbone of the model is {backbone.get("type")}')
     if timed := [layer for layer in backbone['layers'] if '@' in layer]:
         raise ValueError(f'layers with timesteps of their own cannot be pruned: {", ".join(timed)}')
-    names = [name for name, _ in aggregation_necks(model) if name in ('neck', 'neck.necks.0')]
+    names = [
+        name
+        for name, neck in aggregation_necks(model)
+        if name in ('neck', 'neck.necks.0') and neck['type'] == 'AggregationNeck'  # those derived have more weights
+    ]
     if not names:
         raise ValueError('the model has no AggregationNeck directly after its backbone')
     return names[0]

@@ -71,6 +71,7 @@ class DiffusionBackbone(FrozenBackbone):
             with random noise, nor with anything trainable in the backbone.
         check_fingerprint: reaction to a checkpoint of another network or other settings: 'error', or 'warn' if the
             difference does not matter, such as float32 instead of bfloat16.
+        output_image: return the images after the maps, as they came, for `UpsamplingNeck`.
         extractor: further options of `DiffusionExtractor`, and fields of its `Weights` and `Runtime`: `trajectory`,
             `ensemble`, `noise`, `seed`, `dtype`, `variant`, `gradient_checkpointing`, ...
 
@@ -100,9 +101,11 @@ class DiffusionBackbone(FrozenBackbone):
         train_noise: Literal['seeded', 'random'] | None = None,
         cache: str | Mapping[str, Any] | None = None,
         check_fingerprint: Literal['error', 'warn'] = 'error',
+        output_image: bool = False,
         **extractor: Any,
     ) -> None:
         super().__init__(check_fingerprint)
+        self.output_image = output_image
         if frozen and trainable is not None:
             raise ValueError(f'trainable={list(trainable)} has no effect with frozen=True; set frozen=False')
         if lora is not None and not frozen:
@@ -292,14 +295,18 @@ class DiffusionBackbone(FrozenBackbone):
             prompts: one for each image; None takes the configured one.
 
         Returns:
-            L maps with shapes (B, T*C, h, w), one for each layer.
+            L maps with shapes (B, T*C, h, w), one for each layer; with `output_image` then the images (B, 3, H, W),
+            which the cells of every map tile.
         """
         if self.captions is not None and prompts is None:
             x, rows = split_rows(x, len(self.captions.texts))
             prompts = [self.captions.texts[row] for row in rows]
         self.extractor.noise = self.train_noise if self.training else self.noise
-        if self.cache is None:
-            return self._extract(x, prompts)
+        maps = self._extract(x, prompts) if self.cache is None else self._fetch(x, prompts)
+        return (*maps, x) if self.output_image else maps
+
+    def _fetch(self, x: Tensor, prompts: Sequence[str] | None) -> tuple[Tensor, ...]:
+        """The maps, from the cache where it has them."""
         self._check_cacheable()  # again: a subclass or a user may have added parameters
         context = self._cache_context()
         if prompts is not None:
@@ -308,7 +315,7 @@ class DiffusionBackbone(FrozenBackbone):
         return self.cache.fetch(x, context, self._extract, self.layers, prompts)
 
     def _extract(self, x: Tensor, prompts: Sequence[str] | None = None) -> tuple[Tensor, ...]:
-        """`forward` without the cache."""
+        """The maps, without the cache."""
         if self.input_size is not None:
             x = resize_images(x, self.input_size, self.interpolation)
         if prompts is None and self.conditioner is not None:

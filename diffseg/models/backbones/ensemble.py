@@ -90,6 +90,8 @@ class EnsembleBackbone(BaseModule):
                 member = MODELS.build(config)
                 if not isinstance(member, FrozenBackbone):
                     raise ValueError('only the backbones of this package can be joined')
+                if getattr(member, 'output_image', False):
+                    raise ValueError('output_image is not for members of an ensemble, whose maps alone are joined')
                 maps = len(member.channels)
                 levels = [maps] if levels is None else list(levels)
                 if sum(levels) != maps or any(count < 0 for count in levels):

@@ -2,6 +2,16 @@
 
 from .aggregation import AggregationNeck, MixingWeights
 from .concat import ConcatNeck
+from .gated import GatedAggregationNeck, OrderedAggregationNeck
 from .sequence import NeckSequence
+from .upsampling import UpsamplingNeck
 
-__all__ = ['AggregationNeck', 'ConcatNeck', 'MixingWeights', 'NeckSequence']
+__all__ = [
+    'AggregationNeck',
+    'ConcatNeck',
+    'GatedAggregationNeck',
+    'MixingWeights',
+    'NeckSequence',
+    'OrderedAggregationNeck',
+    'UpsamplingNeck',
+]

@@ -1,10 +1,10 @@
 """Learned mixing of activations over layers and timesteps, after Diffusion Hyperfeatures (DHF, arXiv 2305.14334)."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from mmengine.model import BaseModule
@@ -102,8 +102,30 @@ class LevelAggregation(nn.Module):
 
     def weights(self) -> Tensor:
         """Softmax over all timesteps and layers together, shape (T, L)."""
-        weights = self.mixing_weights.softmax(0)
-        return weights.new_zeros(self.mixed.numel()).scatter(0, self.mixed_indices, weights).view(self.mixed.shape)
+        return self.spread(self.mixing_weights.softmax(0))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A value of each pair that is mixed, in the order of `mixing_weights`, as a table (T, L); zero elsewhere."""
+        return values.new_zeros(self.mixed.numel()).scatter(0, self.mixed_indices, values).view(self.mixed.shape)
+
+    def average_weights(self) -> Tensor:
+        """Mixing weights (T, L), averaged over positions if they differ."""
+        return self.weights()
+
+    def project(self, maps: Sequence[Tensor], size: Size, resize_first: bool) -> Iterator[Tensor]:
+        """Project layers one by one; arguments as those of `forward`.
+
+        Yields:
+            For each layer its mixed timesteps, projected, with shape (B, T, P, h, w).
+        """
+        for layer, (x, steps, kept) in enumerate(zip(maps, self.timesteps, self.kept, strict=True)):
+            x = x.unflatten(1, (steps, -1))  # (B, T, C, h, w)
+            if len(kept) < steps:
+                x = x.index_select(1, self.get_buffer(f'kept{layer}'))
+            x = x.flatten(0, 1)  # (B*T, C, h, w)
+            if resize_first:
+                x = resize(x, size)
+            yield self.bottleneck_layers[layer](x).unflatten(0, (-1, len(kept)))
 
     def forward(self, maps: Sequence[Tensor], size: Size, resize_first: bool) -> Tensor:
         """Mix.
@@ -121,16 +143,8 @@ class LevelAggregation(nn.Module):
         """
         weights = self.weights()
         sums: dict[Size, Tensor | float] = defaultdict(float)  # size -> (B, P, h, w)
-        for layer, (x, steps, kept) in enumerate(zip(maps, self.timesteps, self.kept, strict=True)):
-            x = x.unflatten(1, (steps, -1))  # (B, T, C, h, w)
-            indices = self.get_buffer(f'kept{layer}')
-            if len(kept) < steps:
-                x = x.index_select(1, indices)
-            x = x.flatten(0, 1)  # (B*T, C, h, w)
-            if resize_first:
-                x = resize(x, size)
-            y = self.bottleneck_layers[layer](x).unflatten(0, (-1, len(kept)))  # (B, T, P, h, w)
-            w = weights[:, layer].index_select(0, indices).to(y.dtype)
+        for layer, y in enumerate(self.project(maps, size, resize_first)):
+            w = weights[:, layer].index_select(0, self.get_buffer(f'kept{layer}')).to(y.dtype)
             sums[y.shape[-2:]] = sums[y.shape[-2:]] + torch.einsum('t,btphw->bphw', w, y)
         return sum(resize(y, size) for y in sums.values())
 
@@ -164,6 +178,8 @@ class AggregationNeck(BaseModule):
         ValueError: `out_channels / 4` is not a multiple of `num_groups`, the number of names or factors is wrong, or
             `kept` has timesteps that a layer lacks.
     """
+
+    level_class: ClassVar[type[LevelAggregation]] = LevelAggregation
 
     def __init__(
         self,
@@ -209,16 +225,17 @@ class AggregationNeck(BaseModule):
             kept = [[range(steps) for steps in numbers] for numbers in self.timesteps]
         _check_kept(kept, self.timesteps)
         self.levels = nn.ModuleList(
-            LevelAggregation(level, steps, indices, out_channels, num_groups)
+            self.level_class(level, steps, indices, out_channels, num_groups)
             for level, steps, indices in zip(self.channels, self.timesteps, kept, strict=True)
         )
         self.register_load_state_dict_pre_hook(_accept_single_level)
 
     def mixing_weights(self) -> list[MixingWeights]:
-        """The table of mixing weights of each level."""
+        """The table of mixing weights of each level, averaged over positions if they differ."""
+        tables = [level.average_weights().detach().float().cpu() for level in self.levels]
         return [
-            MixingWeights(self.timestep_names[: len(level.mixed)], names, level.weights().detach().float().cpu())
-            for names, level in zip(self.layer_names, self.levels, strict=True)
+            MixingWeights(self.timestep_names[: len(table)], names, table)
+            for names, table in zip(self.layer_names, tables, strict=True)
         ]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

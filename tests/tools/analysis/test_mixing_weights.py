@@ -11,7 +11,8 @@ from mmseg.registry import MODELS
 from PIL import Image
 from torch import nn
 
-import diffseg.models  # noqa: F401
+from diffseg.inspection import AGGREGATION_NECKS
+from diffseg.models import AggregationNeck
 
 FINE = {'type': 'AggregationNeck', 'levels': [[4, 4], [4]], 'timesteps': 2, 'out_channels': 16, 'num_groups': 2}
 PRUNED = {**FINE, 'levels': [[4]], 'kept': [[[1]]], 'layer_names': [['vit-out']], 'timestep_names': [50, 261]}
@@ -63,6 +64,25 @@ def test_a_stored_config_is_not_run(main: Callable, state: dict, tmp_path: Path,
         assert main([str(save(tmp_path / 'a.pth', state, statement.format(path)))]) == 2
         assert not path.exists()
     assert 'error: ' in capsys.readouterr().err
+
+
+def test_every_neck_that_mixes_is_known_by_its_name():
+    derived = [name for name, kind in MODELS.module_dict.items() if issubclass(kind, AggregationNeck)]
+    assert sorted(derived) == sorted(AGGREGATION_NECKS)
+
+
+@pytest.mark.parametrize('kind', ['GatedAggregationNeck', 'UpsamplingNeck'])
+def test_necks_derived_from_it(main: Callable, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = {'neck': {**FINE, 'type': kind}}
+    neck = MODELS.build(config['neck'])
+    for level in neck.levels:
+        if kind == 'GatedAggregationNeck':
+            level.mean_weights.copy_(torch.tensor([[0.1, 0.3], [0.2, 0.4]])[:, : level.mean_weights.shape[1]])
+        else:
+            nn.init.normal_(level.mixing_weights)
+    state = nn.ModuleDict({'neck': neck}).state_dict()
+    assert main([str(save(tmp_path / 'a.pth', state, Config({'model': config}).pretty_text))]) == 0
+    assert str(neck.mixing_weights()[0]) in capsys.readouterr().out
 
 
 def test_errors(main: Callable, state: dict, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -162,6 +162,9 @@ def test_errors(tool: ModuleType, tiny_pipeline: Path, tmp_path: Path, capsys: p
 
     assert 'the backbone of the model is VisionBackbone' in error({'backbone': {'type': 'VisionBackbone'}})
     assert 'no AggregationNeck' in error(segmentor_config(tiny_pipeline, neck=None))
+    gated = segmentor_config(tiny_pipeline)
+    gated.neck.type = 'GatedAggregationNeck'
+    assert 'no AggregationNeck' in error(gated)
     assert 'does not fit the config' in error(segmentor_config(tiny_pipeline))
     fewer = segmentor_config(tiny_pipeline, {'layers': LAYERS[:1]})
     own = segmentor_config(tiny_pipeline, {'layers': [*LAYERS[:3], f'{LAYERS[3]}@50']})

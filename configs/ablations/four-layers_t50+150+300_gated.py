@@ -1,0 +1,3 @@
+_base_ = './_base_.py'
+
+model = dict(neck=dict(type='GatedAggregationNeck'))

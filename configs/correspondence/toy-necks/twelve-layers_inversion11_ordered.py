@@ -1,0 +1,3 @@
+_base_ = './twelve-layers_inversion11_agg.py'
+
+model = dict(neck=dict(type='OrderedAggregationNeck'))
