@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -28,12 +27,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffseg import __version__
-from diffseg.files import whole_file
+from diffseg.files import remove_abandoned, whole_file
 
 DTYPES = {name: getattr(torch, name) for name in ('float16', 'bfloat16', 'int8', 'float32')}
 UNITS = {'B': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
 LOW_WATER = 0.9  # eviction frees a tenth of the limit at once, since it lists all entries
-ABANDONED = 3600  # seconds after which an incomplete file is that of a killed process
 POLL = 0.005  # seconds between attempts to get the lock
 HEADER = 128, 96  # bytes that an entry's header takes, and each tensor's description in it; about
 VALUES = 2  # part of every key; raised when an image's maps change (2: cells tile images of any size)
@@ -233,10 +231,7 @@ class FeatureCache:
     def _clean(self) -> None:
         """Delete incomplete files of killed processes, once per process."""
         self._cleaned = True
-        for path in self._partial.iterdir():
-            with suppress(FileNotFoundError):  # completed, or deleted by another process
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink()
+        remove_abandoned(self._partial.iterdir())
 
     def _lock(self) -> Any:
         """Context manager that excludes writes and evictions of other processes; a killed process loses its lock."""

@@ -1,14 +1,18 @@
 """Atomic writes: files are complete or absent, also with concurrent or killed writers; and paths of fsspec."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+
+PARTIAL = '.partial'  # suffix of temporary files
+ABANDONED = 3600  # seconds after which a temporary file is that of a killed process
 
 
 @contextmanager
@@ -33,12 +37,21 @@ def whole_file(path: str | Path, folder: str | Path | None = None) -> Iterator[P
     folder = path.parent if folder is None else Path(folder)
     for parent in (path.parent, folder):
         parent.mkdir(parents=True, exist_ok=True)
-    partial = folder / f'.{path.name}.{token_hex(8)}.partial'
+    partial = folder / f'.{path.name}.{token_hex(8)}{PARTIAL}'
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(paths: Iterable[str | Path]) -> None:
+    """Delete those of the files that writers which were killed left incomplete."""
+    for path in map(Path, paths):
+        if path.name.startswith('.') and path.suffix == PARTIAL:
+            with suppress(FileNotFoundError):  # completed, or deleted by another process
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
 
 def locate(url: str | Path) -> tuple[AbstractFileSystem, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffseg.files import whole_file
+from diffseg.files import remove_abandoned, whole_file
 
 
 @pytest.fixture
@@ -42,3 +42,14 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path):
         first.write_text('first')
         second.write_text('second')
     assert path.read_text() == 'first' and os.listdir(tmp_path) == ['file.txt']
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_stays(tmp_path: Path):
+    with whole_file(tmp_path / 'a.txt') as abandoned, whole_file(tmp_path / 'b.txt') as written:
+        for path in (abandoned, written, tmp_path / '.c.txt'):
+            path.write_text('half')
+        for path in (abandoned, tmp_path / '.c.txt'):
+            os.utime(path, (0, 0))
+        remove_abandoned(tmp_path.iterdir())
+        assert not abandoned.exists() and written.exists() and (tmp_path / '.c.txt').exists()
+        abandoned.touch()

@@ -50,7 +50,7 @@ from diffseg.feature_files import (
     header,
     is_complete,
 )
-from diffseg.files import locate
+from diffseg.files import locate, remove_abandoned
 from diffseg.inspection import available_sites
 
 HEADER = 2**16  # bytes of an image to read for its size
@@ -201,6 +201,8 @@ def run(args: argparse.Namespace) -> int:
         'root': root,
     }
     check_configuration(args.out, configuration)
+    if isinstance(store, LocalFileSystem):
+        remove_abandoned(existing)
 
     headers, failures = read_headers(items, configuration)
     with ThreadPoolExecutor(READERS) as readers:
