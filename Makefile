@@ -6,9 +6,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 STAMP = $(VENV)/.installed
 DOCS_STAMP = $(VENV)/.installed-docs
 QUANTIZATION = $(VENV)/quantization
+RAY = $(VENV)/ray
 SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto
 
-.PHONY: install test test-slow test-quantization demo explore lint benchmark docs linkcheck notebooks
+.PHONY: install test test-slow test-quantization test-ray demo explore lint benchmark docs linkcheck notebooks
 
 install: $(STAMP)
 
@@ -39,6 +40,13 @@ test-quantization: $(QUANTIZATION)
 
 $(QUANTIZATION): $(STAMP)
 	$(PIP) --no-deps --target $@ torchao
+
+# Ray is apart as well: half a gigabyte with what Ray Data needs and the environment lacks.
+test-ray: $(RAY)
+	PYTHONPATH=$(RAY) $(BIN)/python -m pytest --quiet tests/tools/test_extract_features_on_ray.py
+
+$(RAY): $(STAMP)
+	$(PIP) --no-deps --target $@ ray pandas pyarrow msgpack
 
 demo: install
 	$(BIN)/python demo/run.py

@@ -97,6 +97,7 @@ with tempfile.TemporaryDirectory() as build_base:
             'demo': [*MM, 'matplotlib', 'psutil'],
             'lora': ['peft'],
             'quantization': ['torchao'],
+            'ray': ['ray[data]'],
             'text': TEXT,
             'dev': [
                 *MM,

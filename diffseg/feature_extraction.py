@@ -6,7 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,6 +129,16 @@ def batches(
             count -= len(batch[0])
             yield batch
     yield from waiting.values()
+
+
+def make_extractor(device: str, options: Mapping[str, Any]) -> DiffusionExtractor:
+    """Make an extractor on a device that leaves the check of values to `StoredActivations`.
+
+    Args:
+        device: Of the extractor.
+        options: Of `DiffusionExtractor`, without `runtime`.
+    """
+    return DiffusionExtractor(**options, runtime={'device': device, 'check_finite': False}).to(device)
 
 
 class StoredActivations(NamedTuple):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,16 +61,19 @@ class Item(NamedTuple):
         return f'{folder.rstrip("/")}/{self.name}.safetensors'
 
 
-def find_images(source: str | Path, root: str | Path | None = None) -> tuple[list[Item], collections.Counter[str], str]:
+def find_images(
+    source: str | Path, root: str | Path | None = None, suffixes: Set[str] = SUFFIXES
+) -> tuple[list[Item], collections.Counter[str], str]:
     """List the images to read, sorted by name.
 
-    A folder is searched for files with the suffix of an image; every line of a list (`.txt`) is used: an absolute path,
+    A folder is searched for files with a suffix of `suffixes`; every line of a list (`.txt`) is used: an absolute path,
     one relative to the list, or a URL.
 
     Args:
         source: A folder, a list, or one image: a local path, or a URL of fsspec such as `s3://bucket/photos` or
             `zip://photos::photos.zip`.
         root: Folder to which names are relative; None is the source's folder.
+        suffixes: Of images, or also of other files that hold images.
 
     Returns:
         The images, the number of other files in the folder by suffix, and the root, absolute. Hidden files are ignored.
@@ -91,7 +94,7 @@ def find_images(source: str | Path, root: str | Path | None = None) -> tuple[lis
         files = []
         for file, info in fs.find(path, detail=True).items():
             if not any(part.startswith('.') for part in _below(file, path).split('/')):
-                if posixpath.splitext(file)[1].lower() not in SUFFIXES:
+                if posixpath.splitext(file)[1].lower() not in suffixes:
                     others[posixpath.splitext(file)[1]] += 1
                 elif info['type'] == 'file' or fs.isfile(file):  # not a link to nothing, or to a folder
                     files.append((fs, file))
@@ -173,10 +176,21 @@ def header(item: Item, configuration: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         OSError: There is no such image.
     """
+    return metadata(item.name, item.state(), configuration)
+
+
+def metadata(name: str, state: str, configuration: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of an image's activations.
+
+    Args:
+        name: Of the image.
+        state: Of the file that it is read from, see `Item.state`.
+        configuration: Of the run.
+    """
     digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
     return {
-        'source': item.name,
-        'source_state': item.state(),
+        'source': name,
+        'source_state': state,
         'timesteps': json.dumps(configuration['timesteps']),
         'configuration': digest,
     }

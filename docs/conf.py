@@ -24,6 +24,7 @@ nb_output_stderr = 'remove'  # progress bars
 default_role = 'code'  # of `text` in docstrings
 python_maximum_signature_line_length = 100
 autodoc_member_order = 'bysource'
+autodoc_mock_imports = ['pyarrow', 'ray']  # an extra that is large
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [('Fields', 'params_style'), ('Meta information', 'params_style')]

@@ -14,6 +14,9 @@ listed at the end, and the exit status is then 1; all others are processed. EXIF
 Images and features may be behind any URL of fsspec: `s3://bucket/photos` (with the package `s3fs`),
 `zip://photos::photos.zip`, ... With `--batch`, images of one size share a forward pass, wherever they are in the
 folder. Images are decoded by other processes (`--workers`) and files are written by threads, while the device computes.
+
+`--engine ray` does the same on a cluster of Ray (`pip install 'diffseg[ray]'`). It reads tar and Parquet files as well,
+and writes such shards, see `diffseg.feature_shards`.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +38,12 @@ from tqdm import tqdm
 
 from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
 from diffseg.devices import default_device
-from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.images import image_size
+from diffseg.diffusion.images import SUFFIXES, image_size
 from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import load_config
 from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.sites import Site
-from diffseg.feature_extraction import WORKERS, default_workers, extract_features, start_fork_server
+from diffseg.feature_extraction import WORKERS, default_workers, extract_features, make_extractor, start_fork_server
 from diffseg.feature_files import (
     DTYPES,
     Item,
@@ -50,10 +53,15 @@ from diffseg.feature_files import (
     header,
     is_complete,
 )
+from diffseg.feature_shards import FORMATS, SHARDS, list_features, list_files
 from diffseg.files import locate, remove_abandoned
 from diffseg.inspection import available_sites
 
 HEADER = 2**16  # bytes of an image to read for its size
+OPTIONS = {  # of one engine alone
+    'local': ('workers', 'shard', 'dry_run'),
+    'ray': ('address', 'format', 'image_column', 'actors', 'actor_cpus'),
+}
 READERS = 16  # threads that look at files, most of whose time is the latency of a remote store
 IMPORTED = ('diffseg.diffusion.extractor', 'diffseg.inspection')  # by this file, which workers run
 
@@ -75,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_dtype_argument(parser)
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store')
     parser.add_argument('--batch', type=int, default=1, help='images of one size in one forward pass')
-    parser.add_argument('--device', default=default_device())
+    parser.add_argument('--device', help='default: the accelerator, or the CPU where there is none')
     parser.add_argument(
         '--workers',
         type=int,
@@ -83,7 +91,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--shard', default='0/1', metavar='I/N', help='do the I-th of N parts, 0 <= I < N')
     parser.add_argument('--dry-run', action='store_true', help='only print what would be written')
+    parser.add_argument('--engine', choices=('local', 'ray'), default='local', help='this process, or a cluster of Ray')
+    on_ray = parser.add_argument_group('with --engine ray')
+    on_ray.add_argument(
+        '--address', help='of a cluster: HOST:PORT or auto (default: RAY_ADDRESS, or this machine alone)'
+    )
+    on_ray.add_argument('--format', choices=FORMATS, default='webdataset', help='of the shards that are written')
+    on_ray.add_argument('--image-column', default='image', help='of Parquet files (default: %(default)s)')
+    on_ray.add_argument('--actors', type=int, help='each holds an extractor (default: one for each GPU, or else CPU)')
+    on_ray.add_argument('--actor-cpus', type=int, default=1, help='CPUs of an actor (default: %(default)s)')
     args = parser.parse_args(argv)
+    for engine, names in OPTIONS.items():
+        for name in names if engine != args.engine else ():
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f'--{name.replace("_", "-")} is an option of --engine {engine}')
+    for name in ('actors', 'actor_cpus'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}; it must be at least 1')
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
     args.size = tuple(args.size * 2)[:2] if args.size else None
@@ -182,24 +206,8 @@ def run(args: argparse.Namespace) -> int:
     if workers:
         start_fork_server(IMPORTED)
 
-    extractor = DiffusionExtractor(
-        args.model,
-        layers,
-        args.timesteps,
-        trajectory=args.trajectory,
-        prompt=args.prompt,
-        ensemble=args.ensemble,
-        seed=args.seed,
-        dtype=args.dtype,
-        weights={'vae': args.vae},
-        runtime={'device': args.device, 'check_finite': False},  # `extract_features` checks what is stored
-    ).to(args.device)
-    configuration = {
-        **extractor.fingerprint,
-        'size': args.size,
-        'save_dtype': args.save_dtype,
-        'root': root,
-    }
+    extractor = make_extractor(args.device or default_device(), extractor_options(args, layers))
+    configuration = {**extractor.fingerprint, **stored_as(args, root)}
     check_configuration(args.out, configuration)
     if isinstance(store, LocalFileSystem):
         remove_abandoned(existing)
@@ -220,6 +228,69 @@ def run(args: argparse.Namespace) -> int:
     print(f'{len(items) - finished - len(failures)} written, {finished} already there, {len(failures)} failed')
     for item in sorted(failures, key=lambda item: item.name):
         print(f'failed: {item.name}: {failures[item]}', file=sys.stderr)
+    return 1 if failures else 0
+
+
+def extractor_options(args: argparse.Namespace, layers: Sequence[str]) -> dict[str, Any]:
+    return {
+        'model': args.model,
+        'layers': layers,
+        'timesteps': args.timesteps,
+        'trajectory': args.trajectory,
+        'prompt': args.prompt,
+        'ensemble': args.ensemble,
+        'seed': args.seed,
+        'dtype': args.dtype,
+        'weights': {'vae': args.vae},
+    }
+
+
+def stored_as(args: argparse.Namespace, root: str) -> dict[str, Any]:
+    """What the activations of an image depend on besides the extractor."""
+    return {'size': args.size, 'save_dtype': args.save_dtype, 'root': root}
+
+
+def run_on_ray(args: argparse.Namespace) -> int:
+    try:
+        import ray
+
+        from diffseg import ray_engine
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--engine ray needs {error.name}: pip install 'diffseg[ray]'") from error
+
+    items, others, root = find_images(args.input, args.root, SUFFIXES | SHARDS)
+    store, folder = locate(args.out)
+    if others:
+        print(f'skipping {count_suffixes(others)}')
+    layers = expand(args.layers, available_sites(args.model)[0])
+    cluster = ray_engine.start(args.address)
+    gpus = int(args.device != 'cpu' and cluster.get('GPU', 0) >= 1)
+    settings = ray_engine.Settings(
+        partial(make_extractor, options=extractor_options(args, layers)),
+        args.device,
+        args.actor_cpus,
+        gpus,
+        DTYPES[args.save_dtype],
+        args.batch,
+    )
+    try:
+        fingerprint, stored = ray_engine.find_fingerprint(settings), stored_as(args, root)
+        check_configuration(args.out, {**fingerprint, **stored})
+        if isinstance(store, LocalFileSystem):
+            remove_abandoned(store.ls(folder, detail=False))
+        done = list_features(args.out)
+        files, failures = list_files(items, done)
+        actors = args.actors or max(1, int(cluster['GPU'] if gpus else cluster['CPU'] // args.actor_cpus))
+        sink = ray_engine.FeatureSink(args.out, FORMATS[args.format])
+        print(f'{len(files)} files to read, {len(done)} images already there; {actors} actors')
+        ray_engine.extract_files(files, items[0].fs, sink, settings, fingerprint, stored, actors, args.image_column)
+    except ray.exceptions.RayError as error:
+        print(f'error: {error}\nstart the run again: it goes on where it stopped', file=sys.stderr)
+        return 2
+    failures += sink.failures
+    print(f'{sink.written} written, {len(done)} already there, {len(failures)} failed')
+    for name, reason in sorted(failures):
+        print(f'failed: {name}: {reason}', file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -245,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # files are finished, as by Ctrl-C
     try:
-        return run(args)
+        return run_on_ray(args) if args.engine == 'ray' else run(args)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

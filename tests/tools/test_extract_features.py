@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,3 +248,16 @@ def test_models_of_pixel_space(tool, photos, tiny_pixel_pipeline, tmp_path, caps
     assert load_file(tmp_path / 'out/a/y.png.safetensors')['up-level1-repeat1-vit-out'].shape == (1, 16, 32, 32)
     assert tool.main([str(photos), *options, '--prompt', 'a horse']) == 2
     assert "leave out 'a horse'" in capsys.readouterr().err
+
+
+def test_another_engine_names_what_it_needs(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    assert run('--engine', 'ray') == 2
+    assert "--engine ray needs ray: pip install 'diffseg[ray]'" in capsys.readouterr().err
+
+
+def test_options_that_an_engine_does_not_have_are_refused(run, capsys):
+    for options, named in (('--engine ray --shard 0/2', '--shard'), ('--actors 2', '--actors')):
+        with pytest.raises(SystemExit):
+            run(*options.split())
+        assert f'{named} is an option of --engine' in capsys.readouterr().err
