@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,35 @@ class Operations(TorchDispatchMode):
 def cpu_sdpa_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     """Cost of the CPU's fused attention from its shapes; PyTorch's counter knows only the GPU's."""
     return sdpa_flop_count(query, key, value)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Count the bytes of tensors that are alive, and the most of them at a time, for tensors with or without values.
+
+    Only those are counted that an operation makes within the mode.
+
+    Attributes:
+        live: Bytes now.
+        peak: The most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}  # of storages, by address
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, key)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
 
 
 FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_sdpa_flop}

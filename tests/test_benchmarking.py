@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffseg.benchmarking import Operations, executed, in_subprocess
+from diffseg.benchmarking import LiveMemory, Operations, executed, in_subprocess
 
 
 def test_counts_are_exact_on_known_operations():
@@ -49,3 +49,14 @@ def test_a_case_is_measured_in_a_process_of_its_own(tmp_path):
     assert in_subprocess(tool, Case(3)) == ['--case', 4]
     with pytest.raises(RuntimeError, match=r'Case\(number=0\) ended with status 1'):
         in_subprocess(tool, Case(0))
+
+
+def test_live_memory_is_what_is_referred_to_and_its_peak():
+    with LiveMemory() as memory:
+        x = torch.zeros(100)
+        y = x.view(10, 10) + 1  # a view takes none
+        assert (memory.live, memory.peak) == (800, 800)
+        del x
+        assert (memory.live, memory.peak) == (400, 800)
+        assert y.sum().item() == 100
+    assert memory.peak == 800

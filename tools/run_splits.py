@@ -6,7 +6,8 @@
 The seeds are 0, 1, ... A seed is used for the training and, for a `ScarceDataset`, for the split into training and test
 pictures (`resplit`), so that all configs see the same splits. Runs follow one another in WORK_DIR/CONFIG/seedN, and
 each writes WORK_DIR/CONFIG/seedN.json. A config without `train_cfg` is only tested. When called again, the tool skips
-finished runs and resumes an interrupted one. It refuses to mix results of different versions of a config.
+finished runs and resumes an interrupted one. It refuses to mix results of different versions of a config. A config may
+name a file of its seed: `{{$SEED:0}}` in it is the number.
 
 The standard deviation is that of a sample (divided by the number of seeds - 1). With `--baseline CONFIG`, one of the
 configs, a second table has the differences from it, of the same seed each.
@@ -16,6 +17,7 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.configs:
         records = []
         for seed in range(args.seeds):
+            os.environ['SEED'] = str(seed)
             cfg = Config.fromfile(path)
             cfg.merge_from_dict(args.cfg_options)
             records.append(run(cfg, path, seed, args.work_dir / path.stem, resplit=not args.no_resplit))

@@ -19,6 +19,13 @@ DDP = 'MMDistributedDataParallel'
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    train(Config.fromfile(args.config), args, parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `train` reads."""
     parser.add_argument('config')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument('--resume', action='store_true', help='resume from the last checkpoint in the work dir, if any')
@@ -26,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local-rank', '--local_rank', help=argparse.SUPPRESS)  # passed by torch.distributed.launch
-    args = parser.parse_args(argv)
+
+
+def train(cfg: Config, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Train what a config describes, changed by the arguments."""
     if args.local_rank is not None:
         os.environ.setdefault('LOCAL_RANK', args.local_rank)
-
-    cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))

@@ -5,6 +5,7 @@ from .captions import LoadCaption
 from .cub import CUBPairsDataset
 from .davis import DAVISDataset
 from .hpatches import DetectKeypoints, HPatchesDataset, PackHomographyPair
+from .image_folder import ImageFolderDataset
 from .jhmdb import JHMDBDataset
 from .pair_transforms import (
     ColourJitterPair,
@@ -33,6 +34,7 @@ __all__ = [
     'DetectKeypoints',
     'HPatchesDataset',
     'IgnoreSmallClasses',
+    'ImageFolderDataset',
     'JHMDBDataset',
     'LoadCaption',
     'LoadLabelArray',

@@ -457,6 +457,30 @@ class DiffusionExtractor(nn.Module):
         self._check(activations)
         return activations
 
+    def read_latents(self, x_t: Tensor, timesteps: Tensor, prompts: Prompts | None = None) -> Activations:
+        """Read the activations of latents as they are, each with a timestep of its own, whatever the trajectory.
+
+        Gradients flow as in `extract_latents`, and to the timesteps.
+
+        Args:
+            x_t: Noised or clean latents, with shape (N, 4, h, w).
+            timesteps: The network's indices, with shape (N,); fractions of them are possible.
+            prompts: One for all latents or one for each; None uses those of the constructor.
+
+        Returns:
+            {name: (N, C, h', w')}, as in `extract_latents`.
+
+        Raises:
+            ValueError: There are ControlNets, for which `extract_latents` takes images.
+        """
+        if self.controls:
+            raise ValueError('ControlNets look at images; use extract_latents, or leave out controlnet')
+        conditioning, rows = self._choose(prompts, len(x_t))
+        wanted = _wants_grad(self.network, x_t, timesteps, *conditioning.tensors)
+        with torch.set_grad_enabled(wanted):
+            activations = self._denoiser.read(x_t, timesteps, self._condition(conditioning, rows, x_t))
+        return {name: activations[name] for name in self._order}
+
     def _extract(self, latents: Tensor, prompts: Prompts | None, images: Tensor | None) -> Activations:
         """`extract_latents` without the checks."""
         if latents.ndim == 4:

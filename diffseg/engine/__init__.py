@@ -2,6 +2,7 @@
 
 from .hooks import (
     CheckpointFallbackHook,
+    DistillationExportHook,
     IterationSeedHook,
     MixingWeightsHook,
     ResultFileHook,
@@ -14,6 +15,7 @@ from .visualizer import LabelSizeVisualizer
 
 __all__ = [
     'CheckpointFallbackHook',
+    'DistillationExportHook',
     'IterationSeedHook',
     'LabelSizeVisualizer',
     'MixingWeightsHook',

@@ -1,5 +1,6 @@
 """Metrics."""
 
+from .agreement import AgreementMetric
 from .davis import DAVISMetric
 from .homography import HomographyMetric, corner_error, estimate_homography
 from .jhmdb import JHMDBMetric
@@ -8,6 +9,7 @@ from .scarce import ScarceIoUMetric
 from .text_masks import TextMaskIoUMetric
 
 __all__ = [
+    'AgreementMetric',
     'DAVISMetric',
     'HomographyMetric',
     'JHMDBMetric',

@@ -12,6 +12,7 @@ from .backbones import (
 from .captions import CaptionPreProcessor
 from .correspondence import CorrespondenceModel, SparseMatcher
 from .decode_heads import PixelClassifierHead
+from .distillation import CleanDistiller
 from .necks import AggregationNeck, ConcatNeck, GatedAggregationNeck, OrderedAggregationNeck, UpsamplingNeck
 from .propagation import LabelPropagator
 from .segmentors import TextMaskSegmentor
@@ -20,6 +21,7 @@ from .tta import VoteTTAModel
 __all__ = [
     'AggregationNeck',
     'CaptionPreProcessor',
+    'CleanDistiller',
     'ConcatNeck',
     'CorrespondenceModel',
     'DiffusionBackbone',

@@ -1,0 +1,3 @@
+_base_ = './tiny-sd.py'
+
+model = dict(learn_timestep=False)

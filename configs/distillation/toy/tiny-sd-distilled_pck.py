@@ -1,0 +1,11 @@
+# one pass without noise; tools/run_splits.py sets SEED
+_base_ = './_pck.py'
+
+model = dict(
+    backbone=dict(
+        timesteps=[150],
+        trajectory='clean',
+        vae_sample='mode',
+        network_weights='work_dirs/splits/tiny-sd/seed{{$SEED:0}}/unet.safetensors',
+    )
+)
