@@ -8,7 +8,8 @@ from quadrupeds import draw_sample
 
 from diffseg.datasets.toy import SPECIES
 from diffseg.diffusion.extractor import DiffusionExtractor
-from diffseg.diffusion.loading import meta_network
+from diffseg.diffusion.latents import decode
+from diffseg.diffusion.loading import load_vae, meta_network
 from diffseg.diffusion.sites import sites
 from diffseg.evaluation import correct_keypoints, pck
 from diffseg.models.correspondence import match_points
@@ -35,6 +36,21 @@ def test_the_vae_reconstructs_unseen_pictures():
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = -10 * (decoded - images).div(2).square().mean(dim=(1, 2, 3)).log10()
     assert psnr.mean() >= 26
+
+
+def test_the_tiny_vae_gives_nearly_the_same_latents_and_pictures():
+    folder = FOLDER.with_name('tiny-sd-taesd')
+    assert sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) <= 2**19
+    images = torch.stack([to_tensor(draw_sample(77, index)) for index in range(16)])
+    exact, tiny = (
+        DiffusionExtractor(FOLDER, ['unet-in'], [50], prompt='a dog', vae_sample='mode', weights={'vae': vae})
+        for vae in (None, folder)
+    )
+    with torch.no_grad():
+        expected, latents = exact.encode(images), tiny.encode(images)
+        decoded = decode(load_vae(FOLDER, vae=folder), latents)
+    assert (latents - expected).square().mean() < 0.02 * expected.var()
+    assert -10 * (decoded - images).div(2).square().mean().log10() >= 24
 
 
 def test_pretraining_makes_parts_alike():

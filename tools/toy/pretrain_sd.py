@@ -31,6 +31,7 @@ from training import (
     drop_captions,
     encode_corpus,
     grid,
+    mean_psnr,
     megabytes,
     millions,
     min_snr_loss,
@@ -98,12 +99,6 @@ def reconstruct(vae: AutoencoderKL, images: np.ndarray, device: str) -> torch.Te
     return torch.cat(decoded).clamp(-1, 1)
 
 
-def mean_psnr(vae: AutoencoderKL, images: np.ndarray, device: str) -> float:
-    """Peak signal-to-noise ratio in dB, over 8-bit pictures, mean over pictures."""
-    error = (reconstruct(vae, images, device) - to_tensor(images, device)).div(2).square().mean(dim=(1, 2, 3))
-    return float((-10 * error.log10()).mean())
-
-
 @torch.no_grad()
 def initialise_near_identity(vae: AutoencoderKL) -> None:
     """Initialise residual branches to zero and the posterior to a small variance: both speed up training."""
@@ -134,11 +129,11 @@ def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) 
         kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats per latent number
         return F.mse_loss(decoded, x) + 3e-4 * kl
 
-    trainer.run(loss_of, lambda step: mean_psnr(vae, unseen, args.device))
+    trainer.run(loss_of, lambda step: mean_psnr(reconstruct(vae, unseen, args.device), to_tensor(unseen, args.device)))
     with torch.no_grad():
         latents = vae.encode(to_tensor(images[:1024], args.device)).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
-    return vae, mean_psnr(vae, unseen, args.device)
+    return vae, mean_psnr(reconstruct(vae, unseen, args.device), to_tensor(unseen, args.device))
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -57,6 +57,12 @@ def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def mean_psnr(pictures: torch.Tensor, expected: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures (B, 3, H, W) in [-1, 1], mean over pictures."""
+    error = (pictures.clamp(-1, 1) - expected).div(2).square().mean(dim=(1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
 def learning_rate(step: int, steps: int, warm_up: int = 200, decay: float = 0.3) -> float:
     """Factor on the peak learning rate: linear warm-up, constant, linear to zero over the last `decay` of the steps.
 
