@@ -54,6 +54,7 @@ DESCRIPTORS = {  # channels, by the beginning of the config's name, without the 
     'dino': 768,
     'openclip': 1280,
     'sd21+dinov2-b-t261_concat': 2048,
+    'sd15+dinov2-b-t100_concat': 3968,
     'flux-dev-t260_ditf': 3072,
     'flux-dev+dinov2-b-t260_concat': 3840,
     'sd15-t51_conv-published': 3520,
@@ -71,7 +72,7 @@ ZERO_SHOT = {  # one config each is tested
     'vision transformer': 'dinov3-b_tokens_1xb1-zero-shot_spair-960x960',
     'DiTF': 'flux-dev-t260_ditf-mod-discard_1xb1-zero-shot_spair-640x640',
     'Flux + DINO': 'flux-dev+dinov2-b-t260_concat_1xb1-zero-shot_spair-640x640',
-    'SD + DINO': 'sd21+dinov2-b-t261_concat_1xb1-zero-shot_spair-768x768',
+    'SD + DINO': 'sd15+dinov2-b-t100_concat_1xb1-zero-shot_spair-960x960',
 }
 TRAINED = {  # one config each is trained
     'DHF': 'sd15-inversion11_agg_1xb1-5k_spair-512x512',
@@ -89,7 +90,7 @@ def read(stem: str) -> Config:
 
 
 def test_all_configs_are_seen():
-    assert (len(CONFIGS), len(TOY)) == (64, 7)
+    assert (len(CONFIGS), len(TOY)) == (65, 8)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -328,17 +329,18 @@ def test_a_trained_model_needs_a_checkpoint(models, data, tmp_path, capsys):
 def test_toy_config(path):
     cfg = Config.fromfile(path, import_custom_modules=False)
     backbone = cfg.model.backbone
-    assert Path(backbone.model).resolve() == ROOT / 'demo/tiny-sd'
+    places = [Path(part.model).resolve().name for part in members(backbone)]
+    assert places == ['tiny-sd', 'tiny-dit'][: len(places)] and (len(places) == 2) == ('tiny-dit' in path.stem)
     assert ('random-unet' in path.stem) == (backbone.get('random') == ['unet'])
     assert ('zero-shot' in path.stem) == ('train_cfg' not in cfg) == (backbone.get('cache') is None)
-    backbone.cache = None
+    backbone.pop('cache', None)
     init_default_scope('mmseg')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()
-    assert backbone.channels == model.backbone.channels
+    assert [c for part in members(backbone) for c in part.channels] == model.backbone.channels
     with torch.no_grad():
         descriptors = model.encode(torch.rand(1, 3, 64, 64) * 2 - 1, [None])
-    channels = {'agg': 128, 'twelve-layers_t50': 912, 'single-layer': 64}
+    channels = {'agg': 128, 'twelve-layers_t50': 912, 'single-layer': 64, 'three-layers': 448}
     assert descriptors.shape[1] == next(value for name, value in channels.items() if name in path.stem)
     assert descriptors.shape[2] >= 8 and descriptors.std() > 0
 

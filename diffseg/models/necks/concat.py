@@ -1,6 +1,7 @@
 """Grouping maps into levels without parameters."""
 
 from collections.abc import Sequence
+from itertools import islice
 from operator import mul
 from typing import get_args
 
@@ -24,14 +25,16 @@ class ConcatNeck(BaseModule):
         timesteps: number of timesteps T of every map; or one number for each, nested as `levels`.
         output_sizes: for each level a side or (height, width) in cells; by default the finest map of the level.
         order: of the levels. mmseg's heads expect 'fine-to-coarse'; the configs of GDF have the reverse order.
-        normalize: L2-normalise each map in every cell before maps are concatenated, so that those of different networks
-            have equal weight (Stable Diffusion with DINOv2, arXiv 2305.15347).
+        normalize: L2-normalise maps in every cell, so that those of different networks have equal weight. True: each by
+            itself. Or, for each level, how many consecutive maps are normalised together: `[[3, 1]]` are three maps of
+            Stable Diffusion together, and one of DINOv2 (SD + DINO, arXiv 2305.15347).
+        weights: what the normalised parts are multiplied by, nested as `normalize`; by default 1.
 
     Attributes:
         out_channels: channels of each level's map.
 
     Raises:
-        ValueError: an unknown order.
+        ValueError: an unknown order, or `normalize` or `weights` of another nesting than `levels`.
     """
 
     def __init__(
@@ -40,7 +43,8 @@ class ConcatNeck(BaseModule):
         timesteps: int | Sequence[Sequence[int]] = 1,
         output_sizes: Sequence[int | Sequence[int]] | None = None,
         order: Order = 'fine-to-coarse',
-        normalize: bool = False,
+        normalize: bool | Sequence[Sequence[int]] = False,
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.levels = [list(level) for level in levels]
@@ -49,7 +53,18 @@ class ConcatNeck(BaseModule):
         self.timesteps = spread_timesteps(timesteps, self.levels)
         self.output_sizes = parse_sizes(output_sizes, len(self.levels))
         self.order = order
-        self.normalize = normalize
+        self.normalize = bool(normalize)
+        self.parts = [[1] * len(level) for level in self.levels] if isinstance(normalize, bool) else normalize
+        if [sum(parts) for parts in self.parts] != [len(level) for level in self.levels]:
+            raise ValueError(
+                f'normalize={normalize} must be True, False, or for each level numbers of maps that add up to those of '
+                f'levels={self.levels}'
+            )
+        self.weights = [[1.0] * len(parts) for parts in self.parts] if weights is None else weights
+        if weights is not None and not self.normalize:
+            raise ValueError(f'weights={weights} are those of normalised maps; set normalize')
+        if [len(each) for each in self.weights] != [len(parts) for parts in self.parts]:
+            raise ValueError(f'weights={weights} must have a number for every part of normalize={normalize}')
         self.out_channels = [sum(map(mul, *pair)) for pair in zip(self.timesteps, self.levels, strict=True)]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -67,10 +82,12 @@ class ConcatNeck(BaseModule):
         levels = split_levels(inputs, self.levels, self.timesteps)
         sizes = [size or finest(maps) for size, maps in zip(self.output_sizes, levels, strict=True)]
         check_order(sizes, self.order)
-        return tuple(
-            torch.cat([self._fit(x, size) for x in maps], dim=1) for maps, size in zip(levels, sizes, strict=True)
-        )
+        return tuple(map(self._join, levels, sizes, self.parts, self.weights))
 
-    def _fit(self, x: Tensor, size: Size) -> Tensor:
-        x = resize(x, size)
-        return F.normalize(x, dim=1) if self.normalize else x
+    def _join(self, maps: Sequence[Tensor], size: Size, parts: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """Resize and concatenate the maps (B, C, h, w) of a level, its parts normalised and weighted."""
+        remaining = (resize(x, size) for x in maps)
+        joined = [torch.cat(list(islice(remaining, count)), dim=1) for count in parts]
+        if self.normalize:
+            joined = [weight * F.normalize(x, dim=1) for x, weight in zip(joined, weights, strict=True)]
+        return torch.cat(joined, dim=1)

@@ -40,6 +40,31 @@ def test_normalized_maps_count_alike():
     assert torch.allclose(out[:, :6] * maps[0].norm(dim=1, keepdim=True), maps[0], atol=1e-6)
 
 
+def test_maps_of_one_network_are_normalized_together():
+    maps = make_maps()
+    neck = ConcatNeck([[3, 5, 4]], 2, normalize=[[2, 1]], weights=[[0.5, 2]])
+    (out,), (plain,) = neck(maps), ConcatNeck([[3, 5, 4]], 2)(maps)
+    first, second = out.split([6 + 10, 8], dim=1)
+    assert torch.allclose(first.norm(dim=1), torch.full((2, 6, 10), 0.5))
+    assert torch.allclose(second.norm(dim=1), torch.full((2, 6, 10), 2.0))
+    assert torch.allclose(first * 2 * plain[:, :16].norm(dim=1, keepdim=True), plain[:, :16], atol=1e-5)
+    alone = ConcatNeck([[3, 5, 4]], 2, normalize=[[1, 1, 1]])(maps)
+    assert torch.equal(alone[0], ConcatNeck([[3, 5, 4]], 2, normalize=True)(maps)[0])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'normalize': [[2]]}, r'normalize=\[\[2\]\] must be True, False, or .* add up to those of levels=\[\[3, 5, 4'),
+        ({'normalize': [[2, 1]], 'weights': [[1.0]]}, r'weights=\[\[1.0\]\] must have a number for every part'),
+        ({'weights': [[1.0, 1.0, 1.0]]}, 'are those of normalised maps; set normalize'),
+    ],
+)
+def test_parts_and_weights_that_do_not_fit(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ConcatNeck([[3, 5, 4]], **options)
+
+
 @pytest.mark.parametrize(
     ('levels', 'timesteps', 'message'),
     [
