@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,7 +84,7 @@ def decode(
     if workers:
         options = {
             'multiprocessing_context': 'forkserver',
-            'worker_init_fn': _ignore_interrupts,
+            'worker_init_fn': _depend_on_parent,
             'prefetch_factor': max(2, -(-ahead // workers)),
         }
     yield from DataLoader(
@@ -97,9 +98,16 @@ def decode(
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which all processes of a terminal get, to the one that started the workers."""
+def _depend_on_parent(worker: int) -> None:
+    """Leave Ctrl-C, which all processes of a terminal get, to the process that started the workers, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Unlike DataLoader's own watch, which is on the parent in the system's sense: the fork server."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def batches(
