@@ -129,6 +129,8 @@ def extract_files(
         actors: Number of them.
         column: As in `read_pictures`.
     """
+    if not files:
+        return
     tasks = [[file] for file in files if is_shard(file.path)]
     images = [file for file in files if not is_shard(file.path)]
     tasks += [images[i : i + IMAGES] for i in range(0, len(images), IMAGES)]
@@ -164,7 +166,7 @@ def read(
                 try:
                     pixels = read_pixels(picture.name, size, picture.content).permute(1, 2, 0)  # (H, W, 3)
                 except ValueError as error:
-                    row['error'] = str(error)
+                    row['error'] = str(error).removeprefix(f'{picture.name}: ')
                 else:
                     row |= {'pixels': pixels.numpy().tobytes(), 'height': pixels.shape[0], 'width': pixels.shape[1]}
             yield pyarrow.Table.from_pylist([row], PIXELS)

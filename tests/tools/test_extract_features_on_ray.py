@@ -68,9 +68,12 @@ SETTINGS = ['--layers', *LAYERS, '--timesteps', '50', '300', '--dtype', 'float32
 
 @pytest.fixture(scope='module')
 def tool(load_tool):
-    ray.init('local', num_cpus=2, object_store_memory=2**27, include_dashboard=False)
-    yield load_tool('extract_features')
-    ray.shutdown()
+    idle = {'num_workers_soft_limit': 4}  # processes that wait for another task, as each imports for seconds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+        ray.init('local', num_cpus=2, object_store_memory=2**27, include_dashboard=False, _system_config=idle)
+        yield load_tool('extract_features')
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -109,14 +112,11 @@ def test_all_that_can_be_used_is_there_once_and_a_second_run_goes_on(run, photos
     with tarfile.open(shards[0]) as archive:
         lost = len(archive.getnames()) - 1
     shards[0].unlink()
-    before = {path: path.stat() for path in shards[1:]}
+    before = {path: path.stat().st_mtime_ns for path in shards[1:]}
     status, out, err = run()
     assert status == 1 and f'{lost} written, {6 - lost} already there, 5 failed' in out
-    assert {path: path.stat() for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert sorted(list_features(tmp_path)) == GOOD
-
-    status, _, err = run('--prompt', 'a horse')
-    assert status == 2 and 'another configuration (prompt: ' in err
 
 
 def test_a_killed_actor_changes_nothing(tool, photos, tiny_pipeline, tmp_path):
@@ -150,3 +150,10 @@ def test_nodes_that_compute_otherwise_are_refused(tiny_pipeline):
     fingerprint = DiffusionExtractor(tiny_pipeline, LAYERS, [50]).fingerprint
     with pytest.raises(ValueError, match=r'differ in .*dtype'):
         ray_engine.Extraction(settings, fingerprint, {})
+
+
+def test_nothing_to_read(tmp_path):
+    sink = ray_engine.FeatureSink(str(tmp_path), '.tar')
+    settings = ray_engine.Settings(None, 'cpu', 1, 0, torch.float16, 1)
+    ray_engine.extract_files([], None, sink, settings, {}, {'size': None}, 1)
+    assert sink.written == 0
