@@ -159,7 +159,8 @@ class StoredActivations(NamedTuple):
     def convert(cls, activations: Mapping[str, Tensor], dtype: torch.dtype) -> 'StoredActivations':
         """Convert what an extractor returns, on its device."""
         values = {name: x.to(dtype).contiguous() for name, x in activations.items()}
-        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in values.values()], 1)  # (B, L)
+        # the largest magnitude, which NaN is too, takes a tenth of the time of `isfinite` of each value
+        finite = torch.stack([x.abs().amax((1, 2, 3, 4)) for x in values.values()], 1).isfinite()  # (B, L)
         return cls(values, finite)
 
     def image(self, index: int) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from fake_device import HostWaitsError, fake_device
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from torch import Tensor, nn
 
 from diffseg import feature_extraction
-from diffseg.diffusion.images import read_image
-from diffseg.feature_extraction import batches, default_workers, extract_features, start_fork_server
+from diffseg.diffusion.images import read_image, scale_pixels
+from diffseg.feature_extraction import StoredActivations, batches, default_workers, extract_features, start_fork_server
 from diffseg.feature_files import features_from_bytes, find_images, header
 from diffseg.files import locate, write_bytes
 
@@ -139,6 +140,16 @@ def test_processes_decode_the_same(photos, memory, tmp_path):
 def test_workers_are_as_many_as_are_of_use(cores, images, device, workers, monkeypatch):
     monkeypatch.setattr(feature_extraction.os, 'sched_getaffinity', lambda process: range(cores), raising=False)
     assert default_workers(images, device) == workers
+
+
+def test_nothing_but_the_copy_of_activations_waits_for_a_device():
+    extractor = Pixels()
+    with fake_device(extractor) as to_device:
+        images = scale_pixels(to_device(torch.zeros(2, 3, 8, 12, dtype=torch.uint8)))
+        activations = StoredActivations.convert(extractor(images), torch.float16)
+        assert activations.finite.device.type == 'cuda' and activations.finite.shape == (2, 2)
+        with pytest.raises(HostWaitsError):
+            activations.finite.cpu()
 
 
 @pytest.mark.gpu

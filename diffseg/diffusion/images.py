@@ -83,7 +83,7 @@ def read_pixels(path: str | Path, size: tuple[int, int] | None = None, content: 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
     """8-bit values as what a network reads: float32 in [-1, 1], with the same bits on every device."""
-    scale = torch.tensor(127.5, device=pixels.device)  # CUDA would multiply by the inverse of a number
+    scale = torch.full((), 127.5, device=pixels.device)  # CUDA would multiply by the inverse of a number
     return pixels.float() / scale - 1
 
 
