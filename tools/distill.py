@@ -7,9 +7,9 @@
 The work dir gets the student, unet.safetensors for `network_weights`, and heads.safetensors for `TimestepHeads.load`,
 besides logs and checkpoints. Other arguments are those of tools/train.py.
 
-`--count-only` prints the memory that training takes on an accelerator, counted without weights and values on tensors of
-the same shapes; autocast of the CPU stands in for that of the accelerator. The context and the fragments of its memory
-come on top.
+`--count-only` prints the memory that training takes on an accelerator, counted on tensors of the same shapes without
+values; autocast of the CPU stands in for that of the accelerator. The context and the fragments of its memory come on
+top. What Adam's step itself takes, a copy of the gradients once the activations are gone, is not counted.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def print_memory(cfg: Config, amp: bool) -> None:
     batch = cfg.train_dataloader.batch_size
     rows = count_memory(cfg.model, batch, cfg.size, amp)
     rows['sum'] = sum(rows.values())
-    precision = 'bfloat16 where autocast allows it' if amp else 'float32'
+    precision = '16 bits where autocast allows them' if amp else 'float32'
     sys.stdout.write(f'{cfg.model.backbone.model}, {batch} images of {cfg.size} x {cfg.size} pixels, {precision}\n\n')
     sys.stdout.write(f'{table_head(["what", "GB"])}\n')
     for what, size in rows.items():
