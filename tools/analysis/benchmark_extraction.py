@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, out: str) -> None:
     items = find_images(args.images)[0][: args.count]
     workers = default_workers(len(items), args.device) if args.workers is None else args.workers
     if workers:
@@ -94,17 +94,16 @@ def run(args: argparse.Namespace) -> None:
                 extractor(images)
 
     def tool() -> None:
-        with tempfile.TemporaryDirectory() as out:
-            written = extract_features(
-                extractor,
-                headers,
-                *locate(out),
-                size=args.size,
-                dtype=DTYPES[args.save_dtype],
-                batch=args.batch,
-                workers=workers,
-            )
-            failures = [failure for _, failure in written if failure is not None]
+        written = extract_features(
+            extractor,
+            headers,
+            *locate(tempfile.mkdtemp(dir=out)),
+            size=args.size,
+            dtype=DTYPES[args.save_dtype],
+            batch=args.batch,
+            workers=workers,
+        )
+        failures = [failure for _, failure in written if failure is not None]
         if failures:
             raise ValueError(f'{len(failures)} of {len(items)} files cannot be written; the first: {failures[0]}')
 
@@ -127,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        run(args)
+        with tempfile.TemporaryDirectory() as out:
+            run(args, out)
     except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
