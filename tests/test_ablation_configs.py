@@ -15,7 +15,7 @@ CONFIGS = [path for path in sorted(Path(__file__).parents[1].glob('configs/ablat
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 16
+    assert len(CONFIGS) == 17
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

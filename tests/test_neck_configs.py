@@ -18,6 +18,8 @@ CONFIGS = sorted(ROOT.glob('configs/correspondence/toy-necks/[!_]*.py'))
 NECKS = {
     'agg': 'AggregationNeck',
     'mean': 'AggregationNeck',
+    'enlarged': 'AggregationNeck',
+    'fast': 'AggregationNeck',
     'gated': 'GatedAggregationNeck',
     'ordered': 'OrderedAggregationNeck',
     'upsampling': 'UpsamplingNeck',
@@ -27,7 +29,7 @@ NECKS = {
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 12
+    assert len(CONFIGS) == 15
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -36,11 +38,14 @@ def test_a_config_is_what_its_name_says(path):
     _, steps, kind = path.stem.split('_')
     assert cfg.model.neck.type == NECKS[kind]
     assert len(cfg.model.backbone.timesteps) == {'clean': 1, 'inversion3': 3, 'inversion11': 11}[steps]
-    frozen = cfg.optim_wrapper and cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
-    assert frozen == {'mean': {'mixing_weights': {'lr_mult': 0}}, 'zero-shot': None}.get(kind, {})
+    rates = cfg.optim_wrapper and cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
+    expected = {'zero-shot': None} | {
+        name: {'mixing_weights': {'lr_mult': rate}} for name, rate in (('mean', 0), ('fast', 30))
+    }
+    assert rates == expected.get(kind, {})
     init_default_scope('mmseg')
     maps = list(described(cfg.model.backbone, 64, 64))
-    side = max(x.shape[-1] for x in maps) * (2 if kind == 'upsampling' else 1)
+    side = max(x.shape[-1] for x in maps) * (2 if kind in ('enlarged', 'upsampling') else 1)
     assert cfg.model.backbone.get('output_image', False) == (kind == 'upsampling')
     if kind == 'upsampling':
         maps.append(torch.empty(2, 3, 64, 64, device='meta'))
