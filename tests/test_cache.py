@@ -471,7 +471,7 @@ def test_every_option_of_the_extractor_is_in_the_key_or_does_not_matter(make: Ca
     recorded = {*make()._cache_context(), 'label', 'max_sequence_length'}  # the last two as what is made of prompts
     # which are recorded if there are such
     recorded |= {'transform', 'embedded_guidance', 'discard', 'average_draws', 'memory_format', 'quantization'}
-    assert options - weights - speed - {'check_finite', 'cache_dir'} - recorded == set()
+    assert options - weights - speed - {'check_finite', 'cache_dir', 'device'} - recorded == set()
 
 
 def test_checkpoints_know_nothing_of_it(make: Callable):
