@@ -7,6 +7,7 @@ reconstructions. The training resumes where it stopped.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def save(
         shutil.rmtree(args.out)
     student.half().save_pretrained(args.out)
     student.float()
+    config = json.loads((args.out / 'config.json').read_text())
+    del config['block_out_channels']  # which diffusers writes, and warns of when it reads it
+    (args.out / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     with torch.no_grad():
         x = to_tensor(unseen, args.device)
         scaled = teacher.encode(x).latent_dist.mode() * teacher.config.scaling_factor
