@@ -15,7 +15,15 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffseg.diffusion.embeddings import Conditioning
-from diffseg.diffusion.loading import ModelSource, describe_file, explain, fingerprint, load_config, read_checkpoint
+from diffseg.diffusion.loading import (
+    ModelSource,
+    describe_file,
+    explain,
+    fingerprint,
+    load_config,
+    read_checkpoint,
+    without_progress_bar,
+)
 from diffseg.diffusion.lora import LoraWeights, fuse_text_lora
 from diffseg.diffusion.prompt_store import PromptStore, identify, read, tokenizer_of, write
 from diffseg.diffusion.textual_inversion import add_tokens, read_inversion, spell_out
@@ -285,14 +293,15 @@ def _load(source: ModelSource, part: str) -> tuple[CLIPTokenizer, CLIPTextModel 
             )
             missing = [name for name, tensor in encoder.state_dict().items() if tensor.is_meta]
         else:
-            encoder, info = cls.from_pretrained(
-                described.location,
-                subfolder=part,
-                variant=source.variant,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **where,
-            )
+            with without_progress_bar(described.location):
+                encoder, info = cls.from_pretrained(
+                    described.location,
+                    subfolder=part,
+                    variant=source.variant,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    **where,
+                )
             missing = sorted(info['missing_keys'])
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise explain(source, part, error) from error

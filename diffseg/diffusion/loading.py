@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from diffseg.devices import choose_dtype
 from diffseg.diffusion.adm import convert_adm_unet, is_adm_checkpoint
@@ -331,6 +333,19 @@ def load_parts(
         source=source,
         fingerprint='+'.join(f'{name}-{fingerprint(part.state_dict())}' for name, part in parts.items()),
     )
+
+
+@contextmanager
+def without_progress_bar(location: str | Path) -> Iterator[None]:
+    """Context in which transformers reads a folder without its progress bar, which downloads keep."""
+    if not Path(location).expanduser().is_dir() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def load_vae(

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
 from diffseg.diffusion.conditioning import NoPromptEncoder, PromptEncoder
-from diffseg.diffusion.loading import ModelSource, explain, find_source, fingerprint
+from diffseg.diffusion.loading import ModelSource, explain, find_source, fingerprint, without_progress_bar
 from diffseg.diffusion.lora import LoraWeights
 from diffseg.diffusion.prompt_store import Loader, PromptStore, identify, read, tokenizer_of, write
 
@@ -499,9 +499,10 @@ def _load_encoder(source: ModelSource, part: str, index: Mapping[str, Any], dtyp
             raise ValueError(
                 f'neither model_index.json nor config.json names a text encoder of transformers for {part}'
             )
-        encoder, info = cls.from_pretrained(
-            source.location, variant=source.variant, dtype=dtype, output_loading_info=True, **where
-        )
+        with without_progress_bar(source.location):
+            encoder, info = cls.from_pretrained(
+                source.location, variant=source.variant, dtype=dtype, output_loading_info=True, **where
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise explain(source, part, error) from error
     if missing := sorted(info['missing_keys']):

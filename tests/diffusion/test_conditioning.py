@@ -44,6 +44,11 @@ def pipeline_of(model: Path):
     return cls.from_pretrained(model)
 
 
+def test_encoders_are_read_from_a_folder_in_silence(model, tmp_path, capsys):
+    PromptEncoder(model, cache_dir=tmp_path)(['a horse'])
+    assert capsys.readouterr() == ('', '')
+
+
 def test_agrees_with_the_pipelines(model, tmp_path):
     ours = encode_prompts(model, PROMPTS, cache_dir=tmp_path)
     pipeline = pipeline_of(model)

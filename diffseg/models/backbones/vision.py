@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BackboneOutput
 from diffseg.cache import build_cache
 from diffseg.devices import choose_dtype
 from diffseg.diffusion.images import check_images, check_range, extend_images
-from diffseg.diffusion.loading import fingerprint
+from diffseg.diffusion.loading import fingerprint, without_progress_bar
 from diffseg.diffusion.sites import refuse_string
 from diffseg.geometry import fit_to_image
 
@@ -319,9 +319,10 @@ def load_vision_model(
     if preset is not None and preset.repo_id is None:
         raise OSError(f'{model} is not on the hub; {preset.remedy}')
     try:
-        network, info = cls.from_pretrained(
-            _location(model), config=config, revision=revision, dtype=dtype, output_loading_info=True, **options
-        )
+        with without_progress_bar(_location(model)):
+            network, info = cls.from_pretrained(
+                _location(model), config=config, revision=revision, dtype=dtype, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _explain(model, error) from error
     if info['missing_keys']:
