@@ -45,7 +45,7 @@ def test_every_config_is_tested_without_a_checkpoint(path, pipeline_folder, load
     dataset = DATASETS.build(Config.fromfile(config).test_dataloader.dataset)
     protocol = result['protocol']
     assert protocol['classes'] == [*dataset.metainfo['classes']] == [*result['iou']]
-    assert protocol['images'] == len(dataset) and protocol['prompt'] == '' and 'all classes' in protocol['told']
+    assert protocol['images'] == len(dataset) and protocol['prompt'] == '' and 'all classes' in protocol['text']
     assert ('cross-attention' in path.stem) == (protocol['method'] == 'cross-attention')
     assert result['figures']['mIoU'] == pytest.approx(figures['mIoU'])
     assert np.mean([x for x in result['iou'].values() if x is not None]) == pytest.approx(figures['mIoU'], abs=0.02)
