@@ -29,7 +29,7 @@ $(DOCS_STAMP): $(STAMP)
 SLOW = tests/web/test_browser.py tests/tools/analysis/test_benchmark_explorer.py tests/test_notebooks.py
 
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(SLOW))
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(addprefix --ignore ,$(SLOW))
 
 test-slow: install
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(SLOW)
