@@ -8,7 +8,7 @@ from torch import Tensor
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-SMALL_NETWORK = 50_000_000  # parameters, below which 16 bits do not shorten a pass
+SMALL_NETWORK = 50_000_000  # parameters, below which 16 bits do not shorten the pass of a small image
 NATIVE_BFLOAT16 = ('avx512_bf16', 'amx_bf16')  # instruction sets of CPUs that multiply it, as PyTorch names them
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def choose_dtype(
 ) -> torch.dtype:
     """A dtype by its name, or for 'auto' the fastest one of a device, see `fast_dtype`.
 
-    Small networks stay in float32: their time is that of starting operations, and conversions add to it.
+    Small networks stay in float32: on small images their time is that of starting operations, and conversions add to it.
 
     Args:
         dtype: 'auto', the name of one of PyTorch's, or one of these itself.
