@@ -24,7 +24,8 @@ def choose_dtype(
 ) -> torch.dtype:
     """A dtype by its name, or for 'auto' the fastest one of a device, see `fast_dtype`.
 
-    Small networks stay in float32: on small images their time is that of starting operations, and conversions add to it.
+    Small networks stay in float32: on small images they take the time of starting operations, and conversions add to
+    it.
 
     Args:
         dtype: 'auto', the name of one of PyTorch's, or one of these itself.
