@@ -9,8 +9,8 @@
 * **host**: the tool with a network that returns at once what it returned before: decoding, conversion, writing. On a
   CPU, that is time that the network lacks.
 
-The first two are measured in turn, `--repeat` times after a pass of each that is not counted: medians, and all ratios. On a busy
-machine the ratio of CPU time says more, if the device is the CPU; that of `--workers` is not in it.
+The first two are measured in turn, `--repeat` times after a pass of each that is not counted: medians, and all ratios.
+On a busy machine the ratio of CPU time says more, if the device is the CPU; that of `--workers` is not in it.
 """
 
 import argparse
