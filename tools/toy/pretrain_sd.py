@@ -2,7 +2,8 @@
 
 Three stages, each resumed where it stopped: draw the corpus, train the VAE until it reconstructs unseen pictures well,
 train UNet and text encoder on its latents. The folder holds safetensors in half precision, a model card, the training
-curves and a sheet of reconstructions and samples.
+curves and a sheet of reconstructions and samples. With `--continue-from`, the VAE is that of a folder that was made
+before, and its UNet and text encoder are trained further.
 """
 
 import argparse
@@ -75,12 +76,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--unet-steps', type=int, default=20000)
     parser.add_argument('--unet-batch', type=int, default=32)
     parser.add_argument('--unet-lr', type=float, default=1e-3)
+    parser.add_argument(
+        '--continue-from',
+        type=Path,
+        metavar='FOLDER',
+        help="a folder of this tool, whose VAE is kept and whose UNet's steps come before --unet-steps",
+    )
+    parser.add_argument('--compile', action='store_true', help="the UNet's training steps, with torch.compile")
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     images, labels = draw_corpus(args.images, TRAIN_SEED, args.work_dir / 'train.npz')
     unseen, _ = draw_corpus(TEST_IMAGES, TEST_SEED, args.work_dir / 'test.npz')
-    vae, psnr = train_vae(args, images, unseen)
+    vae = load_vae(args) if args.continue_from else train_vae(args, images, unseen)
+    psnr = mean_psnr(reconstruct(vae, unseen, args.device), to_tensor(unseen, args.device))
     if psnr < REQUIRED_PSNR:
         raise SystemExit(
             f'the VAE reconstructs unseen pictures at {psnr:.1f} dB PSNR, {REQUIRED_PSNR} dB are needed before a UNet '
@@ -113,8 +122,14 @@ def initialise_near_identity(vae: AutoencoderKL) -> None:
     vae.quant_conv.bias[log_variance] = -6.0
 
 
-def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) -> tuple[AutoencoderKL, float]:
-    """The trained VAE, its scaling factor set to one over the latents' standard deviation, and its PSNR."""
+def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+    """The VAE of the folder to continue from, in float32."""
+    vae = AutoencoderKL.from_pretrained(args.continue_from, subfolder='vae', torch_dtype=torch.float32)
+    return vae.to(args.device).requires_grad_(False).eval()
+
+
+def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) -> AutoencoderKL:
+    """The trained VAE, its scaling factor set to one over the latents' standard deviation."""
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE).to(args.device)
     initialise_near_identity(vae)
@@ -133,7 +148,7 @@ def train_vae(args: argparse.Namespace, images: np.ndarray, unseen: np.ndarray) 
     with torch.no_grad():
         latents = vae.encode(to_tensor(images[:1024], args.device)).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
-    return vae, mean_psnr(reconstruct(vae, unseen, args.device), to_tensor(unseen, args.device))
+    return vae
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -184,6 +199,10 @@ def train_unet(
     }
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **special, **TEXT_ENCODER)).to(args.device)
     unet = UNet2DConditionModel(**UNET).to(args.device)
+    if args.continue_from:
+        for subfolder, module in (('unet', unet), ('text_encoder', text_encoder)):
+            stored = type(module).from_pretrained(args.continue_from, subfolder=subfolder, torch_dtype=torch.float32)
+            module.load_state_dict(stored.state_dict())
     both = torch.nn.ModuleDict({'unet': unet, 'text_encoder': text_encoder})
     trainer = Trainer('unet', both, args.unet_steps, args.unet_lr, args)
     if trainer.step < args.unet_steps:
@@ -192,21 +211,23 @@ def train_unet(
         tokens = tokenize(tokenizer, [*CAPTIONS, '']).to(args.device)
         scheduler = DDIMScheduler(**SCHEDULER)
 
-    def batch_loss(generator: torch.Generator, count: int) -> torch.Tensor:
+    compiled = torch.compile(unet, dynamic=False) if args.compile else unet
+
+    def batch_loss(network: torch.nn.Module, generator: torch.Generator, count: int) -> torch.Tensor:
         picked, latents, noise = draw_latents(moments, count, generator)
         timesteps = torch.randint(1000, (count,), generator=generator)
         conditions = text_encoder(tokens)[0][drop_captions(species[picked], generator)]
         x_t = scheduler.add_noise(latents, noise, timesteps.to(args.device))
-        predicted = unet(x_t, timesteps.to(args.device), conditions).sample
+        predicted = network(x_t, timesteps.to(args.device), conditions).sample
         return min_snr_loss(scheduler, predicted, noise, timesteps)
 
     def evaluate(step: int) -> float:
         if step % (4 * args.save_every) == 0:
             pipeline = StableDiffusionPipeline(**pipeline_parts(vae, unet, text_encoder, tokenizer))
             sample_sheet(pipeline, columns=4, steps=20).save(args.work_dir / f'samples-{step:06d}.png')
-        return float(batch_loss(torch.Generator().manual_seed(12345), 256))
+        return float(batch_loss(unet, torch.Generator().manual_seed(12345), 256))
 
-    trainer.run(lambda generator: batch_loss(generator, args.unet_batch), evaluate)
+    trainer.run(lambda generator: batch_loss(compiled, generator, args.unet_batch), evaluate)
     return unet, text_encoder
 
 
@@ -232,12 +253,14 @@ def save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen: np.ndarray, 
     pairs = np.concatenate([shown[:8], decoded[:8], shown[8:], decoded[8:]])
     grid(pairs, 8).save(args.out / 'reconstructions.png')
 
-    curves = {name: torch.load(args.work_dir / f'{name}.pt', weights_only=True)['curve'] for name in ('vae', 'unet')}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
-    steps, _, values = zip(*curves['vae'], strict=True)
-    axes[0].plot(steps, values)
-    axes[0].set(xlabel='step', ylabel='PSNR on unseen pictures (dB)', title='VAE')
-    plot_loss(axes[1], curves['unet'], '256 fixed draws', ylabel='min-SNR weighted loss', title='UNet')
+    names = ('unet',) if args.continue_from else ('vae', 'unet')
+    curves = {name: torch.load(args.work_dir / f'{name}.pt', weights_only=True)['curve'] for name in names}
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3), squeeze=False)
+    if 'vae' in curves:
+        steps, _, values = zip(*curves['vae'], strict=True)
+        axes[0, 0].plot(steps, values)
+        axes[0, 0].set(xlabel='step', ylabel='PSNR on unseen pictures (dB)', title='VAE')
+    plot_loss(axes[0, -1], curves['unet'], '256 fixed draws', ylabel='min-SNR weighted loss', title='UNet')
     figure.tight_layout()
     figure.savefig(args.out / 'curves.png', dpi=100)
     (args.out / 'README.md').write_text(model_card(args, unet, vae, text_encoder, psnr, curves['unet'][-1]))
@@ -245,6 +268,10 @@ def save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen: np.ndarray, 
 
 def model_card(args, unet, vae, text_encoder, psnr: float, last: list[float]) -> str:
     """The README.md of the folder."""
+    source = args.continue_from
+    vae_training = f'that of `{source}`' if source else f'{args.vae_steps} steps of {args.vae_batch} pictures'
+    start = f'those of `{source}`, then ' if source else ''
+    options = f'--continue-from {source}' if source else f'--vae-steps {args.vae_steps}'
     parts = {'UNet': unet, 'VAE': vae, 'text encoder': text_encoder}
     parameters = ', '.join(f'{name} {millions(part):.2f} M' for name, part in parts.items())
     return f"""---
@@ -262,15 +289,15 @@ diffseg can be tried and tested offline through the code paths of the real model
   tokens.
 * Data: {args.images} pictures drawn by `tools/toy/quadrupeds.py` (series {TRAIN_SEED}), each also mirrored for
   the UNet. No photographs and no other models were used.
-* VAE: {args.vae_steps} steps of {args.vae_batch} pictures; {psnr:.1f} dB PSNR on {TEST_IMAGES} unseen pictures
+* VAE: {vae_training}; {psnr:.1f} dB PSNR on {TEST_IMAGES} unseen pictures
   (series {TEST_SEED}).
-* UNet and text encoder: {args.unet_steps} steps of {args.unet_batch} latents, AdamW, peak learning rate {args.unet_lr}
-  with linear decay over the last 30 %, EMA 0.999, captions dropped at {CAPTION_DROPOUT:.0%}, min-SNR weighted noise
-  prediction; final loss {last[1]:.4f} in training, {last[2]:.4f} with the averaged weights.
+* UNet and text encoder: {start}{args.unet_steps} steps of {args.unet_batch} latents, AdamW, peak learning rate
+  {args.unet_lr} with linear decay over the last 30 %, EMA 0.999, captions dropped at {CAPTION_DROPOUT:.0%}, min-SNR
+  weighted noise prediction; final loss {last[1]:.4f} in training, {last[2]:.4f} with the averaged weights.
 
 Made by
 
-    python tools/toy/pretrain_sd.py --images {args.images} --vae-steps {args.vae_steps} --unet-steps {args.unet_steps}
+    python tools/toy/pretrain_sd.py --images {args.images} {options} --unet-steps {args.unet_steps}
 
 ![training curves](curves.png)
 ![unseen pictures and, below each row, their reconstructions](reconstructions.png)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffseg.diffusion.extractor import DiffusionExtractor
 
@@ -75,3 +76,19 @@ def test_a_blurred_vae_is_not_built_upon(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, 'REQUIRED_PSNR', 60.0)
     with pytest.raises(SystemExit, match=r'60\.0 dB are needed'):
         run(tool, tmp_path)
+
+
+def test_a_model_is_trained_further(whole, tool, tmp_path):
+    out = tmp_path / 'further'
+    paths = ['--out', str(out), '--work-dir', str(tmp_path), '--continue-from', str(whole)]
+    tool.main([*paths, '--images', '16', '--unet-steps', '2', '--save-every', '2', *BATCHES])
+    weights = [
+        [load_file(next((folder / part).glob('*.safetensors'))) for folder in (whole, out)]
+        for part in ('vae', 'unet', 'text_encoder')
+    ]
+    distances = [max(float((a[name].float() - b[name].float()).abs().max()) for name in a) for a, b in weights]
+    assert distances[0] == 0
+    assert all(0 < distance < 1e-2 for distance in distances[1:]), distances
+    card = (out / 'README.md').read_text()
+    assert f'--continue-from {whole} --unet-steps 2' in card
+    assert f'those of `{whole}`, then 2 steps' in card

@@ -1,0 +1,4 @@
+# twice the size, bilinearly
+_base_ = './twelve-layers_inversion3_agg.py'
+
+model = dict(neck=dict(enlarge=[2]))
