@@ -110,7 +110,6 @@ def read(checkpoint: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ('device', 'kills', 'workers', 'backbone'),
     [
-        pytest.param('cpu', 2, 0, {}, id='frozen'),
         pytest.param('cpu', 1, 2, {'lora': {'r': 2}}, id='lora'),
         pytest.param('cuda', 1, 0, {'lora': {'r': 2}}, id='on a GPU', marks=GPU),
     ],
