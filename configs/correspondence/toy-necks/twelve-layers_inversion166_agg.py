@@ -1,4 +1,4 @@
-# one of the steps of inversion, which matches best alone
+# one of the eleven steps of inversion, the one that matches best alone
 _base_ = './_base_.py'
 
 timesteps = [166]
