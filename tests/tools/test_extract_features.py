@@ -114,7 +114,11 @@ def test_resumes_and_ignores_halves(run, tmp_path, capsys):
 
 
 def test_nothing_is_seen_of_an_interrupted_write(run, tool, tmp_path, monkeypatch, capsys):
+    write_whole = Path.write_bytes
+
     def interrupted(path, data):
+        if not path.is_relative_to(tmp_path / 'out'):  # encoded prompts, say
+            return write_whole(path, data)
         path.open('wb').write(data[:99])
         raise KeyboardInterrupt
 
