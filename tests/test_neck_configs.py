@@ -26,10 +26,11 @@ NECKS = {
     'concat': 'ConcatNeck',
     'zero-shot': 'ConcatNeck',
 }
+STEPS = {'clean': 1, 'inversion166': 1, 'inversion3': 3, 'inversion11': 11}
 
 
 def test_all_configs_are_seen():
-    assert len(CONFIGS) == 15
+    assert len(CONFIGS) == 19
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -37,7 +38,7 @@ def test_a_config_is_what_its_name_says(path):
     cfg = Config.fromfile(path, import_custom_modules=False)
     _, steps, kind = path.stem.split('_')
     assert cfg.model.neck.type == NECKS[kind]
-    assert len(cfg.model.backbone.timesteps) == {'clean': 1, 'inversion3': 3, 'inversion11': 11}[steps]
+    assert len(cfg.model.backbone.timesteps) == STEPS[steps]
     rates = cfg.optim_wrapper and cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
     expected = {'zero-shot': None} | {
         name: {'mixing_weights': {'lr_mult': rate}} for name, rate in (('mean', 0), ('fast', 30))
