@@ -33,10 +33,7 @@ NAME = re.compile(
 NECKS = {'agg': 'AggregationNeck', 'concat': 'ConcatNeck', 'fpn': 'FPN', 'mln': 'MultiLevelNeck'}
 KINDS = {  # one config each is trained
     'published': 'sd15-t51_concat-upernet-published_1xb2-80k_ade20k-512x512',
-    'published, Cityscapes': 'sdxl-legacy-t50_concat-upernet-published_1xb2-80k_cityscapes-1024x1024',
-    'recommended': 'sd15-legacy-t50_agg-upernet_1xb2-80k_ade20k-512x512',
     'recommended, Cityscapes': 'sdxl-t50_agg-upernet_1xb2-80k_cityscapes-1024x1024',
-    'ensemble': 'sdxl+playground-v2-t50_agg-upernet_1xb2-80k_ade20k-512x512',
     'ensemble, published': 'sdxl+playground-v2-t50_concat-upernet-published_1xb2-80k_ade20k-512x512',
     'ensemble with a vision transformer': 'sd15+dinov2-b-t50_agg-upernet_1xb2-80k_ade20k-512x512',
     'ensemble with a transformer': 'sd15+flux-dev_agg-upernet_1xb2-80k_ade20k-512x512',
