@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from collages import draw_collage
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar='FOLDER',
         help="a folder of this tool, whose VAE is kept and whose UNet's steps come before --unet-steps",
     )
+    parser.add_argument('--collages', type=int, default=0, help='collages to draw for the UNet (collages.py)')
     parser.add_argument('--compile', action='store_true', help="the UNet's training steps, with torch.compile")
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -96,8 +98,16 @@ def main(argv: list[str] | None = None) -> None:
             'is worth training on its latents: give it more --vae-steps'
         )
     tokenizer = build_tokenizer(args.work_dir / 'tokenizer')
+    if args.collages:
+        collages = draw_corpus(args.collages, TRAIN_SEED, args.work_dir / 'collages.npz', draw_unlabelled)
+        images, labels = (np.concatenate(pair) for pair in zip((images, labels), collages, strict=True))
     unet, text_encoder = train_unet(args, vae, tokenizer, images, labels)
     save_pipeline(args, vae, unet, text_encoder, tokenizer, unseen, psnr)
+
+
+def draw_unlabelled(seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
+    """A collage, with the index of the empty caption."""
+    return draw_collage(seed, index, size), len(SPECIES)
 
 
 def reconstruct(vae: AutoencoderKL, images: np.ndarray, device: str) -> torch.Tensor:
@@ -272,6 +282,8 @@ def model_card(args, unet, vae, text_encoder, psnr: float, last: list[float]) ->
     vae_training = f'that of `{source}`' if source else f'{args.vae_steps} steps of {args.vae_batch} pictures'
     start = f'those of `{source}`, then ' if source else ''
     options = f'--continue-from {source}' if source else f'--vae-steps {args.vae_steps}'
+    collages = f' and, for UNet and text encoder, {args.collages} by `tools/toy/collages.py`' if args.collages else ''
+    options += f' --collages {args.collages}' if args.collages else ''
     parts = {'UNet': unet, 'VAE': vae, 'text encoder': text_encoder}
     parameters = ', '.join(f'{name} {millions(part):.2f} M' for name, part in parts.items())
     return f"""---
@@ -287,8 +299,8 @@ diffseg can be tried and tested offline through the code paths of the real model
 * Parameters: {parameters}; {megabytes(args.out):.1f} MiB of float16 safetensors.
 * Latents: 4 channels at 1/4 of the image size. Captions: "a photo of a horse" and the like, at most {MAX_TOKENS}
   tokens.
-* Data: {args.images} pictures drawn by `tools/toy/quadrupeds.py` (series {TRAIN_SEED}), each also mirrored for
-  the UNet. No photographs and no other models were used.
+* Data: {args.images} pictures drawn by `tools/toy/quadrupeds.py`{collages} (series {TRAIN_SEED}), each also
+  mirrored for the UNet. No photographs and no other models were used.
 * VAE: {vae_training}; {psnr:.1f} dB PSNR on {TEST_IMAGES} unseen pictures
   (series {TEST_SEED}).
 * UNet and text encoder: {start}{args.unet_steps} steps of {args.unet_batch} latents, AdamW, peak learning rate

@@ -37,19 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, save_every: int) -
     parser.add_argument('--device', default='cpu', help="where to train, e.g. cpu or a GPU's name")
 
 
-def draw_corpus(count: int, seed: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, H, W, 3) uint8 and the index of each one's species (count,), drawn once and kept at `path`."""
+def draw_quadruped(seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
+    """A picture of `quadrupeds.py` (H, W, 3) uint8 and the index of its species."""
+    sample = draw_sample(seed, index, size)
+    return sample.image, SPECIES.index(sample.species)
+
+
+def draw_corpus(
+    count: int, seed: int, path: Path, draw: Callable[..., tuple[np.ndarray, int]] = draw_quadruped
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (count, H, W, 3) uint8 and the index of each one's caption (count,), drawn once and kept at `path`."""
     if path.exists():
         with np.load(path) as stored:
             if len(stored['images']) == count:
                 return stored['images'], stored['labels']
     with ProcessPoolExecutor() as pool:
-        draw = pool.map(partial(draw_sample, seed, size=IMAGE_SIZE), range(count), chunksize=64)
-        samples = list(tqdm(draw, total=count, desc=f'drawing {path.stem}'))
-    images = np.stack([sample.image for sample in samples])
-    labels = np.array([SPECIES.index(sample.species) for sample in samples])
-    np.savez(path, images=images, labels=labels)
-    return images, labels
+        samples = pool.map(partial(draw, seed, size=IMAGE_SIZE), range(count), chunksize=64)
+        images, labels = zip(*tqdm(samples, total=count, desc=f'drawing {path.stem}'), strict=True)
+    np.savez(path, images=np.stack(images), labels=np.array(labels))
+    return np.stack(images), np.array(labels)
 
 
 def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_a_blurred_vae_is_not_built_upon(tool, tmp_path, monkeypatch):
 def test_a_model_is_trained_further(whole, tool, tmp_path):
     out = tmp_path / 'further'
     paths = ['--out', str(out), '--work-dir', str(tmp_path), '--continue-from', str(whole)]
-    tool.main([*paths, '--images', '16', '--unet-steps', '2', '--save-every', '2', *BATCHES])
+    tool.main([*paths, '--images', '16', '--collages', '4', '--unet-steps', '2', '--save-every', '2', *BATCHES])
     weights = [
         [load_file(next((folder / part).glob('*.safetensors'))) for folder in (whole, out)]
         for part in ('vae', 'unet', 'text_encoder')
@@ -90,5 +90,6 @@ def test_a_model_is_trained_further(whole, tool, tmp_path):
     assert distances[0] == 0
     assert all(0 < distance < 1e-2 for distance in distances[1:]), distances
     card = (out / 'README.md').read_text()
-    assert f'--continue-from {whole} --unet-steps 2' in card
+    assert f'--images 16 --continue-from {whole} --collages 4 --unet-steps 2' in card
+    assert '16 pictures drawn by `tools/toy/quadrupeds.py` and, for UNet and text encoder, 4 by' in card
     assert f'those of `{whole}`, then 2 steps' in card
