@@ -24,6 +24,16 @@ def add_vae_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--discard` and `--embedded-guidance`, options of `DiffusionExtractor` for transformers."""
+    parser.add_argument(
+        '--discard', type=int, nargs='+', default=(), help='channels to set to zero before `-mod` activations (DiTF)'
+    )
+    parser.add_argument(
+        '--embedded-guidance', type=float, help="for networks that read it, as Flux-dev (default: their pipeline's)"
+    )
+
+
 def parse_timestep(text: str) -> Timestep:
     """Turn '261' into an index, and '0.26' into a share of noise, which rectified flow has."""
     try:
@@ -56,6 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
+    add_transformer_arguments(parser)
     parser.add_argument(
         '--size', nargs='+', type=int, help='resize to S x S or H x W (default: the size of each image)'
     )
@@ -69,8 +80,9 @@ def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error('give either --config or --model')
     if args.model is not None and (not args.layers or not args.timesteps):
         parser.error('--model needs --layers and --timesteps')
-    if args.model is None and args.vae is not None:
-        parser.error('--vae goes with --model; a config has vae= in its backbone')
+    for name in ('vae', 'discard', 'embedded_guidance') if args.model is None else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")} goes with --model; a config has {name}= in its backbone')
     if args.size and len(args.size) > 2:
         parser.error('--size takes one number or two')
     args.size = tuple(args.size * 2)[:2] if args.size else None
@@ -82,6 +94,6 @@ def matcher_of(args: argparse.Namespace) -> tuple['CorrespondenceModel', list[di
 
     if args.config is not None:
         return load_matcher(args.config, args.checkpoint, args.category)
-    names = 'vae', 'size', 'trajectory', 'prompt', 'ensemble', 'dtype', 'device'
+    names = ('vae', 'size', 'trajectory', 'prompt', 'ensemble', 'discard', 'embedded_guidance', 'dtype', 'device')
     options = {name: getattr(args, name) for name in names}
     return zero_shot_matcher(args.model, args.layers, args.timesteps, **options)

@@ -36,7 +36,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
+from diffseg.command_line import add_dtype_argument, add_transformer_arguments, add_vae_argument, parse_timestep
 from diffseg.devices import default_device
 from diffseg.diffusion.images import SUFFIXES, image_size
 from diffseg.diffusion.layer_sets import expand
@@ -79,6 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--prompt', default='')
     parser.add_argument('--trajectory', default='noise', choices=('noise', 'clean', 'inversion'))
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
+    add_transformer_arguments(parser)
     parser.add_argument('--seed', type=int, default=0)
     add_dtype_argument(parser)
     parser.add_argument('--save-dtype', choices=DTYPES, default='float16', help='to store')
@@ -240,6 +241,8 @@ def extractor_options(args: argparse.Namespace, layers: Sequence[str]) -> dict[s
         'prompt': args.prompt,
         'ensemble': args.ensemble,
         'seed': args.seed,
+        'discard': args.discard,
+        'embedded_guidance': args.embedded_guidance,
         'dtype': args.dtype,
         'weights': {'vae': args.vae},
     }

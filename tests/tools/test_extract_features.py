@@ -192,6 +192,19 @@ def test_a_tiny_vae_in_place_of_the_models(run, photos, tiny_pipeline, tiny_taes
     assert 'another configuration (weights: ' in capsys.readouterr().err
 
 
+def test_options_of_transformers(run, photos, pipeline_folder, tmp_path, capsys):
+    flux, layer = pipeline_folder('flux'), 'vit-block1-mod'
+    options = '--model', flux, '--save-dtype', 'float32', '--discard', '3', '5', '--embedded-guidance', '2'
+    assert run(*options, source=photos / 'b/x.png', layers=[layer], timesteps=['0.26']) == 0
+    extractor = DiffusionExtractor(flux, [layer], [0.26], discard=[3, 5], embedded_guidance=2.0)
+    with torch.inference_mode():
+        expected = extractor(read_image(photos / 'b/x.png')[None])[layer][0]
+    stored = load_file(tmp_path / 'out/x.png.safetensors')[layer]
+    torch.testing.assert_close(stored, expected, atol=1e-5, rtol=1e-5)
+    assert run(*options[:-1], '3', source=photos / 'b/x.png', layers=[layer], timesteps=['0.26']) == 2
+    assert 'another configuration (embedded_guidance: ' in capsys.readouterr().err
+
+
 def test_shards_share_the_work(run, tmp_path):
     for shard, count in (('0/3', 2), ('2/3', 3), ('1/3', 5)):
         assert run('--shard', shard) == 0

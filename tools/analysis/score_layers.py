@@ -21,7 +21,7 @@ from mmengine.device import get_device
 from torch import Tensor
 from tqdm import tqdm
 
-from diffseg.command_line import add_dtype_argument, parse_timestep
+from diffseg.command_line import add_dtype_argument, add_transformer_arguments, parse_timestep
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import read_image
 from diffseg.diffusion.layer_sets import expand
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--size', type=int, help='resize images to SIZE x SIZE (default: as they are)')
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1)
-    parser.add_argument('--discard', type=int, nargs='+', default=(), help='channels left out of `-mod` activations')
+    add_transformer_arguments(parser)
     parser.add_argument('--seeds', type=int, default=1, help='number of noise seeds; figures are means')
     parser.add_argument('--random', action='store_true', help='use random weights in the network')
     parser.add_argument('--store-gb', type=float, default=8, help='activations to keep between pairs (default: 8)')
@@ -70,6 +70,7 @@ def score(args: argparse.Namespace) -> None:
         ensemble=args.ensemble,
         dtype=args.dtype,
         discard=args.discard,
+        embedded_guidance=args.embedded_guidance,
         weights={'random': [kind_of(network).part] if args.random else []},
         runtime={'device': args.device},
     ).to(args.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from diffseg.command_line import add_dtype_argument, add_vae_argument, parse_timestep
+from diffseg.command_line import add_dtype_argument, add_transformer_arguments, add_vae_argument, parse_timestep
 from diffseg.devices import default_device
 from diffseg.diffusion.extractor import DiffusionExtractor
 from diffseg.diffusion.images import list_images, read_image
@@ -34,6 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--size', nargs='+', type=int, help="resize to S x S or H x W (default: each image's own size)")
     parser.add_argument('--prompt', default='')
     parser.add_argument('--ensemble', type=int, default=1, help='noises averaged')
+    add_transformer_arguments(parser)
     parser.add_argument('--seed', type=int, default=0)
     add_dtype_argument(parser)
     parser.add_argument('--device', default=default_device())
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         ensemble=args.ensemble,
         seed=args.seed,
+        discard=args.discard,
+        embedded_guidance=args.embedded_guidance,
         dtype=args.dtype,
         weights={'vae': args.vae},
         runtime={'device': args.device},

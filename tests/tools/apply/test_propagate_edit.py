@@ -121,7 +121,9 @@ def test_errors(run, tool, folder, tmp_path, capsys):
         (['x.png', '--samples', '0'], '--samples takes a number above 0'),
         (['x.png', '--threshold', '0'], '--threshold takes a number above 0'),
         (['x.png', '--config', 'c', '--model', 'm'], 'give either --config or --model'),
-        (['x.png', '--config', 'c', '--vae', 'v'], '--vae goes with --model'),
+        (['x.png', '--config', 'c', '--vae', 'v'], '--vae goes with --model; a config has vae= in its backbone'),
+        (['x.png', '--config', 'c', '--discard', '3'], '--discard goes with --model'),
+        (['x.png', '--config', 'c', '--embedded-guidance', '2'], '--embedded-guidance goes with --model'),
     ):
         with pytest.raises(SystemExit):
             tool.main(['source.png', 'sticker.png', *given, '--out', str(tmp_path / 'out')])
