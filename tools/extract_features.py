@@ -203,11 +203,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f'not enough space at {args.out}: {_bytes(needed)} are needed, {_bytes(free)} are free')
     if args.dry_run:
         return 0
-    workers = default_workers(len(todo), args.device) if args.workers is None else args.workers
+    device = args.device or default_device()
+    workers = default_workers(len(todo), device) if args.workers is None else args.workers
     if workers:
         start_fork_server(IMPORTED)
 
-    extractor = make_extractor(args.device or default_device(), extractor_options(args, layers))
+    extractor = make_extractor(device, extractor_options(args, layers))
     configuration = {**extractor.fingerprint, **stored_as(args, root)}
     check_configuration(args.out, configuration)
     if isinstance(store, LocalFileSystem):

@@ -97,6 +97,12 @@ def test_the_estimate_knows_the_vae(tool, photos, tmp_path, capsys):
     assert f'{tool._bytes(images * channels * cells * 2)} in float16' in capsys.readouterr().out
 
 
+def test_the_device_need_not_be_given(tool, photos, tiny_pipeline, tmp_path):
+    paths = [photos, '--model', tiny_pipeline, '--out', tmp_path / 'out']
+    assert tool.main([*map(str, paths), '--layers', LAYERS[0], '--timesteps', '50']) == 0
+    assert outputs(tmp_path / 'out') == WHOLE
+
+
 def test_resumes_and_ignores_halves(run, tmp_path, capsys):
     assert run() == 0
     out = tmp_path / 'out'
