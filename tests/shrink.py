@@ -19,9 +19,7 @@ BLOCK = re.compile(r'vit-block(\d+)-')  # of a transformer
 WIDTH = 32  # of necks
 
 
-def shrink(
-    path: Path, models: Mapping[str, Path], data_root: Path, work_dir: Path, max_iters: int
-) -> Config:
+def shrink(path: Path, models: Mapping[str, Path], data_root: Path, work_dir: Path, max_iters: int) -> Config:
     """Read a config and change nothing but sizes, places, and numbers of channels.
 
     Args:
