@@ -19,7 +19,7 @@ from diffseg.diffusion.layer_sets import expand
 from diffseg.diffusion.loading import meta_network
 from diffseg.diffusion.schedules import Timestep
 from diffseg.diffusion.sites import sites
-from diffseg.inspection import load_weights
+from diffseg.inspection import dataset_configs, load_weights
 from diffseg.models import CorrespondenceModel
 from diffseg.structures import PairSample
 
@@ -50,7 +50,7 @@ def load_matcher(
         load_weights(model, checkpoint, config)
     if model.prompt is not None and '{category}' in model.prompt and category is None:
         raise ValueError(f'the prompt of {config} is {model.prompt!r}; give --category')
-    return model, cfg.test_dataloader.dataset.pipeline
+    return model, next(dataset_configs(cfg.test_dataloader.dataset)).pipeline
 
 
 def zero_shot_matcher(

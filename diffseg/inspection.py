@@ -32,6 +32,15 @@ def available_sites(model: str, revision: str | None = None) -> tuple[dict[str, 
     return sites(network, factor), (side, side)
 
 
+def dataset_configs(config: Any) -> Iterator[Any]:
+    """Configs of the data sets inside the wrappers and concatenations of a data set's config."""
+    inner = config.get('datasets') or [config[key] for key in ('dataset',) if key in config]
+    for child in inner:
+        yield from dataset_configs(child)
+    if not inner:
+        yield config
+
+
 def backbone_configs(config: Any) -> Iterator[dict[str, Any]]:
     """Configs of all DiffusionBackbones in a config, at any depth."""
     if isinstance(config, dict):

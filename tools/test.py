@@ -15,6 +15,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
 import diffseg  # noqa: F401  registers its parts
+from diffseg.inspection import dataset_configs
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -87,7 +88,8 @@ def augment(cfg: Config) -> None:
     """Test with the pipeline and model of test-time augmentation."""
     if missing := [key for key in ('tta_pipeline', 'tta_model') if key not in cfg]:
         raise ValueError(f'--tta needs {" and ".join(missing)} in the config')
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset in dataset_configs(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(cfg.tta_model, module=cfg.model)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from diffseg.diffusion.loading import load_config
 from diffseg.diffusion.placeholders import placeholder_conditioning
 from diffseg.diffusion.schedules import FlowSchedule, NoiseSchedule, Timestep, build_schedule
 from diffseg.diffusion.sites import Site, resolve
+from diffseg.inspection import dataset_configs
 
 from .engine import Draw, Reader, Samples, Store, collect, order, peak_images, rank, walk
 from .grid import Candidate, Measure, Projection
@@ -351,10 +352,10 @@ def training_data(cfg: Config) -> dict[str, Any]:
         )
     config = deepcopy(cfg.train_dataloader.dataset)
     others = [cfg[f'{name}_dataloader'].dataset for name in ('test', 'val') if cfg.get(f'{name}_dataloader')]
-    held_out = [leaf for other in others for leaf in leaves(other)]
+    held_out = [leaf for other in others for leaf in dataset_configs(other)]
     if not held_out:
         raise ValueError('the config has no test_dataloader; its pipeline, without augmentation, is needed')
-    for leaf in leaves(config):
+    for leaf in dataset_configs(config):
         if _source(leaf) in map(_source, held_out) or leaf.get('split') in ('val', 'test'):
             raise ValueError(
                 f'the training data ({", ".join(f"{key}={value!r}" for key, value in _source(leaf).items())}) are '
@@ -362,15 +363,6 @@ def training_data(cfg: Config) -> dict[str, Any]:
             )
         leaf.update(pipeline=held_out[0].pipeline, test_mode=True)
     return config
-
-
-def leaves(config: Any) -> Iterator[Any]:
-    """Configs of the data sets inside wrappers and concatenations."""
-    inner = config.get('datasets') or [config[key] for key in ('dataset',) if key in config]
-    for child in inner:
-        yield from leaves(child)
-    if not inner:
-        yield config
 
 
 def _source(leaf: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,15 @@ def test_points_from_files_and_json(run: Callable, tiny_pipeline: Path, tmp_path
     assert all(-1 <= row['similarity'] <= 1 and 0 <= row['target_x'] <= 95 for row in results[0])
 
 
+def test_a_config_may_concatenate_its_data_sets(run: Callable, config: Path):
+    options = '--config', config, '--category', 'dog', '--points', '3,4', '50,60'
+    alone = run(*options)
+    cfg = Config.fromfile(config)
+    cfg.test_dataloader.dataset = {'type': 'ConcatDataset', 'datasets': [cfg.test_dataloader.dataset] * 2}
+    cfg.dump(config)
+    assert run(*options) == alone
+
+
 def test_what_was_trained_on_inverted_images_matches_generated_ones(
     run: Callable, load_tool: Callable, config: Path, tiny_pipeline: Path, images: Path, tmp_path: Path, capsys
 ):
