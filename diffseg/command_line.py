@@ -27,7 +27,11 @@ def add_vae_argument(parser: argparse.ArgumentParser) -> None:
 def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--discard` and `--embedded-guidance`, options of `DiffusionExtractor` for transformers."""
     parser.add_argument(
-        '--discard', type=int, nargs='+', default=(), help='channels to set to zero before `-mod` activations (DiTF)'
+        '--discard',
+        type=int,
+        nargs='+',
+        default=(),
+        help='channels that are zero before the modulation of `-mod` activations (DiTF)',
     )
     parser.add_argument(
         '--embedded-guidance', type=float, help="for networks that read it, as Flux-dev (default: their pipeline's)"

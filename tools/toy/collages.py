@@ -22,11 +22,16 @@ def draw_collage(seed: int, index: int, size: int = 64) -> np.ndarray:
     Args:
         seed: series; the same (seed, index, size) gives the same bytes.
         index: number of the picture within the series.
-        size: height and width in pixels.
+        size: height and width in pixels, at least 16.
 
     Returns:
         RGB picture with shape (H, W, 3), uint8.
+
+    Raises:
+        ValueError: on a size below 16.
     """
+    if size < 16:
+        raise ValueError(f'size is {size}, collages need at least 16 pixels')
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     side = size * SUPERSAMPLING
     rows = np.linspace(-1, 1, side)

@@ -284,7 +284,7 @@ def model_card(args, unet, vae, text_encoder, psnr: float, last: list[float]) ->
     options = f'--continue-from {source}' if source else f'--vae-steps {args.vae_steps}'
     collages = f' and, for UNet and text encoder, {args.collages} by `tools/toy/collages.py`' if args.collages else ''
     options += f' --collages {args.collages}' if args.collages else ''
-    compiled = ' --compile' if args.compile else ''
+    options += ' --compile' if args.compile else ''
     parts = {'UNet': unet, 'VAE': vae, 'text encoder': text_encoder}
     parameters = ', '.join(f'{name} {millions(part):.2f} M' for name, part in parts.items())
     return f"""---
@@ -310,7 +310,7 @@ diffseg can be tried and tested offline through the code paths of the real model
 
 Made by
 
-    python tools/toy/pretrain_sd.py --images {args.images} {options} --unet-steps {args.unet_steps}{compiled}
+    python tools/toy/pretrain_sd.py --images {args.images} {options} --unet-steps {args.unet_steps}
 
 ![training curves](curves.png)
 ![unseen pictures and, below each row, their reconstructions](reconstructions.png)

@@ -53,9 +53,10 @@ def draw_corpus(
                 return stored['images'], stored['labels']
     with ProcessPoolExecutor() as pool:
         samples = pool.map(partial(draw, seed, size=IMAGE_SIZE), range(count), chunksize=64)
-        images, labels = zip(*tqdm(samples, total=count, desc=f'drawing {path.stem}'), strict=True)
-    np.savez(path, images=np.stack(images), labels=np.array(labels))
-    return np.stack(images), np.array(labels)
+        pictures, indices = zip(*tqdm(samples, total=count, desc=f'drawing {path.stem}'), strict=True)
+    images, labels = np.stack(pictures), np.array(indices)
+    np.savez(path, images=images, labels=labels)
+    return images, labels
 
 
 def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:

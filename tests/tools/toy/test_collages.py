@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from collages import draw_collage, fractal_noise
 
 
@@ -9,6 +10,12 @@ def test_a_collage_depends_on_its_series_and_number():
     assert (pictures[0] == pictures[1]).all()
     differences = [np.abs(pictures[0].astype(float) - other).mean() for other in pictures[2:]]
     assert min(differences) > 10, differences
+
+
+def test_a_picture_too_small_for_its_textures_is_refused():
+    assert draw_collage(0, 0, size=16).std() > 5
+    with pytest.raises(ValueError, match='size is 15, collages need at least 16 pixels'):
+        draw_collage(0, 0, size=15)
 
 
 def test_noise_that_persists_is_rougher():
