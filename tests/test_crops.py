@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     'up-level3-repeat0-res-out': 4,
     'up-level2-repeat1-res-out': 8,
-    'up-level1-repeat0-res-out': 16,
+    'up-level1-repeat2-res-out': 16,
     'up-level0-repeat1-res-out': 32,
 }
 SIDE = 128

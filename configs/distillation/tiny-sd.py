@@ -19,7 +19,7 @@ layers = {
 }
 model = dict(
     backbone=dict(model='{{ fileDirname }}/../../demo/tiny-sd', layers=list(layers), channels=list(layers.values())),
-    timestep=150,  # where eight draws of noise are best here, as 261 is for DIFT on SD 2.1
+    timestep=50,  # where eight draws of noise are best here, as 261 is for DIFT on SD 2.1
 )
 size = 64
 load = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]  # of that size already

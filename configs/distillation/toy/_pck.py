@@ -1,2 +1,2 @@
-# the toy pairs, matched by the best activation
+# the toy pairs, matched by one activation
 _base_ = '../../correspondence/toy/single-layer_t50_zero-shot.py'

@@ -1,4 +1,4 @@
 # one draw of noise
 _base_ = './_pck.py'
 
-model = dict(backbone=dict(timesteps=[150]))
+model = dict(backbone=dict(timesteps=[50]))
