@@ -1,4 +1,4 @@
 # one pass without noise, not distilled
 _base_ = './_miou.py'
 
-model = dict(backbone=dict(timesteps=[50], trajectory='clean', vae_sample='mode'))
+model = dict(backbone=dict(trajectory='clean', vae_sample='mode'))

@@ -3,7 +3,6 @@ _base_ = './_pck.py'
 
 model = dict(
     backbone=dict(
-        timesteps=[50],
         trajectory='clean',
         vae_sample='mode',
         network_weights='work_dirs/splits/tiny-sd/seed{{$SEED:0}}/unet.safetensors',
